@@ -1,0 +1,25 @@
+// Mathematics: typeset only what Sphinx marked as such; afterwards say so, and let a formula wider than its column scroll by itself.
+window.MathJax = {
+  startup: {
+    elements: [".math"],
+    pageReady: () => MathJax.startup.defaultPageReady().then(fit).finally(() => { document.documentElement.dataset.math = "done" }),
+  },
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], tags: "none" },
+  options: { enableMenu: false },
+};
+
+function fit() {
+  for (const formula of document.querySelectorAll("mjx-container:not([display])"))
+    formula.classList.toggle("wide", formula.firstElementChild.getBoundingClientRect().width > formula.closest("p, li, td, dd, blockquote, .content")?.clientWidth);
+}
+addEventListener("resize", () => document.documentElement.dataset.math && fit());
+
+document.addEventListener("DOMContentLoaded", () => {
+  // Boxes that scroll can be reached by the keyboard.
+  for (const box of document.querySelectorAll("div.highlight pre, div.math, .table-wrapper")) if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
+  // Search shows the words around a hit; TeX is not words.
+  if (typeof Search !== "undefined") {
+    const plain = Search.htmlToText;
+    Search.htmlToText = (html, anchor) => plain(html.replace(/\\\(.*?\\\)|\\\[.*?\\\]/gs, "…"), anchor);
+  }
+});
