@@ -2,9 +2,10 @@
 
     python nbs/_site/build.py            # to _docs/; open _docs/index.html, or serve it: python -m http.server -d _docs
 """
-import argparse, sys
+import argparse, shutil, sys
 from configparser import ConfigParser
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 here = Path(__file__).resolve().parent
 repo = here.parent.parent
@@ -22,9 +23,12 @@ def main():
     parser.add_argument("--out", type=Path, default=repo / cfg["doc_path"], help="folder of the site (default: %(default)s)")
     args = parser.parse_args()
     from sphinx.cmd.build import main as sphinx
-    site, source = Site(args.notebooks.resolve(), cfg["lib_name"], cfg["git_url"], cfg["branch"], repo), repo / "_proc" / "site"
-    site.write(source)
-    failed = sphinx(["-q", "-E", "-W", "--keep-going", "-b", "html", "-c", str(here), "-d", str(repo / "_proc" / "doctrees"), str(source), str(args.out)])
+    site = Site(args.notebooks.resolve(), cfg["lib_name"], cfg["git_url"], cfg["branch"], repo)
+    with TemporaryDirectory() as work:
+        source, built = Path(work) / "source", Path(work) / "html"
+        site.write(source)
+        failed = sphinx(["-q", "-W", "--keep-going", "-c", str(here), "-D", f"html_extra_path={source / '_extra'}", "-d", f"{work}/doctrees", str(source), str(built)])
+        shutil.rmtree(args.out, ignore_errors=True); shutil.copytree(built, args.out, ignore=shutil.ignore_patterns(".buildinfo*", "_sources"))
     for problem in site.problems: print(f"{problem}", file=sys.stderr)
     if not (failed or site.problems): print(f"{len(site.pages)} notebooks -> {args.out / 'index.html'}")
     return bool(failed or site.problems)

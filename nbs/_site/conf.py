@@ -15,7 +15,7 @@ project, author, release, language = cfg["title"], cfg["author"], cfg["version"]
 copyright = cfg["copyright"]
 extensions = ["myst_nb", "sphinx.ext.linkcode"]
 exclude_patterns = ["_extra"]
-nitpicky = True
+nitpicky, nitpick_ignore_regex = True, [("py:class", ".*")] # our links use py:obj; annotations may name anything
 smartquotes_action = "qe"
 
 nb_execution_mode = "off"
@@ -32,7 +32,6 @@ html_theme = "furo"
 html_title = project
 html_baseurl = cfg["doc_host"] + cfg["doc_baseurl"] + "/"
 html_static_path = [str(here / "static")]
-html_extra_path = [str(repo / "_proc" / "site" / "_extra")]
 html_favicon = str(here / "static" / "favicon.svg")
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]

@@ -102,10 +102,9 @@ class Site:
         return eqref.sub(lambda m: self.equation(m[1], page), text)
 
     def equation(self, name, page):
-        if name in page.tags: return f'<a class="eqref" href="#eq-{name}">({name})</a>'
-        if name not in self.equations: self.problem(page, f"Eq. ({name}) is cited and defined nowhere"); return f"({name})"
-        up = "../" * page.doc.count("/")
-        return f'<a class="eqref" href="{up}{self.equations[name].doc}.html#eq-{name}">({name})</a>'
+        target = page if name in page.tags else self.equations.get(name)
+        if target is None: self.problem(page, f"Eq. ({name}) is cited and defined nowhere"); return f"({name})"
+        return f'<a class="eqref" href="{"../" * self.here.count("/")}{target.doc}.html#eq-{name}">({name})</a>'
 
     def link(self, target, page, image=False):
         if re.match(r"[a-z]+:|#|/", target): return target
@@ -121,7 +120,7 @@ class Site:
     # Cells
 
     def convert(self, page):
-        cells, headed = [], False
+        cells, headed, self.here = [], False, page.doc
         explicit = {m for c in page.nb.cells if c.cell_type == "code" for m in re.findall(r"^show_doc\(([\w.]+)", c.source, re.M)}
         for n, cell in enumerate(page.nb.cells):
             if cell.cell_type == "markdown":
@@ -132,7 +131,7 @@ class Site:
                 cells.append(new_markdown_cell(source))
             elif cell.cell_type == "code": cells += self.code_cell(cell, n, page, explicit)
         if not headed: self.problem(page, "no H1")
-        nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": dict(page.nb.metadata.get("kernelspec", {}), name="python3"), "language_info": {"name": "python", "pygments_lexer": "python"}})
+        nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python", "pygments_lexer": "python"}})
         target = self.out / f"{page.doc}.ipynb"; target.parent.mkdir(parents=True, exist_ok=True)
         if page.doc == "index": cells.append(new_markdown_cell(self.contents()))
         nbformat.write(nb, target)
@@ -198,6 +197,7 @@ class Site:
 
     def api(self):
         "Every public name, by module, with its one line."
+        self.here = "api"
         out = ["# API", "", f"> Every public name of `{self.lib}`, by module. Each leads to its signature, its arguments, and the derivation beside it.", ""]
         for page in self.pages:
             if not page.symbols: continue
