@@ -126,10 +126,12 @@ class LinearGaussian:
         self.precision = eye(W.shape[1]) + W.T @ W / sigma**2
         self.marginal = MultivariateNormal(b, W @ W.T + sigma**2 * eye(W.shape[0]))
 
-    def posterior(self, x): return MultivariateNormal((x - self.b) @ torch.linalg.solve(self.precision, self.W.T).T / self.sigma**2, precision_matrix=self.precision)
+    def posterior_mean(self, x): return torch.linalg.solve(self.precision, self.W.T @ (x - self.b).T).T / self.sigma**2
+
+    def posterior(self, x): return MultivariateNormal(self.posterior_mean(x), precision_matrix=self.precision.expand(len(x), -1, -1))
 
     def encoder(self, x):
-        mean = self.posterior(x).mean + self.shift
+        mean = self.posterior_mean(x) + self.shift
         return mean, (self.stretch**2 / self.precision.diagonal()).log().expand_as(mean)
 
     def reparameterize(self, mean, log_var, eps=None): return mean + (log_var / 2).exp() * (torch.randn_like(mean) if eps is None else eps)
