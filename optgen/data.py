@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ASSETS', 'DataError', 'Batch', 'Images', 'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'digits',
-           'read_image', 'ImageFiles', 'image_folder', 'load', 'bernoulli', 'Order', 'Loader']
+           'read_image', 'ImageFiles', 'image_folder', 'load', 'bernoulli', 'Order', 'Loader', 'ring_centers',
+           'grid_centers', 'ring', 'grid', 'two_moons']
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4
 import gzip, lzma, math, os, zlib
@@ -222,14 +223,14 @@ def image_folder(
     if bases and split not in bases: raise _bad(path / split, f"no such folder beside {path / next(iter(bases))}",
         "make it, or move the images of the other up into the folder itself to have a part of them held out")
     found = {s: sorted(f.relative_to(b) for f in b.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) for s, b in (bases or {split: path}).items()}
-    every, names = sum(found.values(), []), found[split]
+    every, names = [f for fs in found.values() for f in fs], found[split]
     loose = [f for f in every if len(f.parts) == 1]
     if 0 < len(loose) < len(every): raise _bad(path / loose[0], "an image beside folders of images, so that its class is unknown", "move it into one of them")
     if not bases: names = [f for f in names if (_hash(seed, f.as_posix()) < holdout * 2**32) == (split == "test")]
     if not names: raise _bad(bases.get(split, path), f"no image in the {split} split ({len(every)} in all)", f"add some (endings: {' '.join(IMG_EXTENSIONS)})")
-    classes = () if loose else tuple(sorted({f.parts[0] for f in every}))
-    labels = torch.tensor([classes.index(f.parts[0]) for f in names]) if classes else None
-    data = ImageFiles([bases.get(split, path) / f for f in names], labels, size, channels, path.resolve().name, split, classes)
+    classes = {} if loose else {c: i for i, c in enumerate(sorted({f.parts[0] for f in every}))}
+    labels = torch.tensor([classes[f.parts[0]] for f in names]) if classes else None
+    data = ImageFiles([bases.get(split, path) / f for f in names], labels, size, channels, path.resolve().name, split, tuple(classes))
     return data.read() if len(data) * math.prod(data.shape) <= memory else data
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-10
@@ -243,8 +244,8 @@ def load(
 ) -> Images|ImageFiles: # DataError as from the function of that set
     r"The set that the command line calls `name`."
     if name in _sets: return _sets[name](split, root)
-    if Path(name).exists(): return image_folder(name, split, size)
-    raise _bad(name, "neither the name of a set nor a folder", f"pass one of {', '.join(_sets)}, or the path of a folder of images")
+    if name and Path(name).exists(): return image_folder(name, split, size)
+    raise _bad(repr(str(name)), "neither the name of a set nor a folder", f"pass one of {', '.join(_sets)}, or the path of a folder of images")
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-11
 def bernoulli(
@@ -264,8 +265,9 @@ def _check_source(data, binarize, device):
 
 def _check_state(loader, state):
     mine = dict(data=loader.data.fingerprint, **loader.settings)
-    wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in mine.items() if state.get(k) != v]
-    if not wrong: wrong = [f"batch {state['batch']} of {len(loader)}"] * (not 0 <= state["batch"] <= len(loader))
+    need = ["epoch", "batch", "start"] + ["noise"] * (loader.noise is not None)
+    wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in mine.items() if state.get(k) != v] or [f"no {k}" for k in need if k not in state]
+    if not wrong and not 0 <= state["batch"] <= len(loader): wrong = [f"batch {state['batch']} of {len(loader)}"]
     if not wrong and loader.noise and len(state["noise"]) != len(loader.noise.get_state()): wrong = ["its noise was drawn on another kind of device"]
     if wrong: raise _bad("loader state", f"belongs to another loader ({'; '.join(wrong)})", "make the loader as it was when the state was saved")
 
@@ -295,12 +297,12 @@ class Order:
 
     def __len__(self): return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
-    def begin(self, device):
-        r"Index tensors of the batches of a new epoch or, after `load_state_dict`, of what was left of that one."
+    def begin(self):
+        r"The places of each batch of a new epoch or, after `load_state_dict`, of what was left of that one."
         if not self.restored: self.batch, self.start = 0, self.random.get_state()
         self.restored = False
         order = torch.randperm(self.n, generator=self.random) if self.shuffle else torch.arange(self.n)
-        return order.to(device, non_blocking=True).split(self.batch_size)[self.batch:len(self)]
+        return order.split(self.batch_size)[self.batch:len(self)]
 
     def end(self): self.epoch, self.batch, self.start = self.epoch + 1, 0, self.random.get_state()
 
@@ -340,8 +342,10 @@ class Loader:
     def epoch(self): return self.order.epoch  # finished epochs
 
     def __iter__(self):
-        parts = self.order.begin(self.device)
-        for x, index in zip(_stream(self, parts) if isinstance(self.data, ImageFiles) else (self.images.index_select(0, i) for i in parts), parts):
+        parts = self.order.begin()
+        places = torch.cat(parts).to(self.device, non_blocking=True).split(self.order.batch_size) if parts else ()
+        source = _stream(self, parts) if isinstance(self.data, ImageFiles) else (self.images.index_select(0, i) for i in places)
+        for x, index in zip(source, places):
             self.order.batch += 1
             if self.noise: x = bernoulli(x, self.noise)
             yield Batch(x / (1 if self.binarize else 255), None if self.labels is None else self.labels.index_select(0, index))
@@ -356,3 +360,54 @@ class Loader:
         _check_state(self, state)
         self.order.load_state_dict(state)
         if self.noise: self.noise.set_state(state["noise"].cpu())
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
+def ring_centers(modes: int=8, radius: float=1., device=None):
+    r"(modes, 2) centres on a circle, from the right and anticlockwise."
+    angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
+    return radius * torch.stack([angle.cos(), angle.sin()], -1)
+
+def grid_centers(side: int=5, spacing: float=2., device=None):
+    r"(side * side, 2) centres of a square grid about the origin, row by row."
+    line = spacing * (torch.arange(side, device=device) - (side - 1) / 2)
+    return torch.cartesian_prod(line, line)
+
+def _device(generator): return None if generator is None else generator.device
+
+def _mixture(n, centers, std, generator):
+    if n < 0 or std < 0 or not len(centers): raise _bad("toy mixture", f"n={n}, std={std}, {len(centers)} components", "take n and std from 0, components from 1")
+    labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
+    return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
+def ring(
+    n: int,             # points
+    modes: int=8,       # components
+    radius: float=1.,   # of the ring
+    std: float=.01,     # of a component, both ways
+    generator: torch.Generator|None=None, # also says the device; None is torch's global one
+) -> tuple:             # points (n, 2), component of each (n,) int64
+    r"A ring of Gaussians, Eq. (mixture)."
+    return _mixture(n, ring_centers(modes, radius, _device(generator)), std, generator)
+
+def grid(
+    n: int,             # points
+    side: int=5,        # side x side components
+    spacing: float=2.,  # between neighbours
+    std: float=.05,     # of a component, both ways
+    generator: torch.Generator|None=None, # also says the device; None is torch's global one
+) -> tuple:             # points (n, 2), component of each (n,) int64
+    r"A square grid of Gaussians, Eq. (mixture)."
+    return _mixture(n, grid_centers(side, spacing, _device(generator)), std, generator)
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
+def two_moons(
+    n: int,             # points
+    noise: float=.1,    # standard deviation about the curves
+    generator: torch.Generator|None=None, # also says the device; None is torch's global one
+) -> tuple:             # points (n, 2), moon of each (n,) int64: 0 the upper, 1 the lower
+    r"Two interleaved half circles, Eq. (moons)."
+    noise_, labels = _mixture(n, torch.zeros(2, 2, device=_device(generator)), noise, generator)
+    t = math.pi * torch.rand(n, generator=generator, device=_device(generator))
+    moons = torch.stack([torch.stack([t.cos(), t.sin()], -1), torch.stack([1 - t.cos(), .5 - t.sin()], -1)])
+    return moons.gather(0, labels.view(1, n, 1).expand(1, n, 2))[0] + noise_, labels
