@@ -137,8 +137,9 @@ def build(out, *options): return subprocess.run([sys.executable, repo / "nbs" / 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    out = tmp_path_factory.mktemp("pages") / "site"
-    return out, build(out)
+    out, nbs = tmp_path_factory.mktemp("pages") / "site", repo / "nbs"
+    notebooks = [p.relative_to(nbs) for p in nbs.rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(nbs).parts)]
+    return out, build(out), notebooks
 
 @pytest.fixture(scope="session")
 def site(built, browser):
@@ -148,9 +149,8 @@ def site(built, browser):
 
 def test_builds_without_a_complaint(built): assert built[1].returncode == 0, built[1].stderr[-4000:]
 
-def test_every_notebook_has_its_page_and_its_place_in_the_sidebar(site):
-    notebooks = [p for p in (repo / "nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(repo / "nbs").parts)]
-    names = ["/".join(re.sub(r"^\d+[a-z]?_", "", part) for part in p.relative_to(repo / "nbs").with_suffix(".html").parts) for p in notebooks]
+def test_every_notebook_has_its_page_and_its_place_in_the_sidebar(built, site):
+    names = ["/".join(re.sub(r"^\d+[a-z]?_", "", part) for part in n.with_suffix(".html").parts) for n in built[2]]
     assert set(names) <= set(site.pages)
     linked = set(urldefrag(l)[0] for l in site.pages["index.html"]["links"])
     assert {site.base + n for n in names} <= linked

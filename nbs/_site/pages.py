@@ -201,7 +201,7 @@ class Site:
         out = ["# API", "", f"> Every public name of `{self.lib}`, by module. Each leads to its signature, its arguments, and the derivation beside it.", ""]
         for page in self.pages:
             if not page.symbols: continue
-            out += [f"({page.module.replace('.', '-')})=", f"## `{page.module}`", "", f"From [{page.title}](/{page.doc}.ipynb).", "", "| Name | |", "| --- | --- |"]
+            out += [f"({page.module.replace('.', '-')})=", f"## `{page.module}`", "", f"From [{page.title}](/{page.doc}.ipynb).", "", "| Name | What it is |", "| --- | --- |"]
             out += [f"| {{py:obj}}`{s.name} <{s.full}>` | " + self.prose(s.summary, page).replace("|", r"\|") + " |" for s in page.symbols] + [""]
         return "\n".join(out)
 

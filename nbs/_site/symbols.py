@@ -93,14 +93,14 @@ class Symbol:
         found = [Symbol(n, self.source, self.notes, self.module, self.name) for n in self.node.body if isinstance(n, functions)]
         return [s for s in found if not s.node.name.startswith("_") and s.doc and "setter" not in s.decorators]
 
-    def markdown(self, prose, depth=3, heading=True):
+    def markdown(self, prose, depth=3):
         "The MyST directive: signature, docstring, table of arguments, members. `prose` maps the text."
-        cell = lambda text: prose(text).replace("|", r"\|").replace("\n", " ")
+        cell = lambda text: prose(re.sub(r'(?<![`\w])"[\w.-]*"(?!`)', r"`\g<0>`", text)).replace("|", r"\|").replace("\n", " ")
         code = lambda text: f"`{text}`".replace("|", r"\|") if text else ""
         rows = [(code(n), code(k), code(d), cell(t)) for n, k, d, t in self.rows]
         if not any(r[3] for r in rows): rows = []
         if any(self.returns) and (rows or self.returns[1]): rows.append(("*returns*", code(self.returns[0]), "", cell(self.returns[1])))
-        heads = ["Argument" if not self.is_class or self.kind != "class" else "Argument", "Type", "Default", "Details"]
+        heads = ["Argument", "Type", "Default", "Details"]
         used = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
         fence = "`" * (depth + 3)
         out = [f"{fence}{{py:{self.kind}}} {self.name}{self.signature}", f":module: {self.module}"]
