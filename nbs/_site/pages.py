@@ -85,7 +85,7 @@ class Site:
         return m[0]
 
     def code(self, code, text, at, page):
-        name, line = code.strip("`").removesuffix("()"), text[text.rfind("\n", 0, at) + 1:at]
+        name, line = re.sub(r"\(\w*\)$", "", code.strip("`")), text[text.rfind("\n", 0, at) + 1:at]
         if line.startswith("#") or line.count("[") > line.count("]") or name not in self.known: return code
         return f"{{py:obj}}`{code.strip('`')} <{self.known[name].full}>`"
 

@@ -70,6 +70,10 @@ class Symbol:
         taken = {e.end_lineno for e in ends}
         rows = [(prefix + a.arg, self.text(a.annotation), self.text(default), self.note(end, taken, body)) for (prefix, a, default), end in zip(args, ends)]
         last = max(taken | {node.lineno})
+        if last == node.lineno and last in self.notes: # a signature of one line: its comment tells of the result, or of the whole
+            rows = [(*row[:3], "") for row in rows]
+            if node.returns and body > last: return rows, (self.text(node.returns), self.notes[last])
+            if not self.doc: self.doc = self.notes[last]
         details = next((self.notes[n] for n in range(body - 1, last, -1) if n in self.notes and not self.lines[n - 1].lstrip().startswith("#")), "")
         return rows, (self.text(node.returns), details)
 
@@ -91,7 +95,7 @@ class Symbol:
         "The documented public methods and properties of a class."
         if not self.is_class: return []
         found = [Symbol(n, self.source, self.notes, self.module, self.name) for n in self.node.body if isinstance(n, functions)]
-        return [s for s in found if not s.node.name.startswith("_") and s.doc and "setter" not in s.decorators]
+        return [s for s in found if not s.node.name.startswith("_") and (s.doc or s.returns[1]) and "setter" not in s.decorators]
 
     def markdown(self, prose, depth=3):
         "The MyST directive: signature, docstring, table of arguments, members. `prose` maps the text."
@@ -99,14 +103,15 @@ class Symbol:
         code = lambda text: f"`{text}`".replace("|", r"\|") if text else ""
         rows = [(code(n), code(k), code(d), cell(t)) for n, k, d, t in self.rows]
         if not any(r[3] for r in rows): rows = []
-        if any(self.returns) and (rows or self.returns[1]): rows.append(("*returns*", code(self.returns[0]), "", cell(self.returns[1])))
+        lone = f"*Returns* {prose(self.returns[1])}" if self.returns[1] and not rows else ""
+        if any(self.returns) and rows: rows.append(("*returns*", code(self.returns[0]), "", cell(self.returns[1])))
         heads = ["Argument", "Type", "Default", "Details"]
         used = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
         fence = "`" * (depth + 3)
         out = [f"{fence}{{py:{self.kind}}} {self.name}{self.signature}", f":module: {self.module}"]
         out += [f":{flag}:" for flag in ("staticmethod", "classmethod") if flag in self.decorators]
         if self.kind == "property" and self.returns[0]: out.append(f":type: {self.returns[0]}")
-        out += ["", prose(self.doc), ""]
+        out += ["", prose(self.doc), "", lone, ""]
         if rows: out += ["| " + " | ".join(line) + " |" for line in ([heads[i] for i in used], ["---"] * len(used), *([r[i] for i in used] for r in rows))] + [""]
         for m in self.members(): out += [m.markdown(prose, depth - 1), ""]
         return "\n".join(out + [fence])

@@ -1,16 +1,21 @@
-// Mathematics: typeset only what Sphinx marked as such; afterwards say so, and let a formula wider than its column scroll by itself.
+// Mathematics: typeset only what Sphinx marked as such; afterwards say so, and let a formula wider than its column shrink a little, then scroll by itself.
 window.MathJax = {
   startup: {
     elements: [".math"],
     pageReady: () => MathJax.startup.defaultPageReady().then(fit).finally(() => { document.documentElement.dataset.math = "done" }),
   },
   tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]], tags: "none" },
+  svg: { scale: .95 },
   options: { enableMenu: false },
 };
 
 function fit() {
   for (const formula of document.querySelectorAll("mjx-container:not([display])"))
     formula.classList.toggle("wide", formula.firstElementChild.getBoundingClientRect().width > formula.closest("p, li, td, dd, blockquote, .content")?.clientWidth);
+  for (const box of document.querySelectorAll(".equation > .math")) {
+    box.style.fontSize = "";
+    if (box.scrollWidth > box.clientWidth) box.style.fontSize = Math.max(.8, box.clientWidth / box.scrollWidth) + "em";
+  }
 }
 addEventListener("resize", () => document.documentElement.dataset.math && fit());
 
