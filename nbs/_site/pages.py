@@ -86,8 +86,9 @@ class Site:
 
     def code(self, code, text, at, page):
         name, line = re.sub(r"\(\w*\)$", "", code.strip("`")), text[text.rfind("\n", 0, at) + 1:at]
-        if line.startswith("#") or line.count("[") > line.count("]") or name not in self.known: return code
-        return f"{{py:obj}}`{code.strip('`')} <{self.known[name].full}>`"
+        found = self.known.get(name) or self.known.get(name.rpartition(".")[0])
+        if line.startswith("#") or line.count("[") > line.count("]") or not found: return code
+        return f"{{py:obj}}`{code.strip('`')} <{found.full}>`"
 
     def callout(self, m):
         title = (re.search(r'title="([^"]*)"', m[3]) or [0, ""])[1] or (t[1] if (t := re.match(r"\s*#+ (.*)\n", m[4])) else m[2].capitalize())
@@ -98,7 +99,7 @@ class Site:
         text = re.sub(r"^:{3,}\s*(\{[^}]*\})?\s*$", "", text, flags=re.M)
         text = re.sub(r"(\]\([^)\s]*\))\{[^}]*\}", r"\1", text)
         text = re.sub(r"(!?)(\[[^\]]*\]|\])\(([^)\s]+)((?:\s+\"[^\"]*\")?)\)", lambda m: f"{m[1]}{m[2]}({self.link(m[3], page, bool(m[1]))}{m[4]})", text)
-        text = cited.sub(lambda m: re.sub(r"\(([\w.-]+)\)", lambda e: self.equation(e[1], page), m[0]), text)
+        text = cited.sub(lambda m: re.sub(r"\(([\w.-]+)\)", lambda e: self.equation(e[1], page), re.sub(r"\.\s*\(", ".\N{NO-BREAK SPACE}(", m[0], count=1)), text)
         return eqref.sub(lambda m: self.equation(m[1], page), text)
 
     def equation(self, name, page):
