@@ -54,7 +54,7 @@ class Images:
         if self.images.dtype != torch.uint8 or self.images.ndim != 4: raise _bad(self.name, f"images are {self.images.dtype} with shape "
             f"{tuple(self.images.shape)}, expected uint8 (N, C, H, W)", "scale to 0..255, .to(torch.uint8), and .view(N, C, H, W)")
         if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]): raise _bad(self.name,
-            f"labels are {self.labels.dtype} with shape {tuple(self.labels.shape)}, expected int64 ({len(self)},)", "one .long() label an image, or None")
+            f"labels are {self.labels.dtype} with shape {tuple(self.labels.shape)}, expected int64 ({len(self)},)", "pass one label an image")
 
     def __len__(self): return len(self.images)
 
@@ -69,10 +69,14 @@ class Images:
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-4
 _sha256 = {  # of the uncompressed files: (images, labels)
-    ("MNIST", "train"): ("ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
-    ("MNIST", "test"): ("0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
-    ("FashionMNIST", "train"): ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
-    ("FashionMNIST", "test"): ("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+    ("MNIST", "train"): (
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+    ("MNIST", "test"): (
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+    ("FashionMNIST", "train"): (
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+    ("FashionMNIST", "test"): (
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 }
 
 def read_idx(
@@ -87,7 +91,7 @@ def read_idx(
     except (OSError, EOFError, zlib.error) as e: raise _bad(path, f"cannot be read ({e})", mend) from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4) for n in shape)
     size, mend = len(head) + math.prod(shape), f"delete it, then {mend}"
-    if raw[:4] != head[:4]: raise _bad(path, f"starts with bytes {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} dimensions", mend)
+    if raw[:4] != head[:4]: raise _bad(path, f"starts with {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} dimensions", mend)
     if len(raw) != size: raise _bad(path, f"holds {len(raw):,} bytes, expected {size:,}: {'truncated' if len(raw) < size else 'too long'}", mend)
     if raw[:len(head)] != head: raise _bad(path, f"its header does not say {' x '.join(map(str, shape))}", mend)
     if (found := sha256(raw).hexdigest()) != sha256sum: raise _bad(path, f"altered: its SHA-256 is {found[:8]}..., expected {sha256sum[:8]}...", mend)
@@ -112,7 +116,8 @@ def _idx_set(kind, split, root, download):
     place = next((r for r in roots if any(f.exists() for f in find(r))), roots[0])
     if download and not all(f.exists() for f in find(place)):
         try: getattr(datasets, kind)(place, train=split == "train", download=True)
-        except (OSError, RuntimeError) as e: raise _bad(place, f"cannot download {kind} ({' '.join(str(e).split())})", f"get on the network and {mend}") from None
+        except (OSError, RuntimeError) as e:
+            raise _bad(place, f"cannot download {kind} ({' '.join(str(e).split())})", f"get on the network and {mend}") from None
     elif not any(f.exists() for f in find(place)):
         raise _bad(find(place)[0], f"no such file, looked for {kind}/raw in {' and '.join(map(str, roots))}", mend)
     images, labels = (read_idx(f, s, h, mend) for f, s, h in zip(find(place), ((n, 28, 28), (n,)), _sha256[kind, split]))
@@ -225,9 +230,9 @@ def image_folder(
     found = {s: sorted(f.relative_to(b) for f in b.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS) for s, b in (bases or {split: path}).items()}
     every, names = [f for fs in found.values() for f in fs], found[split]
     loose = [f for f in every if len(f.parts) == 1]
-    if 0 < len(loose) < len(every): raise _bad(path / loose[0], "an image beside folders of images, so that its class is unknown", "move it into one of them")
+    if 0 < len(loose) < len(every): raise _bad(path / loose[0], "an image beside folders of them, its class is unknown", "move it into one")
     if not bases: names = [f for f in names if (_hash(seed, f.as_posix()) < holdout * 2**32) == (split == "test")]
-    if not names: raise _bad(bases.get(split, path), f"no image in the {split} split ({len(every)} in all)", f"add some (endings: {' '.join(IMG_EXTENSIONS)})")
+    if not names: raise _bad(bases.get(split, path), f"no image in the {split} split ({len(every)} in all)", f"add some ({' '.join(IMG_EXTENSIONS)})")
     classes = {} if loose else {c: i for i, c in enumerate(sorted({f.parts[0] for f in every}))}
     labels = torch.tensor([classes[f.parts[0]] for f in names]) if classes else None
     data = ImageFiles([bases.get(split, path) / f for f in names], labels, size, channels, path.resolve().name, split, tuple(classes))
@@ -260,7 +265,7 @@ def _check_source(data, binarize, device):
     stream = isinstance(data, ImageFiles)
     if not stream and not isinstance(data, Images): raise _bad(type(data).__name__, "expected Images or ImageFiles", "wrap your tensor, Images(x)")
     if binarize not in (None, "static", "dynamic"): raise _bad(f"binarize={binarize!r}", "expected None, 'static' or 'dynamic'", "pass one of them")
-    if binarize == "static" and stream: raise _bad("binarize='static'", f"{data.name} is streamed from disk", "pass 'dynamic', or read it all, data.read()")
+    if binarize == "static" and stream: raise _bad("binarize='static'", f"{data.name} is streamed from disk", "pass 'dynamic', or data.read()")
     return torch.device("cpu") if device is None and stream else data.images.device if device is None else torch.device(device)
 
 def _check_state(loader, state):
@@ -275,7 +280,8 @@ def _stream(loader, parts):
     source = DataLoader(loader.data, batch_sampler=[p.tolist() for p in parts], num_workers=loader.workers, generator=torch.Generator(),
         pin_memory=loader.device.type == "cuda")  # a generator of its own, so that it leaves the global one alone
     try: yield from (x.to(loader.device, non_blocking=True) for x in source)
-    except DataError as e: raise DataError(str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")) from None  # a worker's traceback, cut
+    except DataError as e:  # from a worker it comes with a traceback
+        raise DataError(str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")) from None
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-13
 def _generator(device, *key): return torch.Generator(device).manual_seed(_hash(*key))
@@ -353,7 +359,8 @@ class Loader:
 
     def state_dict(self):
         r"Where the loader is, and what it belongs to: integers and tensors."
-        return dict(data=self.data.fingerprint, **self.settings, **self.order.state_dict(), **({"noise": self.noise.get_state()} if self.noise else {}))
+        state = dict(data=self.data.fingerprint, **self.settings, **self.order.state_dict())
+        return state | {"noise": self.noise.get_state()} if self.noise else state
 
     def load_state_dict(self, state):
         r"Go on from `state`, bit for bit; DataError if it belongs to other data or another setting."
@@ -375,7 +382,8 @@ def grid_centers(side: int=5, spacing: float=2., device=None):
 def _device(generator): return None if generator is None else generator.device
 
 def _mixture(n, centers, std, generator):
-    if n < 0 or std < 0 or not len(centers): raise _bad("toy mixture", f"n={n}, std={std}, {len(centers)} components", "take n and std from 0, components from 1")
+    if n < 0 or std < 0 or not len(centers):
+        raise _bad("toy mixture", f"n={n}, std={std}, {len(centers)} components", "take n and std from 0, components from 1")
     labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
     return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
 
