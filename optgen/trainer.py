@@ -184,6 +184,9 @@ class Run:
         now = time.monotonic()
         self.seconds, self.resumed = self.seconds + now - self.resumed, now
 
+    def named(self, losses: dict) -> dict:  # by player; that of an only player is "loss", as in its evaluation
+        return losses if len(losses) > 1 else {"loss": loss for loss in losses.values()}
+
     def due(self) -> bool:
         return bool(self.folder) and (bool(self.checkpoint_steps) and self.step % self.checkpoint_steps == 0
                                       or time.monotonic() - self.saved_time > self.checkpoint_seconds)
@@ -197,7 +200,7 @@ class Run:
     def finish_epoch(self):
         self.watch.check(self.scheme); self.tick()
         record = {"epoch": self.epoch + 1, "step": self.step, "seconds": self.seconds, "images_per_second": self.images / self.seconds,
-                  "train": {k: t.item() / len(self.loader) for k, t in self.total.items()}}
+                  "train": {k: t.item() / len(self.loader) for k, t in self.named(self.total).items()}}
         self.scheme.train(False)
         with self.ema.applied() if self.ema else contextlib.nullcontext(), torch.random.fork_rng():
             torch.manual_seed(0)
@@ -237,7 +240,7 @@ class Progress:
         if self.how == "bar" and time.monotonic() - self.read > .5:
             self.run.watch.check(self.run.scheme)
             self.bar.set_description(f"epoch {self.run.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix({**{k: f"{loss.item():.4g}" for k, loss in losses.items()}, **self.valid})
+            self.bar.set_postfix({**{k: f"{loss.item():.4g}" for k, loss in self.run.named(losses).items()}, **self.valid})
             self.read = time.monotonic()
 
     def epoch(self, record: dict):
