@@ -99,11 +99,12 @@ class Symbol:
 
     def markdown(self, prose, depth=3):
         "The MyST directive: signature, docstring, table of arguments, members. `prose` maps the text."
-        cell = lambda text: prose(re.sub(r'(?<![`\w])"[\w.-]*"(?!`)', r"`\g<0>`", text)).replace("|", r"\|").replace("\n", " ")
+        details = lambda text: prose(re.sub(r'(?<![`\w])"[\w.-]*"(?!`)', r"`\g<0>`", text))
+        cell = lambda text: details(text).replace("|", r"\|").replace("\n", " ")
         code = lambda text: f"`{text}`".replace("|", r"\|") if text else ""
         rows = [(code(n), code(k), code(d), cell(t)) for n, k, d, t in self.rows]
         if not any(r[3] for r in rows): rows = []
-        lone = f"*Returns* {prose(self.returns[1])}" if self.returns[1] and not rows else ""
+        lone = f"*Returns* {details(self.returns[1])}" if self.returns[1] and not rows else ""
         if any(self.returns) and rows: rows.append(("*returns*", code(self.returns[0]), "", cell(self.returns[1])))
         heads = ["Argument", "Type", "Default", "Details"]
         used = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
