@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ASSETS', 'DataError', 'Batch', 'Images', 'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'digits',
-           'read_image', 'ImageFiles', 'image_folder', 'load', 'bernoulli', 'Order', 'Loader', 'ring_centers',
+           'read_image', 'ImageFiles', 'image_folder', 'load', 'bernoulli', 'Order', 'Source', 'Loader', 'ring_centers',
            'grid_centers', 'ring', 'grid', 'two_moons']
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4
@@ -91,7 +91,7 @@ def read_idx(
     except (OSError, EOFError, zlib.error) as e: raise _bad(path, f"cannot be read ({e})", mend) from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4) for n in shape)
     size, mend = len(head) + math.prod(shape), f"delete it, then {mend}"
-    if raw[:4] != head[:4]: raise _bad(path, f"starts with {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} dimensions", mend)
+    if raw[:4] != head[:4]: raise _bad(path, f"starts with {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} axes", mend)
     if len(raw) != size: raise _bad(path, f"holds {len(raw):,} bytes, expected {size:,}: {'truncated' if len(raw) < size else 'too long'}", mend)
     if raw[:len(head)] != head: raise _bad(path, f"its header does not say {' x '.join(map(str, shape))}", mend)
     if (found := sha256(raw).hexdigest()) != sha256sum: raise _bad(path, f"altered: its SHA-256 is {found[:8]}..., expected {sha256sum[:8]}...", mend)
@@ -123,6 +123,7 @@ def _idx_set(kind, split, root, download):
     images, labels = (read_idx(f, s, h, mend) for f, s, h in zip(find(place), ((n, 28, 28), (n,)), _sha256[kind, split]))
     return Images(images.unsqueeze(1), labels.long(), kind, split, tuple(getattr(datasets, kind).classes))
 
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-6
 def mnist(
     split: str="train",   # "train" (60,000 images) or "test" (10,000)
     root=None,            # folder that holds MNIST/raw; None: see `data_folders`
@@ -139,7 +140,7 @@ def fashion_mnist(
     r"Fashion-MNIST: ten kinds of clothing in MNIST's format. Xiao, Rasul and Vollgraf (2017)."
     return _idx_set("FashionMNIST", split, root, download)
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-6
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-7
 ASSETS = files("optgen") / "assets"
 _digits = {"train": (10_000, "08cec69065f86fe687e7acc4affbd071d612a466b61e8353aac31e83fa3cb858"),
            "test": (2_000, "62e74c776d69296a95ceb1a37b7f1e34812dffd622ccf53dbdfb219e4fb0cd2f")}
@@ -158,13 +159,14 @@ def digits(
     images, labels = torch.frombuffer(raw, dtype=torch.uint8).split((n * 784, n))
     return Images(images.view(n, 1, 28, 28), labels.long(), "digits", split, tuple("0123456789"))
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-7
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-8
 def read_image(
     file,                # anything PIL opens, 8 bits a channel
     size: int,           # side of the square, pixels
     channels: int|None=None, # 1 grey, 3 colour, None as the file is
 ) -> torch.Tensor:       # (channels, size, size) uint8; DataError if it cannot be read or has more than 8 bits
     r"A picture as a square of bytes: turned upright, centre-cropped, scaled."
+    if size < 1 or channels not in (None, 1, 3): raise _bad(f"size={size}, channels={channels}", "expected size >= 1, channels 1 or 3", "pass such")
     try:
         with Image.open(file) as im: im = ImageOps.exif_transpose(im); im.load()
     except Exception as e:  # PIL raises many kinds on a broken file
@@ -174,8 +176,9 @@ def read_image(
     if "A" in im.getbands() or "transparency" in im.info: im = Image.alpha_composite(Image.new("RGBA", im.size, "black"), im.convert("RGBA"))
     return pil_to_tensor(ImageOps.fit(im.convert(mode), (size, size), Image.Resampling.BILINEAR))
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-8
-def _hash(*key): return int(sha256("/".join(map(str, key)).encode()).hexdigest()[:8], 16)  # 32 bits, what a CPU generator keeps of its seed
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-9
+def _hash(*key):  # 32 bits, all that a CPU generator keeps of its seed
+    return int(sha256("/".join(map(str, key)).encode()).hexdigest()[:8], 16)
 
 class ImageFiles(Dataset):
     r"An image set that stays on disk; item `i` is its image (C, H, W) in bytes."
@@ -188,7 +191,8 @@ class ImageFiles(Dataset):
         split: str="train",   # "train" or "test"
         classes: tuple=(),    # names of the labels 0, 1, ...
     ):
-        self.files, self.labels, self.name, self.split, self.classes, self.strict = files, labels, name, split, classes, channels is None
+        self.files, self.labels, self.name, self.split, self.classes = [Path(f) for f in files], labels, name, split, classes
+        self.strict = channels is None
         self.shape = tuple(read_image(files[0], size, channels).shape)
 
     def __len__(self): return len(self.files)
@@ -211,7 +215,7 @@ class ImageFiles(Dataset):
         r"A number that changes with the files' names, sizes, labels and shape."
         return _hash(self.shape, None if self.labels is None else self.labels.tolist(), *((f.name, f.stat().st_size) for f in self.files))
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-9
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-10
 def image_folder(
     path,                # folder of images, in sub-folders by class or not
     split: str="train",  # "train" or "test"
@@ -238,7 +242,7 @@ def image_folder(
     data = ImageFiles([bases.get(split, path) / f for f in names], labels, size, channels, path.resolve().name, split, tuple(classes))
     return data.read() if len(data) * math.prod(data.shape) <= memory else data
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-10
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-11
 _sets = {"digits": lambda split, root: digits(split), "mnist": mnist, "fashion-mnist": fashion_mnist}
 
 def load(
@@ -252,36 +256,13 @@ def load(
     if name and Path(name).exists(): return image_folder(name, split, size)
     raise _bad(repr(str(name)), "neither the name of a set nor a folder", f"pass one of {', '.join(_sets)}, or the path of a folder of images")
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-11
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-12
 def bernoulli(
     pixels: torch.Tensor,            # uint8, any shape
     generator: torch.Generator|None=None, # on the device of `pixels`
 ) -> torch.Tensor:                   # uint8 zeros and ones, of the same shape
     r"A draw of every pixel, Eq. (binarise)."
     return torch.empty_like(pixels).random_(0, 255, generator=generator).lt_(pixels)
-
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-12
-def _check_source(data, binarize, device):
-    stream = isinstance(data, ImageFiles)
-    if not stream and not isinstance(data, Images): raise _bad(type(data).__name__, "expected Images or ImageFiles", "wrap your tensor, Images(x)")
-    if binarize not in (None, "static", "dynamic"): raise _bad(f"binarize={binarize!r}", "expected None, 'static' or 'dynamic'", "pass one of them")
-    if binarize == "static" and stream: raise _bad("binarize='static'", f"{data.name} is streamed from disk", "pass 'dynamic', or data.read()")
-    return torch.device("cpu") if device is None and stream else data.images.device if device is None else torch.device(device)
-
-def _check_state(loader, state):
-    mine = dict(data=loader.data.fingerprint, **loader.settings)
-    need = ["epoch", "batch", "start"] + ["noise"] * (loader.noise is not None)
-    wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in mine.items() if state.get(k) != v] or [f"no {k}" for k in need if k not in state]
-    if not wrong and not 0 <= state["batch"] <= len(loader): wrong = [f"batch {state['batch']} of {len(loader)}"]
-    if not wrong and loader.noise and len(state["noise"]) != len(loader.noise.get_state()): wrong = ["its noise was drawn on another kind of device"]
-    if wrong: raise _bad("loader state", f"belongs to another loader ({'; '.join(wrong)})", "make the loader as it was when the state was saved")
-
-def _stream(loader, parts):
-    source = DataLoader(loader.data, batch_sampler=[p.tolist() for p in parts], num_workers=loader.workers, generator=torch.Generator(),
-        pin_memory=loader.device.type == "cuda")  # a generator of its own, so that it leaves the global one alone
-    try: yield from (x.to(loader.device, non_blocking=True) for x in source)
-    except DataError as e:  # from a worker it comes with a traceback
-        raise DataError(str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")) from None
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-13
 def _generator(device, *key): return torch.Generator(device).manual_seed(_hash(*key))
@@ -310,17 +291,62 @@ class Order:
         order = torch.randperm(self.n, generator=self.random) if self.shuffle else torch.arange(self.n)
         return order.split(self.batch_size)[self.batch:len(self)]
 
-    def end(self): self.epoch, self.batch, self.start = self.epoch + 1, 0, self.random.get_state()
+    def end(self):
+        r"The epoch is finished."
+        self.epoch, self.batch, self.start = self.epoch + 1, 0, self.random.get_state()
 
-    def state_dict(self): return dict(epoch=self.epoch, batch=self.batch, start=self.start.clone())
+    def state_dict(self):
+        r"The epochs done, the batches done of this one, and the generator as it was when it began."
+        return dict(epoch=self.epoch, batch=self.batch, start=self.start.clone())
 
     def load_state_dict(self, state):
+        r"Go on from `state`: the next `begin` gives what was left of its epoch."
         self.random.set_state(state["start"].cpu())
         self.epoch, self.batch, self.start, self.restored = state["epoch"], state["batch"], state["start"].cpu(), True
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-14
+def _stream(data, parts, workers, device):
+    source = DataLoader(data, batch_sampler=[p.tolist() for p in parts], num_workers=workers, pin_memory=device.type == "cuda",
+        generator=torch.Generator())  # one of its own, so that it leaves the global one alone
+    try: yield from (x.to(device, non_blocking=True) for x in source)
+    except DataError as e:  # from a worker it comes with a traceback
+        raise DataError(str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")) from None
+
+class Source:
+    r"The images of a set at given places, as batches on the training device: sliced, scaled to [0, 1] and binarised there."
+    def __init__(self, data, device=None, binarize=None, seed=0, static_seed=0, workers=2):  # as in `Loader`
+        stream = isinstance(data, ImageFiles)
+        if not isinstance(data, (Images, ImageFiles)): raise _bad(type(data).__name__, "expected Images or ImageFiles", "wrap your tensor, Images(x)")
+        if binarize not in (None, "static", "dynamic"): raise _bad(f"binarize={binarize!r}", "expected None, 'static' or 'dynamic'", "pass one")
+        if binarize == "static" and stream: raise _bad("binarize='static'", f"{data.name} is streamed from disk", "pass 'dynamic', or data.read()")
+        self.data, self.binarize, self.workers = data, binarize, workers
+        self.device = torch.device(device or ("cpu" if stream else data.images.device))
+        self.noise = _generator(self.device, "noise", seed) if binarize == "dynamic" else None
+        self.labels = None if data.labels is None else data.labels.to(self.device)
+        if binarize == "static":
+            self.images = bernoulli(data.images.cpu(), _generator("cpu", "static", static_seed, data.fingerprint)).to(self.device)
+        elif not stream: self.images = data.images.to(self.device)
+
+    def batches(self, parts):
+        r"A `Batch` for each index tensor of `parts`."
+        places = torch.cat(parts).to(self.device, non_blocking=True).split(len(parts[0])) if parts else ()
+        if isinstance(self.data, ImageFiles): pixels = _stream(self.data, parts, self.workers, self.device)
+        else: pixels = (self.images.index_select(0, i) for i in places)
+        for x, i in zip(pixels, places):
+            if self.noise: x = bernoulli(x, self.noise)
+            yield Batch(x / (1 if self.binarize else 255), None if self.labels is None else self.labels.index_select(0, i))
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
+def _check_state(state, settings, noise, batches):
+    need = ["epoch", "batch", "start"] + ["noise"] * (noise is not None)
+    wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in settings.items() if state.get(k) != v] or [f"no {k}" for k in need if k not in state]
+    if not wrong and not 0 <= state["batch"] <= batches: wrong = [f"batch {state['batch']} of {batches}"]
+    if not wrong and noise and len(state["noise"]) != len(noise.get_state()): wrong = ["its noise was drawn on another kind of device"]
+    if wrong: raise _bad("loader state", f"belongs to another loader ({'; '.join(wrong)})", "make the loader as it was when the state was saved")
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
 class Loader:
-    r"Batches of an image set, sliced, scaled to [0, 1] and binarised on the training device."
+    r"Batches of an image set, epoch by epoch: an `Order` served by a `Source`."
     def __init__(self,
         data: Images|ImageFiles,  # from `load` or made by hand; `ImageFiles` are streamed through torch's `DataLoader`
         batch_size: int,          # images a batch
@@ -333,42 +359,33 @@ class Loader:
         static_seed: int=0,       # of the static binarisation, apart so that runs with other seeds see the same set
         workers: int=2,           # processes that read `ImageFiles`
     ):                            # DataError for a bad argument
-        self.data, self.device, self.binarize, self.workers = data, _check_source(data, binarize, device), binarize, workers
+        self.source = Source(data, device, binarize, seed, static_seed, workers)
         self.order = Order(len(data), batch_size, shuffle, seed, drop_last)
-        self.noise = _generator(self.device, "noise", seed) if binarize == "dynamic" else None
-        self.labels = None if data.labels is None else data.labels.to(self.device)
-        if isinstance(data, Images): self.images = (data.images if binarize != "static" else
-            bernoulli(data.images.cpu(), _generator("cpu", "static", static_seed, data.fingerprint))).to(self.device)
-        self.settings = dict(batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, static=binarize == "static",
-            dynamic=binarize == "dynamic", static_seed=static_seed)
+        self.data, self.device, self.noise = data, self.source.device, self.source.noise
+        self.arguments = dict(batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, static_seed=static_seed,
+            static=binarize == "static", dynamic=binarize == "dynamic")
 
+    epoch = property(lambda self: self.order.epoch, doc="The number of finished epochs.")
     def __len__(self): return len(self.order)
 
-    @property
-    def epoch(self): return self.order.epoch  # finished epochs
-
     def __iter__(self):
-        parts = self.order.begin()
-        places = torch.cat(parts).to(self.device, non_blocking=True).split(self.order.batch_size) if parts else ()
-        source = _stream(self, parts) if isinstance(self.data, ImageFiles) else (self.images.index_select(0, i) for i in places)
-        for x, index in zip(source, places):
+        for batch in self.source.batches(self.order.begin()):
             self.order.batch += 1
-            if self.noise: x = bernoulli(x, self.noise)
-            yield Batch(x / (1 if self.binarize else 255), None if self.labels is None else self.labels.index_select(0, index))
+            yield batch
         self.order.end()
 
     def state_dict(self):
         r"Where the loader is, and what it belongs to: integers and tensors."
-        state = dict(data=self.data.fingerprint, **self.settings, **self.order.state_dict())
+        state = self.arguments | {"data": self.data.fingerprint} | self.order.state_dict()
         return state | {"noise": self.noise.get_state()} if self.noise else state
 
     def load_state_dict(self, state):
         r"Go on from `state`, bit for bit; DataError if it belongs to other data or another setting."
-        _check_state(self, state)
+        _check_state(state, self.arguments | {"data": self.data.fingerprint}, self.noise, len(self))
         self.order.load_state_dict(state)
         if self.noise: self.noise.set_state(state["noise"].cpu())
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
 def ring_centers(modes: int=8, radius: float=1., device=None):
     r"(modes, 2) centres on a circle, from the right and anticlockwise."
     angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
@@ -387,7 +404,7 @@ def _mixture(n, centers, std, generator):
     labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
     return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-18
 def ring(
     n: int,             # points
     modes: int=8,       # components
@@ -408,7 +425,7 @@ def grid(
     r"A square grid of Gaussians, Eq. (mixture)."
     return _mixture(n, grid_centers(side, spacing, _device(generator)), std, generator)
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
 def two_moons(
     n: int,             # points
     noise: float=.1,    # standard deviation about the curves
