@@ -73,6 +73,7 @@ class Reader:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.base = f"http://127.0.0.1:{self.server.server_address[1]}/"
         self.context = browser.new_context(viewport=wide, color_scheme="light")
+        self.context.set_default_timeout(0)
         self.pages = {p.relative_to(folder).as_posix(): {} for p in sorted(folder.rglob("*.html")) if "_static" not in p.parts}
         for name in self.pages: self.pages[name] = self.visit(name)
 
@@ -85,7 +86,7 @@ class Reader:
         page.on("response", lambda r: faults.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
         page.on("request", lambda r: faults.append(f"another host: {r.url}") if not r.url.startswith((self.base, "data:", "blob:")) else None)
         page.goto(self.base + name, wait_until="load")
-        page.wait_for_function("!document.querySelector('.math') || document.documentElement.dataset.math === 'done'")
+        page.wait_for_function("!document.querySelector('.math') || document.documentElement.dataset.math === 'done' || !window.MathJax?.version")
         return page
 
     def visit(self, name):
@@ -175,9 +176,10 @@ def test_search_finds_the_vae(site):
     faults = []
     page = site.open("index.html", faults)
     box = page.locator("input.sidebar-search")
-    box.fill("VAE"); box.press("Enter")
-    page.wait_for_selector("#search-results li a")
-    page.wait_for_function("document.querySelector('#search-results p.search-summary')?.innerText.match(/found/)")
+    box.fill("VAE")
+    with page.expect_navigation(): box.press("Enter")
+    assert page.evaluate("Search.hasIndex()"), faults
+    page.wait_for_function("document.querySelector('#search-results p.search-summary')?.innerText.match(/found|did not match/)")
     page.wait_for_load_state("networkidle")
     found = page.evaluate("[...document.querySelectorAll('#search-results li a')].map(a => a.href)")
     assert any("models/vae.html" in f for f in found), found
