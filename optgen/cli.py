@@ -127,7 +127,7 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
         epochs = epochs or config["epochs"]
     import torch
     from optgen import data
-    from optgen.trainer import fit
+    from optgen.trainer import Interrupted, fit
     load = lambda split: data.load(options["data"], split, size=options["image_size"])
     images, valid = load("train"), load("test")
     torch.manual_seed(options["seed"])
@@ -136,10 +136,14 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
     out = out or free_folder(f"runs/{scheme}-{Path(options['data']).name}")
     click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, "
                f"{epochs} epochs, in {click.style(out, fg='cyan')}")
-    records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
-                  device=pick_device(device), compile=options["compile"], binarize=None if options["binarize"] == "none" else options["binarize"],
-                  ema=options["ema"], patience=options["patience"], checkpoint_steps=options["checkpoint_steps"], progress=progress,
-                  config={"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs})
+    try:
+        records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
+                      device=pick_device(device), compile=options["compile"], binarize=None if options["binarize"] == "none" else options["binarize"],
+                      ema=options["ema"], patience=options["patience"], checkpoint_steps=options["checkpoint_steps"], progress=progress,
+                      config={"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs})
+    except Interrupted as e:
+        stop = click.ClickException(str(e)); stop.exit_code = 128 + e.signum
+        raise stop from None
     last = records[-1]
     click.echo(f"done: epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
     click.echo(f"look:    {out}/samples, {out}/curves.png\nsample:  optgen sample {out}\nmeasure: optgen evaluate {out}")
@@ -206,7 +210,7 @@ def list_():
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write the result as JSON to this file.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each variant, in turn; medians are reported.")
 @click.option("--data", type=click.Choice(["digits", "mnist"]), help="[default: mnist where it is found, else digits]")
-@click.option("--only", multiple=True, type=click.Choice(["epoch", "loop", "optimizers"]), help="Part to run; may be repeated.  [default: all]")
+@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers"]), help="Part to run; may be repeated.  [default: all]")
 def bench(out, repeats, data, only):
     """Measure speed side by side on this machine: the article's loop, fit, optimizers."""
     from optgen.bench import run_bench, show_bench
@@ -220,12 +224,11 @@ def main(args=None):  # command line, by default `sys.argv[1:]`
     fail = lambda code, message: (click.echo(click.style("optgen: ", fg="red") + " ".join(str(message).split()), err=True), sys.exit(code))
     try: cli.main(args, prog_name="optgen", standalone_mode=False)
     except click.UsageError as e: fail(2, f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'optgen'} --help)")
-    except click.ClickException as e: fail(1, e.format_message())
+    except click.ClickException as e: fail(e.exit_code, e.format_message())
     except click.Abort: fail(130, "stopped")
     except Exception as e:
         from optgen.checkpoint import CheckpointError
         from optgen.data import DataError
         from optgen.trainer import NonFinite
-        if isinstance(e, (CheckpointError, DataError, NonFinite, FileExistsError)): fail(1, e)
+        if isinstance(e, (CheckpointError, DataError, NonFinite, OSError)): fail(1, e)
         raise
-    except KeyboardInterrupt as e: fail(128 + getattr(e, "signum", 2), e)

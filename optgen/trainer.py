@@ -121,7 +121,10 @@ class RunFolder:
 
     def write(self, record: dict):
         with open(self.log, "a") as f: f.write(json.dumps(record) + "\n")
-        curves(read_log(self.log)).savefig(self.path / "curves.png", dpi=110)
+
+    def draw(self, records: list, images: Tensor|None):
+        curves(records).savefig(self.path / "curves.png", dpi=110)
+        if images is not None: save_grid(images, self.path / f"samples/epoch-{records[-1]['epoch']:04d}.png")
 
     def rewind(self, epoch: int):  # forget what was logged after `epoch`
         kept = [r for r in read_log(self.log) if r["epoch"] <= epoch]
@@ -202,14 +205,13 @@ class Run:
         record = {"epoch": self.epoch + 1, "step": self.step, "seconds": self.seconds, "images_per_second": self.images / self.seconds,
                   "train": {k: t.item() / len(self.loader) for k, t in self.named(self.total).items()}}
         self.scheme.train(False)
+        images = None
         with self.ema.applied() if self.ema else contextlib.nullcontext(), torch.random.fork_rng():
             torch.manual_seed(0)
             if self.valid:
                 self.valid.load_state_dict(self.valid_start)
                 record["valid"] = self.scheme.evaluate(self.valid)
-            if self.folder and self.samples and hasattr(self.scheme, "sample"):
-                images = self.scheme.sample(self.samples)
-                save_grid(images.reshape(self.samples, *self.loader.data.shape), self.folder.path / f"samples/epoch-{self.epoch + 1:04d}.png")
+            if self.folder and self.samples and hasattr(self.scheme, "sample"): images = self.scheme.sample(self.samples)
         self.epoch += 1; self.total, self.seconds = None, 0.
         self.records.append(record)
         if self.folder: self.folder.write(record)
@@ -217,6 +219,7 @@ class Run:
             self.best, self.best_epoch = record["valid"]["loss"], self.epoch
             self.save("best.pt")
         self.save()
+        if self.folder: self.folder.draw(self.records, images if images is None else images.reshape(self.samples, *self.loader.data.shape))
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-8
 class Progress:

@@ -1,0 +1,152 @@
+"What happens to runs: killed, interrupted, out of disk, damaged, attacked."
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import TINY, optgen
+
+from optgen import checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and file-size limits are POSIX's")
+
+
+def weights(run): return checkpoint.load(run / "checkpoint.pt")["scheme"]["model"]["weights"]
+
+
+def log(run): return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    assert log(a) == log(b)
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+# Trains in children that the parent forks, so that twenty kills do not import PyTorch twenty times.
+KILLER = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import torch
+from optgen import checkpoint
+from optgen.cli import main
+out, seed, tiny = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
+random.seed(seed)
+kills = {"random": 0, "writing": 0}
+while sum(kills.values()) < 20:
+    how = "writing" if kills["writing"] < kills["random"] else "random"
+    resume = (out / "config.json").exists()
+    child = os.fork()
+    if not child:
+        main(["train", "--resume", str(out), "--progress", "none"] if resume else tiny + ["--out", str(out), "--epochs", "400", "--checkpoint-steps", "1"])
+        os._exit(0)
+    while not (out / "checkpoint.pt").exists(): time.sleep(.001)
+    time.sleep(random.uniform(.05, .4))
+    if how == "writing":
+        while not (out / ".checkpoint.pt.tmp").exists(): pass
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "the run ended before it was killed"
+    kills[how] += 1
+    step = checkpoint.load(out / "checkpoint.pt")["step"]
+print(json.dumps(kills | {"step": step, "left beside": (out / ".checkpoint.pt.tmp").exists()}))
+"""
+
+
+def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    seed = int.from_bytes(os.urandom(2), "big")
+    killed = subprocess.run([sys.executable, "-c", KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)], capture_output=True, text=True, env=env)
+    assert killed.returncode == 0, f"seed {seed}: {killed.stderr}"
+    found = json.loads(killed.stdout.splitlines()[-1])
+    assert found["random"] == found["writing"] == 10
+    epochs = str(found["step"] // 100 + 2)
+    assert optgen("train", "--resume", tmp_path / "killed", "--epochs", epochs, "--progress", "none").returncode == 0
+    assert optgen(*TINY, "--epochs", epochs, "--out", tmp_path / "whole").returncode == 0
+    assert_same(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from optgen.cli import main; main()", *TINY, "--epochs", "2", "--checkpoint-steps", "1", "--out", str(out)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (out / "checkpoint.pt").exists(): time.sleep(.002)
+    child.send_signal(signum)
+    said = child.communicate()[1]
+    assert child.returncode == 128 + signum and len(said.splitlines()) == 1
+    command = said.split("go on with: optgen ")[1].split()
+    assert optgen(*command, "--progress", "none").returncode == 0
+    assert_same(out, tiny_run)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
+    import resource
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    before = weights(run)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+    full = optgen("train", "--resume", run, "--epochs", "4", "--progress", "none", preexec_fn=limit)
+    assert full.returncode == 1 and len(full.stderr.splitlines()) == 1
+    assert "cannot write" in full.stderr and "the one written before is whole" in full.stderr
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(run).values()))
+    assert not list(run.glob(".*.tmp"))
+    assert optgen("train", "--resume", run, "--epochs", "4", "--progress", "none").returncode == 0
+    assert len(log(run)) == 4
+
+
+def damage(run, how):
+    path = run / "checkpoint.pt"
+    whole = path.read_bytes()
+    if how == "truncated": path.write_bytes(whole[: len(whole) // 2])
+    if how == "altered":
+        at = len(whole) // 2
+        path.write_bytes(whole[:at] + bytes(b ^ 0xFF for b in whole[at : at + 64]) + whole[at + 64 :])
+    if how == "empty": path.write_bytes(b"")
+    if how == "foreign": torch.save({"weight": torch.ones(3)}, path)
+    if how == "newer": torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION + 1, "state": {}}, path)
+    if how == "absent": path.unlink()
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("how, says", [("truncated", "truncated"), ("altered", "altered"), ("empty", "truncated"), ("foreign", "not written by optgen"),
+                                       ("newer", "upgrade"), ("absent", "no checkpoint")])
+def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, tiny_run, capsys, command, how, says):
+    from optgen.cli import main
+    if command == "train" and how == "absent": pytest.skip("a run killed before its first checkpoint begins anew")
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    damage(run, how)
+    kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(SystemExit) as end: main(["train", "--resume", str(run), "--epochs", "3"] if command == "train" else [command, str(run)])
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and len(said.splitlines()) == 1 and says in said and "checkpoint.pt" in said
+    assert all(p.read_bytes() == content for p, content in kept.items())
+
+
+class Bomb:
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("wrap", [lambda bomb, path: pickle.dump(bomb, open(path, "wb")), torch.save,
+                                  lambda bomb, path: torch.save({"format": checkpoint.FORMAT, "version": 1, "state": {"scheme": bomb}}, path)])
+def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_run, capsys, wrap):
+    from optgen.cli import main
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    wrap(Bomb(str(tmp_path / "exploded")), run / "checkpoint.pt")
+    for command in (["sample", str(run)], ["evaluate", str(run)], ["train", "--resume", str(run)]):
+        with pytest.raises(SystemExit) as end: main(command)
+        assert end.value.code == 1 and not (tmp_path / "exploded").exists()
+    capsys.readouterr()
+
+
+def test_a_broken_run_is_named_and_its_last_checkpoint_kept(tmp_path):
+    done = optgen(*TINY, "--optimizer", "sgd", "--lr", "1e30", "--checkpoint-steps", "1", "--epochs", "1", "--out", tmp_path / "run")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "of player 'model' is not finite" in done.stderr
+    step = int(done.stderr.split("step ")[1].split(":")[0])
+    state = checkpoint.load(tmp_path / "run/checkpoint.pt")
+    assert state["step"] == step - 1
