@@ -42,9 +42,10 @@ contrast = r"""() => {
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
   const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
   const behind = e => { if (!e) return [255, 255, 255, 1]; const c = rgba(getComputedStyle(e).backgroundColor); return c[3] >= 1 ? c : over(c, behind(e.parentElement)); };
-  const seen = new Map(), walker = document.createTreeWalker(document.querySelector(".page"), NodeFilter.SHOW_TEXT);
+  const seen = new Map(), tokens = new Set(), walker = document.createTreeWalker(document.querySelector(".page"), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const e = walker.currentNode.parentElement;
+    if (e.matches(".highlight pre > span")) { if (tokens.has(e.className)) continue; tokens.add(e.className); }
     if (!walker.currentNode.data.trim() || e.closest("script, style, mjx-assistive-mml, .headerlink, .back-to-top") || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
     const style = getComputedStyle(e), back = behind(e), fore = over(rgba(style.color), back), size = parseFloat(style.fontSize), [a, b] = [light(fore), light(back)];
     const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05), needed = size >= 24 || size >= 18.66 && style.fontWeight >= 700 ? 3 : 4.5;

@@ -1,5 +1,5 @@
 "Committed, executed notebooks -> sources that MyST-NB reads: nbdev's directives and Quarto's habits are mapped, nothing is run."
-import json, os, re, shutil
+import os, re, shutil
 from html import escape
 from pathlib import Path
 
