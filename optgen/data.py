@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'ASSETS', 'DataError', 'Batch', 'Images', 'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'digits',
-           'read_image', 'ImageFiles', 'image_folder', 'load', 'bernoulli', 'Order', 'Source', 'Loader', 'ring_centers',
-           'grid_centers', 'ring', 'grid', 'two_moons']
+           'read_image', 'ImageFiles', 'image_folder', 'load', 'hold_out', 'bernoulli', 'Order', 'Source', 'Loader',
+           'ring_centers', 'grid_centers', 'ring', 'grid', 'two_moons']
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4
 import gzip, lzma, math, os, zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
@@ -60,6 +60,10 @@ class Images:
 
     @property
     def shape(self): return tuple(self.images.shape[1:])
+
+    def take(self, places: torch.Tensor):
+        r"The images at these places, (n,) int64."
+        return replace(self, images=self.images[places], labels=None if self.labels is None else self.labels[places])
 
     @cached_property
     def fingerprint(self):
@@ -203,6 +207,11 @@ class ImageFiles(Dataset):
             "pass channels=1 to take all in grey or channels=3 in colour")
         return x
 
+    def take(self, places: torch.Tensor):
+        r"The images at these places, (n,) int64."
+        labels = None if self.labels is None else self.labels[places]
+        return ImageFiles([self.files[i] for i in places.tolist()], labels, self.shape[1], None if self.strict else self.shape[0], self.name, self.split, self.classes)
+
     def read(self):
         r"All of it, in memory."
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
@@ -257,6 +266,18 @@ def load(
     raise _bad(repr(str(name)), "neither the name of a set nor a folder", f"pass one of {', '.join(_sets)}, or the path of a folder of images")
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-12
+def hold_out(
+    data: Images|ImageFiles, # of N images
+    part: float=.1,          # $h$ in (0, 1)
+    seed: int=0,             # of the choice
+) -> tuple:                  # (rest, held), each in the order of `data`; DataError if either would be empty
+    r"Part of a training set, kept for validation, Eq. (validation)."
+    n = math.ceil(part * len(data))
+    if not 0 < n < len(data): raise _bad(f"hold_out(part={part})", f"leaves {len(data) - n} and {n} of {len(data)} images", "pass a part between 0 and 1, or more images")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_hash("hold out", seed)))
+    return data.take(order[n:].sort().values), data.take(order[:n].sort().values)
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-13
 def bernoulli(
     pixels: torch.Tensor,            # uint8, any shape
     generator: torch.Generator|None=None, # on the device of `pixels`
@@ -264,7 +285,7 @@ def bernoulli(
     r"A draw of every pixel, Eq. (binarise)."
     return torch.empty_like(pixels).random_(0, 255, generator=generator).lt_(pixels)
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-13
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-14
 def _generator(device, *key): return torch.Generator(device).manual_seed(_hash(*key))
 
 class Order:
@@ -304,7 +325,7 @@ class Order:
         self.random.set_state(state["start"].cpu())
         self.epoch, self.batch, self.start, self.restored = state["epoch"], state["batch"], state["start"].cpu(), True
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-14
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
 def _stream(data, parts, workers, device):
     source = DataLoader(data, batch_sampler=[p.tolist() for p in parts], num_workers=workers, pin_memory=device.type == "cuda",
         generator=torch.Generator())  # one of its own, so that it leaves the global one alone
@@ -336,7 +357,7 @@ class Source:
             if self.noise: x = bernoulli(x, self.noise)
             yield Batch(x / (1 if self.binarize else 255), None if self.labels is None else self.labels.index_select(0, i))
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
 def _check_state(state, settings, noise, batches):
     need = ["epoch", "batch", "start"] + ["noise"] * (noise is not None)
     wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in settings.items() if state.get(k) != v] or [f"no {k}" for k in need if k not in state]
@@ -344,7 +365,7 @@ def _check_state(state, settings, noise, batches):
     if not wrong and noise and len(state["noise"]) != len(noise.get_state()): wrong = ["its noise was drawn on another kind of device"]
     if wrong: raise _bad("loader state", f"belongs to another loader ({'; '.join(wrong)})", "make the loader as it was when the state was saved")
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
 class Loader:
     r"Batches of an image set, epoch by epoch: an `Order` served by a `Source`."
     def __init__(self,
@@ -385,7 +406,7 @@ class Loader:
         self.order.load_state_dict(state)
         if self.noise: self.noise.set_state(state["noise"].cpu())
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-18
 def ring_centers(modes: int=8, radius: float=1., device=None):
     r"(modes, 2) centres on a circle, from the right and anticlockwise."
     angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
@@ -404,7 +425,7 @@ def _mixture(n, centers, std, generator):
     labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
     return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-18
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
 def ring(
     n: int,             # points
     modes: int=8,       # components
@@ -425,7 +446,7 @@ def grid(
     r"A square grid of Gaussians, Eq. (mixture)."
     return _mixture(n, grid_centers(side, spacing, _device(generator)), std, generator)
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-20
 def two_moons(
     n: int,             # points
     noise: float=.1,    # standard deviation about the curves
