@@ -214,14 +214,14 @@ def test_api_entries_carry_their_tables_and_sources(site):
 def faulty(tmp_path_factory, browser):
     "A site with one fault of each kind."
     nbs = tmp_path_factory.mktemp("faulty")
-    cell = lambda kind, source, **more: dict(cell_type=kind, id=f"c{abs(hash(source)) % 10**7}", metadata={}, source=source, **more)
+    cell = lambda kind, source, **more: dict(cell_type=kind, metadata={}, source=source, **more)
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
     page = "\n\n".join((r"# Faults", r"Left over: \\frac{1}{2}.", r"$$\undefinedmacro{x}$$", r"$$\frac{1}$$", "[gone](#gone)", "Eq. (nowhere)", "[absent](absent.ipynb)",
         '<img src="https://elsewhere.invalid/a.png">', '<div style="width: 3000px">wide</div>', "<script>console.error('told you')</script>",
         '<p style="color: #999; background: #aaa">pale</p>', f'<a href="{blob}/nowhere.py">x</a>'))
     figure = cell("code", "draw()", execution_count=None, outputs=[dict(output_type="display_data", metadata={}, data={"image/png": png})])
     for name, cells in dict(index=[cell("markdown", "# Index\n\n- [a](a.ipynb)")], a=[cell("markdown", page), figure]).items():
-        (nbs / f"{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+        (nbs / f"{name}.ipynb").write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=4)))
     out = tmp_path_factory.mktemp("pages") / "faulty"
     result, reader = build(out, "--notebooks", nbs), None
     reader = Reader(browser, out)

@@ -80,14 +80,15 @@ class Site:
 
     def keep(self, m, text, page):
         if m[3]: return self.words(m[0], page) if eqref.fullmatch(m[0]) else m[0]
-        if m[5]: return self.code(m[0], text, m.start(), page)
+        if m[5]: return self.code(m[0], text, m, page)
         if m[6] and eqref.fullmatch(m[0]): return self.words(m[0], page)
         return m[0]
 
-    def code(self, code, text, at, page):
-        name, line = re.sub(r"\(\w*\)$", "", code.strip("`")), text[text.rfind("\n", 0, at) + 1:at]
+    def code(self, code, text, m, page):
+        "A name of the API becomes a link, unless it stands in a heading or in a link already."
+        name, line = re.sub(r"\(\w*\)$", "", code.strip("`")), text[text.rfind("\n", 0, m.start()) + 1:m.start()]
         found = self.known.get(name) or self.known.get(name.rpartition(".")[0])
-        if line.startswith("#") or line.count("[") > line.count("]") or not found: return code
+        if not found or line.startswith("#") or re.match(r"[^\[\]\n]*\]\(", text[m.end():]): return code
         return f"{{py:obj}}`{code.strip('`')} <{found.full}>`"
 
     def callout(self, m):

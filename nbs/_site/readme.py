@@ -24,11 +24,12 @@ def main():
         if cell.cell_type != "code": continue
         flags, options, cell.source = directives(cell.source)
         if flags & {"hide", "default_exp"} or options.get("include") is False: continue
-        if options.get("echo") is False: cell.metadata["tags"] = ["remove-input"]
         if options.get("output") is False: cell.outputs = []
-        alts += [options.get("fig-alt", "")] * sum("image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {}) for o in cell.outputs)
+        figures = sum("image/png" in o.get("data", {}) or "image/svg+xml" in o.get("data", {}) for o in cell.outputs)
+        alts += [options.get("fig-alt", "")] * figures
+        if options.get("echo", not figures) is False: cell.metadata["tags"] = ["remove-input"]
         kept.append(cell)
-    nb.cells = kept
+    nb.cells, nb.metadata["language_info"] = kept, {"name": "python"}
     config = Config(TagRemovePreprocessor=dict(enabled=True, remove_input_tags={"remove-input"}))
     text, resources = MarkdownExporter(config=config).from_notebook_node(nb)
     shutil.rmtree(files, ignore_errors=True)
@@ -37,6 +38,6 @@ def main():
         text = text.replace(f"]({name})", f"]({files.name}/{name})")
     alts = iter(alts)
     text = re.sub(r"!\[(?:png|svg)\]", lambda m: f"![{next(alts)}]", text)
-    (repo / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n", encoding="utf-8")
+    (repo / "README.md").write_text(re.sub(r"\n(?:[ \t]*\n){2,}", "\n\n", text).strip() + "\n", encoding="utf-8")
 
 if __name__ == "__main__": main()
