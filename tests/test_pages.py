@@ -8,10 +8,12 @@ import pytest
 
 repo = Path(__file__).resolve().parent.parent
 chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
-missing = [m for m in ("playwright", "sphinx", "myst_nb", "furo", "sphinx-mathjax-offline") if importlib.util.find_spec(m) is None] + ["Chromium"] * (not chromium)
+missing = [m for m in ("playwright", "sphinx", "myst_nb", "furo", "sphinx-mathjax-offline") if importlib.util.find_spec(m) is None]
+missing += ["Chromium"] * (not chromium)
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"the pages need {', '.join(missing)}, absent here")
 
-flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+flags = ("--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+         "--disable-component-update --disable-sync").split()
 wide, narrow = dict(width=1400, height=900), dict(width=400, height=800)
 
 # What a page shows, asked of the browser after its formulas are set. Code is code: nothing in it counts as TeX left over.
@@ -19,37 +21,47 @@ survey = r"""() => {
   const texts = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const node = walker.currentNode, box = node.parentElement;
-    if (node.data.trim() && !box.closest("pre, code, script, style, noscript, textarea, mjx-container") && box.checkVisibility()) texts.push(node.data);
+    if (!node.data.trim() || box.closest("pre, code, script, style, noscript, textarea, mjx-container")) continue;
+    if (box.checkVisibility()) texts.push(node.data);
   }
   return {
     title: document.title, texts, math: document.querySelectorAll("mjx-container").length,
-    errors: [...document.querySelectorAll('mjx-merror, [data-mjx-error], [data-mml-node="merror"], mjx-container [fill="red"]')].map(e => e.closest("mjx-container")?.innerText || e.textContent),
+    errors: [...document.querySelectorAll('mjx-merror, [data-mjx-error], [data-mml-node="merror"], mjx-container [fill="red"]')]
+      .map(e => e.closest("mjx-container")?.innerText || e.textContent),
     ids: [...document.querySelectorAll("[id]")].map(e => e.id),
     links: [...document.querySelectorAll("a[href]")].map(a => a.href),
     images: [...document.images].map(i => ({src: i.src, alt: i.alt, width: i.naturalWidth})),
   };
 }"""
-# What is wider than the page and lies in no smaller box that scrolls; the theme clips it or lets the whole text slide, so that the page itself does not grow.
+# What is wider than the page and lies in no smaller box that scrolls; the theme clips it or lets the whole text slide, so that the
+# page itself does not grow.
 spill = """() => {
-  const width = document.documentElement.clientWidth, page = document.scrollingElement, out = page.scrollWidth > innerWidth ? [`the page: ${page.scrollWidth} of ${innerWidth} px`] : [];
+  const width = document.documentElement.clientWidth, page = document.scrollingElement, right = e => Math.round(e.getBoundingClientRect().right);
+  const out = page.scrollWidth > innerWidth ? [`the page: ${page.scrollWidth} of ${innerWidth} px`] : [];
   const scrolls = e => e && !e.matches(".content, body") && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
   for (const e of document.querySelectorAll(".main *"))
-    if (e.getBoundingClientRect().right > width + 1 && e.checkVisibility() && !e.closest("svg, mjx-assistive-mml, .toc-drawer") && !scrolls(e)) out.push(`${Math.round(e.getBoundingClientRect().right)} of ${width} px: ${e.outerHTML.slice(0, 120)}`);
+    if (right(e) > width + 1 && e.checkVisibility() && !e.closest("svg, mjx-assistive-mml, .toc-drawer") && !scrolls(e))
+      out.push(`${right(e)} of ${width} px: ${e.outerHTML.slice(0, 120)}`);
   return out.slice(0, 5);
 }"""
 contrast = r"""() => {
   const rgba = c => { const v = c.match(/[\d.]+/g).map(Number); return v.length < 4 ? [...v, 1] : v; };
   const over = (a, b) => [0, 1, 2].map(i => a[i] * a[3] + b[i] * (1 - a[3])).concat(1);
-  const light = c => { const [r, g, b] = c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
-  const behind = e => { if (!e) return [255, 255, 255, 1]; const c = rgba(getComputedStyle(e).backgroundColor); return c[3] >= 1 ? c : over(c, behind(e.parentElement)); };
+  const linear = c => c.map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const light = c => { const [r, g, b] = linear(c); return .2126 * r + .7152 * g + .0722 * b; };
+  const own = e => rgba(getComputedStyle(e).backgroundColor);
+  const behind = e => !e ? [255, 255, 255, 1] : own(e)[3] >= 1 ? own(e) : over(own(e), behind(e.parentElement));
   const seen = new Map(), tokens = new Set(), walker = document.createTreeWalker(document.querySelector(".page"), NodeFilter.SHOW_TEXT);
   while (walker.nextNode()) {
     const e = walker.currentNode.parentElement;
     if (e.matches(".highlight pre > span")) { if (tokens.has(e.className)) continue; tokens.add(e.className); }
-    if (!walker.currentNode.data.trim() || e.closest("script, style, mjx-assistive-mml, .headerlink, .back-to-top") || !e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
-    const style = getComputedStyle(e), back = behind(e), fore = over(rgba(style.color), back), size = parseFloat(style.fontSize), [a, b] = [light(fore), light(back)];
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05), needed = size >= 24 || size >= 18.66 && style.fontWeight >= 700 ? 3 : 4.5;
-    if (ratio < needed) seen.set(style.color + back, `${ratio.toFixed(2)} < ${needed}: ${style.color} on ${back.slice(0, 3)}: ${walker.currentNode.data.trim().slice(0, 40)}`);
+    const text = walker.currentNode.data.trim();
+    if (!text || e.closest("script, style, mjx-assistive-mml, .headerlink, .back-to-top")) continue;
+    if (!e.checkVisibility({opacityProperty: true, visibilityProperty: true})) continue;
+    const style = getComputedStyle(e), back = behind(e), fore = over(rgba(style.color), back), size = parseFloat(style.fontSize);
+    const a = light(fore), b = light(back), ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+    const needed = size >= 24 || size >= 18.66 && style.fontWeight >= 700 ? 3 : 4.5;
+    if (ratio < needed) seen.set(style.color + back, `${ratio.toFixed(2)} < ${needed}: ${style.color} on ${back.slice(0, 3)}: ${text.slice(0, 40)}`);
   }
   return [...seen.values()];
 }"""
@@ -121,11 +133,12 @@ class Reader:
                 if url.startswith(self.base):
                     path = unquote(urlsplit(url).path).lstrip("/") or "index.html"
                     if not (self.folder / path).is_file(): out.append(f"{name}: {link} leads nowhere")
-                    elif anchor and path in self.pages and unquote(anchor) not in self.pages[path]["ids"]: out.append(f"{name}: {path} has no #{anchor}")
+                    elif anchor and unquote(anchor) not in self.pages.get(path, {"ids": [unquote(anchor)]})["ids"]:
+                        out.append(f"{name}: {path} has no #{anchor}")
                 elif url.startswith(blob):
-                    path = repo / unquote(url[len(blob):]).lstrip("/")
+                    path, line = repo / unquote(url[len(blob):]).lstrip("/"), re.fullmatch(r"L(\d+)", anchor)
                     if not path.exists(): out.append(f"{name}: {link} is not in the repository")
-                    elif (line := re.fullmatch(r"L(\d+)", anchor)) and int(line[1]) > len(path.read_text(encoding="utf-8").splitlines()): out.append(f"{name}: {link}: no such line")
+                    elif line and int(line[1]) > len(path.read_text(encoding="utf-8").splitlines()): out.append(f"{name}: {link}: no such line")
                 elif not url.startswith(("http://", "https://", "mailto:")): out.append(f"{name}: {link} is no link")
         return out
 
@@ -135,7 +148,8 @@ def settings():
 
 blob = f"{settings()['git_url']}/blob/{settings()['branch']}"
 
-def build(out, *options): return subprocess.run([sys.executable, repo / "nbs" / "_site" / "build.py", "--out", out, *options], capture_output=True, text=True)
+def build(out, *options):
+    return subprocess.run([sys.executable, repo / "nbs" / "_site" / "build.py", "--out", out, *options], capture_output=True, text=True)
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
@@ -216,7 +230,8 @@ def faulty(tmp_path_factory, browser):
     nbs = tmp_path_factory.mktemp("faulty")
     cell = lambda kind, source, **more: dict(cell_type=kind, metadata={}, source=source, **more)
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    page = "\n\n".join((r"# Faults", r"Left over: \\frac{1}{2}.", r"$$\undefinedmacro{x}$$", r"$$\frac{1}$$", "[gone](#gone)", "Eq. (nowhere)", "[absent](absent.ipynb)",
+    page = "\n\n".join((r"# Faults", r"Left over: \\frac{1}{2}.", r"$$\undefinedmacro{x}$$", r"$$\frac{1}$$",
+        "[gone](#gone)", "Eq. (nowhere)", "[absent](absent.ipynb)",
         '<img src="https://elsewhere.invalid/a.png">', '<div style="width: 3000px">wide</div>', "<script>console.error('told you')</script>",
         '<p style="color: #999; background: #aaa">pale</p>', f'<a href="{blob}/nowhere.py">x</a>'))
     figure = cell("code", "draw()", execution_count=None, outputs=[dict(output_type="display_data", metadata={}, data={"image/png": png})])
@@ -230,11 +245,16 @@ def faulty(tmp_path_factory, browser):
 
 def test_the_build_refuses_what_it_can_see(faulty):
     assert faulty[0].returncode == 1
-    for words in ("Eq. (nowhere) is cited and defined nowhere", "link to absent.ipynb", "draws a figure without", "gone"): assert words in faulty[0].stderr
+    for words in ("Eq. (nowhere) is cited and defined nowhere", "link to absent.ipynb", "draws a figure without", "gone"):
+        assert words in faulty[0].stderr
 
 def test_the_browser_sees_the_rest(faulty):
     site = faulty[1]
-    for found, word in ((site.faults(), "console: told you"), (site.faults(), "another host: https://elsewhere.invalid"), (site.faults(), "failed"), (site.raw_tex(), r"\frac"),
-        (site.bad_math(), "undefinedmacro"), (site.bad_math(), "Missing argument"), (site.links(blob), "#gone"), (site.links(blob), "nowhere.py is not in the repository"),
-        (site.images(), "elsewhere.invalid"), (site.images(), "alt=''"), (site.spills(400), "wide"), (site.spills(1400), "3"), (site.pale("light"), "pale"), (site.pale("dark"), "pale")):
-        assert any(word in f for f in found), (word, found)
+    seen = {
+        "console: told you": site.faults(), "another host: https://elsewhere.invalid": site.faults(), "failed": site.faults(),
+        r"\frac": site.raw_tex(), "undefinedmacro": site.bad_math(), "Missing argument": site.bad_math(),
+        "#gone": site.links(blob), "nowhere.py is not in the repository": site.links(blob),
+        "elsewhere.invalid": site.images(), "alt=''": site.images(), "wide": site.spills(400), "3000": site.spills(1400),
+        "pale": site.pale("light"), ": pale": site.pale("dark"),
+    }
+    for word, found in seen.items(): assert any(word in f for f in found), (word, found)

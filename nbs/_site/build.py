@@ -27,7 +27,8 @@ def main():
     with TemporaryDirectory() as work:
         source, built = Path(work) / "source", Path(work) / "html"
         site.write(source)
-        failed = sphinx(["-q", "-W", "--keep-going", "-c", str(here), "-D", f"html_extra_path={source / '_extra'}", "-d", f"{work}/doctrees", str(source), str(built)])
+        failed = sphinx(["-q", "-W", "--keep-going", "-c", str(here), "-D", f"html_extra_path={source / '_extra'}", "-d", f"{work}/doctrees",
+                         str(source), str(built)])
         shutil.rmtree(args.out, ignore_errors=True); shutil.copytree(built, args.out, ignore=shutil.ignore_patterns(".buildinfo*", "_sources"))
     for problem in site.problems: print(f"{problem}", file=sys.stderr)
     if not (failed or site.problems): print(f"{len(site.pages)} notebooks -> {args.out / 'index.html'}")

@@ -39,8 +39,8 @@ html_copy_source = html_show_sourcelink = html_use_index = False
 html_logo = str(here / "static" / "favicon.svg")
 html_theme_options = dict(
     top_of_page_buttons=[],
-    light_css_variables={"color-brand-primary": "#1d5a9f", "color-brand-content": "#1d5a9f", "color-api-name": "#8a2f6b", "color-api-pre-name": "#646a73"},
-    dark_css_variables={"color-brand-primary": "#8ab8f0", "color-brand-content": "#8ab8f0", "color-api-name": "#f0a3d0", "color-api-pre-name": "#9aa0a8"},
+    light_css_variables={"color-brand-primary": "#1d5a9f", "color-brand-content": "#1d5a9f", "color-api-name": "#8a2f6b"},
+    dark_css_variables={"color-brand-primary": "#8ab8f0", "color-brand-content": "#8ab8f0", "color-api-name": "#f0a3d0"},
 )
 pygments_style, pygments_dark_style = "a11y-high-contrast-light", "github-dark"
 
@@ -70,7 +70,8 @@ def display_math(self, node):
     if len(names) == 1: text = tag.sub("", text)
     anchors = "".join(f'<span id="eq-{name}"></span>' for name in names)
     label = f'<a class="eqno" href="#eq-{names[0]}">({names[0]})</a>' if len(names) == 1 else ""
-    self.body.append(f'<div class="equation">{anchors}{self.starttag(node, "div", "", CLASS="math")}\\[{self.encode(text.strip())}\\]</div>{label}</div>')
+    formula = self.starttag(node, "div", "", CLASS="math") + rf"\[{self.encode(text.strip())}\]</div>"
+    self.body.append(f'<div class="equation">{anchors}{formula}{label}</div>')
     raise nodes.SkipNode
 
 def keep_punctuation(app, doctree, docname):

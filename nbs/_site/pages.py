@@ -9,7 +9,8 @@ from symbols import only_imports, symbols
 
 option = re.compile(r"^#\|\s*(.*?)\s*$")
 fence = r"^(?P<f>`{3,}|~{3,}).*?^(?P=f)[`~]*[ ]*$"
-literal = re.compile(rf"({fence})|(\$\$.*?\$\$|^\\begin\{{(\w+\*?)\}}.*?\\end\{{\4\}})|(`[^`\n]+`)|((?<![\\$])\$(?!\s)[^$\n]*(?:\n(?!\s*\n)[^$\n]*)*(?<!\s)\$(?!\d))", re.M | re.S)
+display, inline = r"\$\$.*?\$\$|^\\begin\{(\w+\*?)\}.*?\\end\{\4\}", r"(?<![\\$])\$(?!\s)[^$\n]*(?:\n(?!\s*\n)[^$\n]*)*(?<!\s)\$(?!\d)"
+literal = re.compile(f"({fence})|({display})|(`[^`\n]+`)|({inline})", re.M | re.S)
 tag = re.compile(r"\\tag\{([\w.-]+)\}")
 cited = re.compile(r"Eqs?\.\s*\([\w.-]+\)(?:(?:,| and|, and| or| to|[–-])\s*\([\w.-]+\))*")
 eqref = re.compile(r"\$?\\eqref\{([\w.-]+)\}\$?")
@@ -37,7 +38,8 @@ class Page:
         for cell in self.nb.cells:
             if cell.cell_type == "code" and (m := re.search(r"^#\|\s*default_exp\s+(\S+)", cell.source, re.M)): self.module = f"{lib}.{m[1]}"
             if cell.cell_type == "raw" and cell.source.startswith("---"): self.front_matter(cell)
-        if m := next(filter(None, (re.search(r"^# (.+?)(?: \{#.*\})?$(?:\s*^((?:>.*\n?)+))?", c.source, re.M) for c in self.nb.cells if c.cell_type == "markdown")), None):
+        heads = (re.search(r"^# (.+?)(?: \{#.*\})?$(?:\s*^((?:>.*\n?)+))?", c.source, re.M) for c in self.nb.cells if c.cell_type == "markdown")
+        if m := next(filter(None, heads), None):
             self.title, self.lead = m[1].strip(), re.sub(r"^> ?", "", m[2] or "", flags=re.M).replace("\n", " ").strip()
         for cell in self.nb.cells:
             if cell.cell_type == "markdown": self.tags += [t for m in literal.finditer(cell.source) if m[3] for t in tag.findall(m[3])]
@@ -50,7 +52,8 @@ class Page:
     def front_matter(self, cell):
         "Quarto's title and description become what every other notebook writes: an H1 and a blockquote."
         fields = yaml.safe_load(cell.source.strip("-\n ")) or {}
-        cell.cell_type, cell.source = "markdown", f"# {fields.get('title', self.rel.stem)}\n\n" + (f"> {fields['description']}\n" if fields.get("description") else "")
+        lead = f"> {fields['description']}\n" if fields.get("description") else ""
+        cell.cell_type, cell.source = "markdown", f"# {fields.get('title', self.rel.stem)}\n\n{lead}"
 
 class Site:
     "All pages, and what they need to know of one another."
@@ -99,8 +102,10 @@ class Site:
         text = re.sub(r"^(#+ .*?)\s*\{#([\w-]+)[^}]*\}\s*$", r"(\2)=\n\1", text, flags=re.M)
         text = re.sub(r"^:{3,}\s*(\{[^}]*\})?\s*$", "", text, flags=re.M)
         text = re.sub(r"(\]\([^)\s]*\))\{[^}]*\}", r"\1", text)
-        text = re.sub(r"(!?)(\[[^\]]*\]|\])\(([^)\s]+)((?:\s+\"[^\"]*\")?)\)", lambda m: f"{m[1]}{m[2]}({self.link(m[3], page, bool(m[1]))}{m[4]})", text)
-        text = cited.sub(lambda m: re.sub(r"\(([\w.-]+)\)", lambda e: self.equation(e[1], page), re.sub(r"\.\s*\(", ".\N{NO-BREAK SPACE}(", m[0], count=1)), text)
+        text = re.sub(r"(!?)(\[[^\]]*\]|\])\(([^)\s]+)((?:\s+\"[^\"]*\")?)\)",
+                      lambda m: f"{m[1]}{m[2]}({self.link(m[3], page, bool(m[1]))}{m[4]})", text)
+        whole = lambda m: re.sub(r"\.\s*\(", ".\N{NO-BREAK SPACE}(", m[0], count=1)
+        text = cited.sub(lambda m: re.sub(r"\(([\w.-]+)\)", lambda e: self.equation(e[1], page), whole(m)), text)
         return eqref.sub(lambda m: self.equation(m[1], page), text)
 
     def equation(self, name, page):
@@ -133,7 +138,8 @@ class Site:
                 cells.append(new_markdown_cell(source))
             elif cell.cell_type == "code": cells += self.code_cell(cell, n, page, explicit)
         if not headed: self.problem(page, "no H1")
-        nb = nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python", "pygments_lexer": "python"}})
+        nb = nbformat.v4.new_notebook(cells=cells, metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python", "pygments_lexer": "python"}})
         target = self.out / f"{page.doc}.ipynb"; target.parent.mkdir(parents=True, exist_ok=True)
         if page.doc == "index": cells.append(new_markdown_cell(self.contents()))
         nbformat.write(nb, target)
@@ -143,7 +149,8 @@ class Site:
         "Below title and lead: the module, the notebook at the repository, the notebook itself."
         up = "../" * page.doc.count("/")
         links = [f'<a class="module" href="{up}api.html#{page.module.replace(".", "-")}"><code>{page.module}</code></a>'] if page.symbols else []
-        links += [f'<a href="{self.blob}/{escape(os.path.relpath(page.path, self.repo))}">source notebook</a>', f'<a href="{up}notebooks/{page.rel.as_posix()}" download>download</a>']
+        links += [f'<a href="{self.blob}/{escape(os.path.relpath(page.path, self.repo))}">source notebook</a>']
+        links += [f'<a href="{up}notebooks/{page.rel.as_posix()}" download>download</a>']
         m = re.match(r"\s*# .*\n?(?:\s*(?:^>.*\n?)+)?", source, re.M)
         return f'{m[0].rstrip()}\n\n<p class="nb-meta">{" ".join(links)}</p>\n\n{source[m.end():].lstrip()}'
 
@@ -164,7 +171,8 @@ class Site:
         imports = only_imports(cell.source)
         if options.get("code-fold", drawn or imports) in (True, "true"):
             tags.append("hide-input")
-            mystnb["code_prompt_show"] = mystnb["code_prompt_hide"] = options.get("code-summary", "Imports" if imports else "Code of the figure" if drawn else "Code")
+            summary = options.get("code-summary", "Imports" if imports else "Code of the figure" if drawn else "Code")
+            mystnb["code_prompt_show"] = mystnb["code_prompt_hide"] = summary
         if options.get("fig-cap"): mystnb["figure"] = {"caption": options["fig-cap"]}
         return [nbformat.v4.new_code_cell(cell.source, outputs=outputs, metadata={"tags": tags, "mystnb": mystnb}), *entries]
 
@@ -200,10 +208,11 @@ class Site:
     def api(self):
         "Every public name, by module, with its one line."
         self.here = "api"
-        out = ["# API", "", f"> Every public name of `{self.lib}`, by module. Each leads to its signature, its arguments, and the derivation beside it.", ""]
+        out = [f"# API\n\n> Every public name of `{self.lib}`, by module. Each leads to its signature, its arguments and its derivation.\n"]
         for page in self.pages:
             if not page.symbols: continue
-            out += [f"({page.module.replace('.', '-')})=", f"## `{page.module}`", "", f"From [{page.title}](/{page.doc}.ipynb).", "", "| Name | What it is |", "| --- | --- |"]
+            out += [f"({page.module.replace('.', '-')})=\n## `{page.module}`\n\nFrom [{page.title}](/{page.doc}.ipynb).\n"]
+            out += ["| Name | What it is |", "| --- | --- |"]
             out += [f"| {{py:obj}}`{s.name} <{s.full}>` | " + self.prose(s.summary, page).replace("|", r"\|") + " |" for s in page.symbols] + [""]
         return "\n".join(out)
 

@@ -41,13 +41,15 @@ class Symbol:
 
     def text(self, node): return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node)) if node else ""
 
+    def alone(self, line): return self.lines[line - 1].lstrip().startswith("#")
+
     def note(self, node, taken, body):
         "The comment beside an argument, else the comment lines above it."
         line = node.end_lineno
         if line >= body: return ""
         if line in self.notes: return self.notes[line]
         above = []
-        while (line := line - 1) in self.notes and line not in taken and self.lines[line - 1].lstrip().startswith("#"): above.insert(0, self.notes[line])
+        while (line := line - 1) in self.notes and line not in taken and self.alone(line): above.insert(0, self.notes[line])
         return " ".join(above)
 
     def table(self):
@@ -68,20 +70,22 @@ class Symbol:
         args, body = arguments(node)[skip:], node.body[0].lineno
         ends = [max((n for n in (a, default) if n), key=lambda n: (n.end_lineno, n.end_col_offset)) for _, a, default in args]
         taken = {e.end_lineno for e in ends}
-        rows = [(prefix + a.arg, self.text(a.annotation), self.text(default), self.note(end, taken, body)) for (prefix, a, default), end in zip(args, ends)]
+        rows = [(prefix + a.arg, self.text(a.annotation), self.text(default), self.note(end, taken, body))
+                for (prefix, a, default), end in zip(args, ends)]
         last = max(taken | {node.lineno})
         if last == node.lineno and last in self.notes: # a signature of one line: its comment tells of the result, or of the whole
             rows = [(*row[:3], "") for row in rows]
             if node.returns and body > last: return rows, (self.text(node.returns), self.notes[last])
             if not self.doc: self.doc = self.notes[last]
-        details = next((self.notes[n] for n in range(body - 1, last, -1) if n in self.notes and not self.lines[n - 1].lstrip().startswith("#")), "")
+        details = next((self.notes[n] for n in range(body - 1, last, -1) if n in self.notes and not self.alone(n)), "")
         return rows, (self.text(node.returns), details)
 
     @property
     def signature(self):
         if self.kind == "property" or self.is_class and not self.rows: return ""
-        args = ", ".join(name + (f": {kind}" if kind else "") + ((" = " if kind else "=") + default if default else "") for name, kind, default, _ in self.rows_with_marks())
-        return f"({args})" + (f" -> {self.returns[0]}" if self.returns[0] else "")
+        args = [name + (f": {kind}" if kind else "") + ((" = " if kind else "=") + default if default else "")
+                for name, kind, default, _ in self.rows_with_marks()]
+        return f"({', '.join(args)})" + (f" -> {self.returns[0]}" if self.returns[0] else "")
 
     def rows_with_marks(self):
         "The rows, with the bare `*` and `/` that a signature shows and a table does not."
@@ -113,7 +117,7 @@ class Symbol:
         out += [f":{flag}:" for flag in ("staticmethod", "classmethod") if flag in self.decorators]
         if self.kind == "property" and self.returns[0]: out.append(f":type: {self.returns[0]}")
         out += ["", prose(self.doc), "", lone, ""]
-        if rows: out += ["| " + " | ".join(line) + " |" for line in ([heads[i] for i in used], ["---"] * len(used), *([r[i] for i in used] for r in rows))] + [""]
+        if rows: out += ["| " + " | ".join(row[i] for i in used) + " |" for row in (heads, ["---"] * 4, *rows)] + [""]
         for m in self.members(): out += [m.markdown(prose, depth - 1), ""]
         return "\n".join(out + [fence])
 

@@ -1,4 +1,4 @@
-// Mathematics: typeset only what Sphinx marked as such; afterwards say so, and let a formula wider than its column shrink a little, then scroll by itself.
+// Mathematics: typeset only what Sphinx marked as such; afterwards say so. A formula wider than its column shrinks a little, then scrolls by itself.
 window.MathJax = {
   startup: {
     elements: [".math"],
@@ -10,8 +10,10 @@ window.MathJax = {
 };
 
 function fit() {
-  for (const formula of document.querySelectorAll("mjx-container:not([display])"))
-    formula.classList.toggle("wide", formula.firstElementChild.getBoundingClientRect().width > formula.closest("p, li, td, dd, blockquote, .content")?.clientWidth);
+  for (const formula of document.querySelectorAll("mjx-container:not([display])")) {
+    const column = formula.closest("p, li, td, dd, blockquote, .content");
+    formula.classList.toggle("wide", formula.firstElementChild.getBoundingClientRect().width > column?.clientWidth);
+  }
   for (const box of document.querySelectorAll(".equation > .math")) {
     box.style.fontSize = "";
     if (box.scrollWidth > box.clientWidth) box.style.fontSize = Math.max(.8, box.clientWidth / box.scrollWidth) + "em";
