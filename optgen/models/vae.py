@@ -24,7 +24,8 @@ def bernoulli_log_likelihood(
     logits, # $\ell$, (..., B, ...): shaped as `x`, after any leading sample dimensions
 ):          # nats, (..., B): summed over the pixels
     r"$\log p(x\mid z)$ from logits, Eq. (vae-bernoulli), in the wider of the two dtypes."
-    l = logits.to(torch.promote_types(x.dtype, logits.dtype))
+    dtype = torch.promote_types(x.dtype, logits.dtype)
+    x, l = x.to(dtype), logits.to(dtype)
     a = l.abs()
     return ((x - .5) * l - a / 2 - (1 + (-a).exp()).log()).flatten(1 - x.dim()).sum(-1)
 

@@ -1,0 +1,128 @@
+"Metrics of the installed package, against a model whose likelihood is known and on the VAEs."
+import math
+
+import pytest
+import torch
+
+from optgen.data import Loader, digits
+from optgen.metrics import active_units, bits_per_dim, distortion, elbo, evaluate_vae, importance_nll, latent_variance, log_weights, rate
+from optgen.models.vae import VAE, ConvVAE, elbo_terms
+from optgen.testing import LinearGaussian, assert_mean
+
+
+def rng(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def known(seed=0, n=100, dtype=torch.float64, **spoil):
+    "A linear-Gaussian model with an exact posterior (unless spoilt), data from it, and log p(x)."
+    W = torch.linalg.qr(torch.randn(5, 2, generator=rng(seed), dtype=dtype))[0] * torch.tensor([.6, 1.5], dtype=dtype)
+    model = LinearGaussian(W, W[:, 1].sin(), sigma=.8, **spoil)
+    x = torch.randn(n, 2, generator=rng(seed + 1), dtype=dtype) @ W.T + model.b + .8 * torch.randn(n, 5, generator=rng(seed + 2), dtype=dtype)
+    return model, x, model.marginal.log_prob(x)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spoil", [dict(shift=.2), dict(stretch=1.3), dict(shift=-.3, stretch=1.2)], ids=str)
+def test_nll_is_right_to_within_its_own_error(seed, spoil):
+    model, x, log_p = known(seed, n=300, **spoil)
+    found = importance_nll(model, x, k=2000, generator=rng(seed))
+    z = (found.nll + log_p) / found.mc_se
+    assert_mean(z, (found.mc_se / 2).mean())
+    assert_mean((z - z.mean())**2, 1.)
+    assert (found.mc_se < .1).all() and (1 < found.ess).all() and (found.ess <= 2000).all()
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_exact_posterior_has_no_variance(dtype, tol):
+    model, x, log_p = known(3, dtype=dtype)
+    found = importance_nll(model, x, k=50, generator=rng())
+    assert torch.allclose(found.nll, -log_p, rtol=tol) and found.mc_se.max() < 2e-3 and found.nll.dtype == dtype
+    assert log_weights(model, x, torch.randn(9, 100, 2, generator=rng(), dtype=dtype))[0].std(0).max() < tol * 10
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_elbo_below_iwae_below_likelihood(seed):
+    model, x, log_p = known(seed, n=1, shift=.4, stretch=1.3)
+    bound = {}
+    for k in (1, 4, 32):
+        log_w, _ = log_weights(model, x, torch.randn(k, 20_000, 2, generator=rng(k), dtype=x.dtype))
+        log_mean = log_w.logsumexp(0) - math.log(k)
+        bound[k] = log_mean.mean().item(), log_mean.std().item() / 20_000**.5
+    for (low, s), (high, t) in zip([bound[1], bound[4], bound[32]], [bound[4], bound[32], (log_p.item(), 0.)]): assert high - low > 5 * (s**2 + t**2)**.5
+    samples = torch.stack([elbo(model, x, k=200, generator=g) for g in [rng(seed)] for _ in range(100)])
+    assert_mean(samples, torch.tensor(bound[1][0], dtype=x.dtype), z=7)  # two sampled means: root two more
+
+
+def test_terms_add_up_and_agree_with_the_models():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = VAE(784, 16, 16, 3), digits("test").images[:5] / 255
+        eps = torch.randn(1, 5, 3, generator=rng(1))
+        d, r = elbo_terms(model, x, eps[0])
+    assert torch.allclose(rate(model, x), r) and torch.allclose(distortion(model, x, generator=rng(1)), d)
+    assert torch.allclose(elbo(model, x, generator=rng(1)), -d - r)
+    found = importance_nll(model, x, k=1, generator=rng(1))
+    assert torch.allclose(found.rate, r) and torch.allclose(found.distortion, d) and torch.allclose(found.ess, torch.ones(5))
+
+
+@pytest.mark.parametrize("kind", [lambda: VAE(784, 16, 16, 3), lambda: ConvVAE((1, 28, 28), 3, width=2)], ids=["VAE", "ConvVAE"])
+def test_evaluation_disturbs_nothing(kind):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = kind()
+        model.q_net.append(torch.nn.Dropout(.5)); model.q_net.eval()  # a part of the model that is frozen
+        modes = [m.training for m in model.modules()]
+        state = torch.get_rng_state()
+        data = digits("test").images[:60] / 255
+        a = evaluate_vae(model, data.split(25), k=7, chunk=20, seed=3)
+        b = evaluate_vae(model, Loader(digits("test"), 25, shuffle=False), k=1)
+        assert torch.equal(state, torch.get_rng_state()) and modes == [m.training for m in model.modules()]
+        assert not any(p.grad is not None for p in model.parameters())
+        assert a == evaluate_vae(model, data.split(25), k=7, chunk=20, seed=3) != evaluate_vae(model, data.split(25), k=7, chunk=20, seed=4)
+    assert a["n"] == 60 and b["n"] == 2000 and a["k"] == 7 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in a.values())
+    assert a["nll"] < -a["elbo"] and abs(a["bits_per_dim"] - a["nll"] / 784 / math.log(2)) < 1e-12
+
+
+@pytest.mark.parametrize("size", [1, 3, 64, 1000])
+def test_active_units_do_not_depend_on_the_batches(size):
+    means = torch.randn(1000, 4, generator=rng()) * torch.tensor([1., .12, .08, 0.]) - 200
+    assert torch.allclose(latent_variance(means.split(size)), means.double().var(0, correction=0).float(), rtol=2e-3)
+    assert active_units(means.split(size)) == 2
+
+
+def test_meta_device():
+    with torch.device("meta"): model, x = VAE(784, 16, 16, 3), torch.rand(6, 1, 28, 28)
+    assert all(t.is_meta and t.shape == (6,) for t in importance_nll(model, x, k=5, chunk=4))
+    assert elbo(model, x, k=3).is_meta and active_units([model.encoder(x)[0]]).is_meta
+
+
+def close_on(device, dtype):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = VAE(784, 32, 16, 3), (digits("test").images[:50] > 127).float()
+    exact = importance_nll(model, x, k=200, generator=rng())
+    model, x = model.to(device), x.to(device)
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        found = importance_nll(model, x, k=200, generator=torch.Generator(device).manual_seed(0))
+        assert evaluate_vae(model, x.split(20), k=20)["n"] == 50
+    assert all(t.dtype == torch.float32 and t.device == x.device for t in found)
+    assert torch.allclose(found.nll.cpu(), exact.nll, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_bfloat16_autocast(): close_on("cpu", torch.bfloat16)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda(dtype): close_on("cuda", dtype)
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda m, x: importance_nll(m, x, k=0), "k"), (lambda m, x: importance_nll(m, x, chunk=-1), "chunk"), (lambda m, x: importance_nll(m, x[:0]), "images"),
+    (lambda m, x: importance_nll(m, x.where(x > x.min(), math.nan), k=2), "NaN"), (lambda m, x: evaluate_vae(m, []), "no batches"),
+    (lambda m, x: bits_per_dim(1., 0), "dim"), (lambda m, x: active_units([]), "empty"), (lambda m, x: importance_nll(VAE(784, 4, 4, 2), x, k=2), "784 pixels")])
+def test_bad_input_is_one_clear_error(call, word):
+    model, x, _ = known()
+    with pytest.raises(ValueError) as e: call(model, x)
+    assert word in str(e.value)

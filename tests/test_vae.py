@@ -1,0 +1,161 @@
+"The VAE of the installed package: the article's listing, its two losses, its shapes, devices and dtypes."
+import math
+
+import pytest
+import torch
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from torch.utils.data import DataLoader
+from torchvision.transforms import ToTensor
+from torchvision.transforms.functional import to_pil_image
+
+from optgen.data import digits
+from optgen.models.vae import VAE, ConvVAE, bernoulli_log_likelihood, elbo_terms, gaussian_kl, vae_loss
+from optgen.testing import check_gradient
+
+BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
+both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
+
+
+def rng(seed=0): return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def own_seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+class PILDigits(torch.utils.data.Dataset):
+    "The embedded digits as torchvision's MNIST gives them: PIL image, transform, label."
+    def __init__(self, n, transform): self.data, self.n, self.transform = digits("train"), n, transform
+    def __len__(self): return self.n
+    def __getitem__(self, i): return self.transform(to_pil_image(self.data.images[i])), int(self.data.labels[i])
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_the_articles_listing_runs_unchanged(flat):
+    x_dim, h_dim1, h_dim2, z_dim, kl_weight = 784, 512, 256, 2, 1.
+    vae = VAE(x_dim, h_dim1, h_dim2, z_dim)
+    optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
+    train_loader = DataLoader(PILDigits(2000, ToTensor()), batch_size=100, shuffle=True)
+    losses = []
+    for epoch in range(2):
+        for x, _ in train_loader:
+            if flat: x = x.view(-1, x_dim)
+            optimizer.zero_grad()
+            x_recon, mean, log_var = vae(x)
+            loss = vae_loss(x, x_recon, mean, log_var, kl_weight)
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item() / len(x))
+    assert abs(losses[0] - 784 * math.log(2)) < 5 and sum(losses[-5:]) / 5 < 260
+    with torch.no_grad():
+        z = vae.reparameterize(*vae.encoder(x))
+        assert z.shape == (100, 2) and vae.decoder(torch.randn(16, z_dim)).shape == (16, 784)
+
+
+@both
+@pytest.mark.parametrize("seed", range(3))
+def test_both_losses_agree_in_float64_where_both_are_finite(build, seed):
+    model = build().double()
+    x = torch.rand(4, 1, 28, 28, generator=rng(seed), dtype=torch.float64)
+    eps = torch.randn(4, 3, generator=rng(seed), dtype=torch.float64)
+    mean, log_var = model.encoder(x)
+    article = vae_loss(x, model.decoder(model.reparameterize(mean, log_var, eps)), mean, log_var, kl_weight=.7)
+    distortion, rate = elbo_terms(model, x, eps)
+    ours = (distortion + .7 * rate).sum()
+    assert torch.allclose(article, ours, rtol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (article, ours))): assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+
+
+def test_saturated_pixels_keep_loss_and_gradient():
+    l = torch.tensor([[40., 200., -200.]], requires_grad=True)
+    x = torch.tensor([[0., 0., 1.]])
+    loss = -bernoulli_log_likelihood(x, l).sum()
+    assert torch.allclose(loss, torch.tensor(440.)) and torch.equal(torch.autograd.grad(loss, l)[0], torch.tensor([[1., 1., -1.]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_closed_forms(dtype):
+    mean, log_var = torch.randn(50, 4, generator=rng(1), dtype=dtype), torch.randn(50, 4, generator=rng(2), dtype=dtype)
+    known = kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean)))
+    assert torch.allclose(gaussian_kl(mean, log_var), known, rtol=1e-5, atol=1e-6)
+    l = 6 * torch.randn(5, 7, 3, 2, generator=rng(3), dtype=dtype)
+    x = (torch.rand(7, 3, 2, generator=rng(4)) < .5).to(dtype)
+    assert torch.allclose(bernoulli_log_likelihood(x, l), Bernoulli(logits=l).log_prob(x).sum((-1, -2)), rtol=1e-5)
+    assert torch.allclose(bernoulli_log_likelihood(x.bool(), l), bernoulli_log_likelihood(x, l))  # pixels may be stored as integers
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradient_of_the_bound(seed):
+    torch.manual_seed(seed)
+    model = VAE(6, 5, 4, 2).double()
+    x, eps = torch.rand(3, 6, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64)
+    check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, eps)), model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 4, 4), (2, 5, 7), (4, 11, 30), (1, 64, 48)])
+def test_conv_gives_back_the_size_it_got(shape):
+    model, x = ConvVAE(shape, 3, width=4), torch.rand(2, *shape)
+    x_recon, mean, log_var = model(x)
+    assert x_recon.shape == x.shape and mean.shape == log_var.shape == (2, 3)
+    assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape) and model.log_likelihood(x, torch.randn(5, 2, 3)).shape == (5, 2)
+
+
+@both
+def test_noise_can_be_drawn_first(build):
+    model, x = build(), torch.rand(4, 1, 28, 28)
+    eps = torch.randn(4, 3)
+    state = torch.get_rng_state()
+    a, b = elbo_terms(model, x, eps), elbo_terms(model, x.flatten(1), eps)
+    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(s, t) for s, t in zip(a, b))
+
+
+@both
+def test_meta_device_and_whole_graph(build):
+    with torch.device("meta"): model, x = build(), torch.rand(3, 1, 28, 28)
+    assert all(t.is_meta and t.shape == (3,) for t in elbo_terms(model, x))
+    model, x, eps = build(), torch.rand(3, 1, 28, 28), torch.randn(3, 3)
+    compiled = torch.compile(elbo_terms, fullgraph=True, backend="eager")  # refuses to be built around a peek at a value
+    assert all(torch.allclose(a, b) for a, b in zip(compiled(model, x, eps), elbo_terms(model, x, eps)))
+
+
+def same_on(model, x, eps, device, dtype):
+    exact = [t.detach() for t in elbo_terms(model, x, eps)]
+    model, x, eps = model.to(device), x.to(device), eps.to(device)
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32): found = elbo_terms(model, x, eps)
+    sum(t.sum() for t in found).backward()
+    assert all(p.grad.isfinite().all() and p.grad.device == x.device for p in model.parameters())
+    for a, b in zip(exact, found):
+        assert b.device == x.device and b.dtype == torch.float32 and torch.allclose(a, b.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+
+
+@both
+def test_bfloat16_autocast(build):
+    same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cpu", torch.bfloat16)
+
+
+@both
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuda(build, dtype):
+    same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cuda", dtype)
+
+
+@both
+def test_state_dict_round_trip(build):
+    a, b, x, eps = build(), build(), torch.rand(2, 784), torch.randn(2, 3)
+    b.load_state_dict(a.state_dict())
+    assert all(torch.equal(s, t) for s, t in zip(elbo_terms(a, x, eps), elbo_terms(b, x, eps)))
+
+
+@pytest.mark.parametrize("call, word", [
+    (lambda: VAE(784, 0, 2, 2), "h_dim1"), (lambda: VAE(784, 2, 2, -1), "z_dim"), (lambda: ConvVAE((1, 3, 9), 2), "4 x 4"), (lambda: ConvVAE((1, 9, 9), 0), "z_dim"),
+    (lambda: VAE(784, 2, 2, 2)(torch.rand(2, 783)), "784 pixels"), (lambda: ConvVAE((3, 8, 8), 2)(torch.rand(3, 8, 8)), "192 pixels"),
+    (lambda: elbo_terms(VAE(4, 2, 2, 2), torch.rand(3, 4), torch.randn(3, 1)), "noise"),
+    (lambda: vae_loss(torch.rand(3, 4), torch.rand(2, 4), torch.zeros(2, 1), torch.zeros(2, 1)), "(2, 4)")])
+def test_bad_input_is_one_clear_error(call, word):
+    with pytest.raises(ValueError) as e: call()
+    assert word in str(e.value)
