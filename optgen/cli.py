@@ -28,7 +28,7 @@ def build_optimizer(name: str, params, lr: float|None):
     r"The optimizer named `name`; `lr` None is its usual step."
     from optgen import optim
     makers = {"adam": (optim.Adam, 1e-3, {}), "adamw": (optim.Adam, 1e-3, {"weight_decay": 1e-2, "decoupled_weight_decay": True}),
-              "rmsprop": (optim.RMSProp, 1e-3, {}), "momentum": (optim.Momentum, 1e-4, {}), "sgd": (optim.SGD, 1e-3, {})}
+              "rmsprop": (optim.RMSProp, 1e-3, {}), "momentum": (optim.Momentum, 1e-3, {}), "sgd": (optim.SGD, 1e-2, {})}
     make, usual, options = makers[name]
     return make(params, lr=usual if lr is None else lr, **options)
 
@@ -88,7 +88,7 @@ def cli():
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-5
 @cli.command()
-@click.argument("scheme", required=False, type=click.Choice(list(SCHEMES)))
+@click.argument("scheme", required=False, metavar="[SCHEME]", type=click.Choice(list(SCHEMES)))
 @click.option("--data", default="digits", show_default=True, metavar="digits|mnist|fashion-mnist|PATH", help="What to train on.")
 @click.option("--epochs", type=click.IntRange(1), help="Passes over the data, in all.  [default: 20]")
 @click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True)
@@ -101,6 +101,8 @@ def cli():
 @click.option("--binarize", type=click.Choice(["dynamic", "static", "none"]), default="dynamic", show_default=True,
               help="Draw black or white for each grey pixel: anew at each visit, once, or not (then the loss is no likelihood).")
 @click.option("--image-size", type=click.IntRange(4), default=28, show_default=True, help="Side to which images in a folder are resized.")
+@click.option("--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=.1, show_default=True,
+              help="Part of the training images kept for validation; the test images are left to evaluate.")
 @click.option("--ema", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Decay of an average of the weights, e.g. 0.999.")
 @click.option("--patience", type=click.IntRange(1), help="Stop after so many epochs without a better validation loss.")
 @click.option("--checkpoint-steps", type=click.IntRange(1), help="Also write a checkpoint every so many steps.")
@@ -112,7 +114,7 @@ def cli():
 @click.option("--resume", type=click.Path(exists=True, file_okay=False), metavar="DIR", help="Go on with the run in DIR; only --epochs, --device and --progress may be given.")
 @click.pass_context
 def train(ctx, scheme, resume, out, device, progress, epochs, **options):
-    """Train SCHEME, or go on with a run that was stopped.
+    """Train SCHEME, such as beta-vae (`optgen list` has them all), or go on with a run that was stopped.
 
     The run folder gets config.json, metrics.jsonl, checkpoint.pt, curves.png and samples/. Ctrl-C finishes the step, saves and tells how to go on.
     """
@@ -128,8 +130,8 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
     import torch
     from optgen import data
     from optgen.trainer import Interrupted, fit
-    load = lambda split: data.load(options["data"], split, size=options["image_size"])
-    images, valid = load("train"), load("test")
+    images, valid = data.hold_out(data.load(options["data"], "train", size=options["image_size"]), options["holdout"])
+    device = pick_device(device)
     torch.manual_seed(options["seed"])
     built = SCHEMES[scheme][0](options, images.shape)
     epochs = epochs or 20
@@ -138,7 +140,7 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
                f"{epochs} epochs, in {click.style(out, fg='cyan')}")
     try:
         records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
-                      device=pick_device(device), compile=options["compile"], binarize=None if options["binarize"] == "none" else options["binarize"],
+                      device=device, compile=options["compile"], binarize=None if options["binarize"] == "none" else options["binarize"],
                       ema=options["ema"], patience=options["patience"], checkpoint_steps=options["checkpoint_steps"], progress=progress,
                       config={"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs})
     except Interrupted as e:

@@ -19,7 +19,7 @@ from torchvision.utils import make_grid, save_image
 def grid(
     images: Tensor,           # (N, C, H, W), floats in [0, 1] or uint8; `ValueError` for another shape
     columns: int|None=None,   # images a row; by default $\lceil\sqrt N\rceil$
-    padding: int=2,           # pixels between images, and around them
+    padding: int=2,           # pixels between images, and around them; none around an only image
 ) -> Tensor:                  # (3, rows (H + padding) + padding, columns (W + padding) + padding), floats in [0, 1], on the CPU
     r"One picture of many, Eq. (grid)."
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):

@@ -65,7 +65,7 @@ def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
     assert killed.returncode == 0, f"seed {seed}: {killed.stderr}"
     found = json.loads(killed.stdout.splitlines()[-1])
     assert found["random"] == found["writing"] == 10
-    epochs = str(found["step"] // 100 + 2)
+    epochs = str(found["step"] // 90 + 2)
     assert optgen("train", "--resume", tmp_path / "killed", "--epochs", epochs, "--progress", "none").returncode == 0
     assert optgen(*TINY, "--epochs", epochs, "--out", tmp_path / "whole").returncode == 0
     assert_same(tmp_path / "killed", tmp_path / "whole")

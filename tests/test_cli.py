@@ -1,0 +1,96 @@
+"The command line, as its user meets it."
+import json
+
+import pytest
+import torch
+from conftest import TINY, optgen
+from PIL import Image
+
+from optgen.cli import main
+
+
+def run(*args):
+    "Run a command in this process; its exit code."
+    try: main([str(a) for a in args])
+    except SystemExit as e: return e.code
+    return 0
+
+
+def test_a_run_folder_tells_the_run(tiny_run):
+    files = {str(p.relative_to(tiny_run)) for p in tiny_run.rglob("*") if p.is_file()}
+    assert files == {"config.json", "metrics.jsonl", "checkpoint.pt", "curves.png", "samples/epoch-0001.png", "samples/epoch-0002.png"}
+    config = json.loads((tiny_run / "config.json").read_text())
+    assert config["scheme"] == "beta-vae" and config["options"]["hidden"] == "16,8" and config["environment"]["torch"] == torch.__version__
+    records = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    assert [r["epoch"] for r in records] == [1, 2] and records[1]["valid"]["loss"] < records[0]["valid"]["loss"]
+
+
+def test_sample(tiny_run, tmp_path, capsys):
+    for n, side in ((1, 28), (9, 92), (64, 242)):
+        assert run("sample", tiny_run, "--n", n, "--out", tmp_path / "x.png") == 0
+        assert Image.open(tmp_path / "x.png").size == (side, side)
+    first = (tmp_path / "x.png").read_bytes()
+    run("sample", tiny_run, "--n", 64, "--out", tmp_path / "x.png")
+    assert first == (tmp_path / "x.png").read_bytes()
+    run("sample", tiny_run, "--n", 64, "--out", tmp_path / "x.png", "--seed", 1)
+    assert first != (tmp_path / "x.png").read_bytes()
+    assert run("sample", tiny_run, "--out", tmp_path / "x.jpg") == 2
+
+
+def test_evaluate(tiny_run, capsys):
+    assert run("evaluate", tiny_run, "--k", 20, "--limit", 300, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["n"] == 300 and told["k"] == 20 and told["split"] == "test" and told["nll"] < -told["elbo"] and 0 <= told["active_units"] <= 2
+    assert abs(told["loss"] - (told["rate"] + told["distortion"])) < 1e-9
+    assert run("evaluate", tiny_run, "--k", 20, "--limit", 300) == 0
+    table = capsys.readouterr().out
+    assert "\x1b" not in table and f"{told['nll']:.4f}" in table
+
+
+def test_resume_goes_on_with_the_run(tiny_run, tmp_path):
+    assert optgen(*TINY, "--epochs", 1, "--out", tmp_path / "run").returncode == 0
+    assert optgen("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none").returncode == 0
+    a, b = (torch.load(run / "checkpoint.pt", weights_only=True)["state"]["scheme"]["model"]["weights"] for run in (tmp_path / "run", tiny_run))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_the_default_folder_is_never_one_that_is_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2): assert run(*TINY, "--epochs", 1) == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["beta-vae-digits", "beta-vae-digits-2"]
+    assert "optgen evaluate runs/beta-vae-digits-2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["mlp", "conv"])
+def test_your_own_colour_images_with_averaging_and_early_stopping(tmp_path, model, capsys):
+    g = torch.Generator().manual_seed(0)
+    for i in range(60):
+        colour = torch.randint(256, (3,), generator=g).tolist()
+        path = tmp_path / f"mine/{'ab'[i % 2]}/{i}.png"; path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), tuple(colour)).save(path)
+    out = tmp_path / "run"
+    assert run("train", "beta-vae", "--data", tmp_path / "mine", "--image-size", 16, "--model", model, "--hidden", "32,16", "--z-dim", 2, "--batch-size", 10,
+               "--epochs", 3, "--ema", .9, "--patience", 2, "--optimizer", "adamw", "--progress", "none", "--out", out) == 0
+    assert (out / "best.pt").exists()
+    assert run("sample", out, "--n", 4) == 0 and Image.open(out / "samples.png").size == (38, 38)
+    assert run("evaluate", out, "--k", 5) == 0
+
+
+def test_list_and_version(capsys):
+    assert run("list") == 0
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("beta-vae", "fashion-mnist", "rmsprop"))
+    assert run("--version") == 0 and "0.1" in capsys.readouterr().out
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
+    import optgen.viz
+    def broken(*_): raise RuntimeError("our mistake")
+    monkeypatch.setattr(optgen.viz, "save_grid", broken)
+    with pytest.raises(RuntimeError, match="our mistake"): main(["sample", str(tiny_run)])
+
+
+def test_help_does_not_wait_for_torch():
+    import subprocess, sys
+    code = "import sys; from optgen.cli import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
