@@ -67,7 +67,12 @@ class Site:
             for t in page.tags: self.equations.setdefault(t, page)
             for s in [s for o in page.symbols for s in (o, *o.members())]:
                 short = s.module.removeprefix(f"{lib}.")
-                for name in {s.name, s.full, f"{short}.{s.name}", f"{short.split('.')[-1]}.{s.name}"}: self.known.setdefault(name, s)
+                for name in {s.name, s.full, f"{short}.{s.name}", f"{short.split('.')[-1]}.{s.name}"}: self.known.setdefault(name, []).append(s)
+
+    def find(self, name, page):
+        "What a name means on a page: its own symbol first, else the only one so called."
+        found = self.known.get(name, [])
+        return next((s for s in found if s.module == page.module), found[0] if len(found) == 1 else None)
 
     def problem(self, page, text):
         if (line := f"{page.rel}: {text}") not in self.problems: self.problems.append(line)
@@ -90,7 +95,7 @@ class Site:
     def code(self, code, text, m, page):
         "A name of the API becomes a link, unless it stands in a heading or in a link already."
         name, line = re.sub(r"\(\w*\)$", "", code.strip("`")), text[text.rfind("\n", 0, m.start()) + 1:m.start()]
-        found = self.known.get(name) or self.known.get(name.rpartition(".")[0])
+        found = self.find(name, page) or self.find(name.rpartition(".")[0], page)
         if not found or line.startswith("#") or re.match(r"[^\[\]\n]*\]\(", text[m.end():]): return code
         return f"{{py:obj}}`{code.strip('`')} <{found.full}>`"
 
@@ -132,6 +137,7 @@ class Site:
         for n, cell in enumerate(page.nb.cells):
             if cell.cell_type == "markdown":
                 source = self.prose(cell.source, page)
+                if page.doc == "index": source = re.sub(r"^\| part \| pages \|\n(?:\|.*\n?)+", lambda m: self.cards(page), source, flags=re.M)
                 if not headed and re.match(r"#[^#]", source.lstrip()):
                     source, headed = self.head(source, page), True
                 elif headed and re.search(r"^# ", literal.sub("", cell.source), re.M): self.problem(page, f"cell {n}: a second H1")
@@ -141,7 +147,7 @@ class Site:
         nb = nbformat.v4.new_notebook(cells=cells, metadata={
             "kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python", "pygments_lexer": "python"}})
         target = self.out / f"{page.doc}.ipynb"; target.parent.mkdir(parents=True, exist_ok=True)
-        if page.doc == "index": cells.append(new_markdown_cell(self.contents()))
+        if page.doc == "index": cells.append(new_markdown_cell(self.tree()))
         nbformat.write(nb, target)
         copy = self.out / "_extra" / "notebooks" / page.rel; copy.parent.mkdir(parents=True, exist_ok=True); shutil.copy(page.path, copy)
 
@@ -157,7 +163,7 @@ class Site:
     def code_cell(self, cell, n, page, explicit):
         flags, options = cell.flags, cell.options
         shown = [m for m in re.findall(r"^show_doc\(([\w.]+)", cell.source, re.M)]
-        docs = [s for s in cell.get("symbols", []) if s.name not in explicit] + [self.known[name] for name in shown if name in self.known]
+        docs = [s for s in cell.get("symbols", []) if s.name not in explicit] + [s for name in shown if (s := self.find(name, page))]
         entries = [new_markdown_cell(s.markdown(lambda text: self.prose(text, page))) for s in docs]
         if flags & {"hide", "default_exp"} or options.get("include") is False: return []
         if shown: return entries
@@ -194,16 +200,18 @@ class Site:
             if p.part: found.setdefault(p.part, []).append(p)
         return found
 
-    def contents(self):
-        "What closes the landing page: a card for each part, and the sidebar's tree."
-        page = next(p for p in self.pages if p.doc == "index")
-        cards, trees = [], []
+    def cards(self, index):
+        "A card for each part, its pages and their leads: the landing page has them where the README has its table."
+        cards = []
         for part, pages in self.parts().items():
-            items = "\n".join(f"- [{p.title}](/{p.doc}.ipynb)" + (f" — {self.prose(p.lead, page)}" if p.lead else "") for p in pages)
+            items = "\n".join(f"- [{p.title}](/{p.doc}.ipynb)" + (f" — {self.prose(p.lead, index)}" if p.lead else "") for p in pages)
             cards.append(f"::::{{container}} card\n**{part}**\n\n{items}\n::::")
-            trees.append(f"```{{toctree}}\n:hidden:\n:caption: {part}\n\n" + "\n".join(f"/{p.doc}" for p in pages) + "\n```")
-        trees.append("```{toctree}\n:hidden:\n:caption: Reference\n\n/api\n```")
-        return "## Contents\n\n" + ":::::{container} cards\n" + "\n\n".join(cards) + "\n:::::\n\n" + "\n\n".join(trees)
+        return ":::::{container} cards\n" + "\n\n".join(cards) + "\n:::::\n"
+
+    def tree(self):
+        "The sidebar: parts and their pages, then the API."
+        parts = {part: [f"/{p.doc}" for p in pages] for part, pages in self.parts().items()} | {"Reference": ["/api"]}
+        return "\n\n".join(f"```{{toctree}}\n:hidden:\n:caption: {part}\n\n" + "\n".join(docs) + "\n```" for part, docs in parts.items())
 
     def api(self):
         "Every public name, by module, with its one line."
