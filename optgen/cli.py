@@ -55,7 +55,6 @@ def pick_device(name: str):
 
 def open_run(folder: str, device: str):
     r"The configuration, scheme (best or latest weights; averaged where the run averaged) and training state of a run folder."
-    import torch
     from optgen import checkpoint
     from optgen.trainer import Ema
     folder = Path(folder)
