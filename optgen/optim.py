@@ -34,7 +34,7 @@ def listable(group):
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-2
 def descend(thetas, ds, lr, overs=None):
-    r"$\theta \leftarrow \theta - \eta\,d$, or $\theta - \eta\,d/o$ (which spoils $o$), in place over lists; `lr` may be a list where there is an $o$."
+    r"$\theta \leftarrow \theta - \eta\,d$ or, spoiling $o$, $\theta - \eta\,d/o$, in place over lists; with an $o$, `lr` may be a list."
     if overs is None:
         if isinstance(lr, Tensor): torch._foreach_sub_(thetas, torch._foreach_mul(ds, lr))
         else: torch._foreach_add_(thetas, ds, alpha=-lr)
@@ -70,6 +70,8 @@ class Stateful(Optimizer):
 
     def memory(self, group): return {}  # what a tensor remembers: its name in the state -> its symbol in the equation
 
+    def start(self, x): return torch.zeros_like(x)  # what it remembers before the first step
+
     def check(self, group): check(type(self).__name__, group, self.bounds)
 
     def add_param_group(self, param_group):
@@ -87,7 +89,8 @@ class Stateful(Optimizer):
             for x in group["params"]:
                 if "step" in self.state.get(x, {}): self.state[x]["step"] = self.clock(group, x, self.state[x]["step"])
 
-    def clock(self, group, x, step): return torch.as_tensor(step, dtype=torch.float32, device=x.device if group["capturable"] else "cpu")
+    def clock(self, group, x, step):
+        return torch.as_tensor(step, dtype=torch.float32, device=x.device if group["capturable"] else "cpu")
 
     def count(self, group, xs, states):
         "Count a step of each tensor: plain numbers, or tensors where the host may not look (capture, compilation)."
@@ -105,7 +108,7 @@ def move(opt, group, x, state):
     if group["maximize"]: g = -g
     if penalised(group): g = g + group["weight_decay"] * theta
     count = {"t": opt.count(group, [x], [state])[0]} if opt.counts else {}
-    old = {symbol: real(state[name]) for name, symbol in opt.memory(group).items() if name in state}
+    old = {symbol: real(state[name]) if name in state else opt.start(g) for name, symbol in opt.memory(group).items()}
     new, kept = opt.reference(group, theta, g, **count, **old)
     real(x).copy_(new)
     for name, symbol in opt.memory(group).items():
@@ -130,9 +133,10 @@ class Descent(Stateful):
         "Move every parameter that has a gradient. `closure` is evaluated first and its loss returned. Raises TypeError on a sparse gradient."
         loss = None if closure is None else torch.enable_grad()(closure)()
         if self.counts: getattr(self, "_accelerator_graph_capture_health_check", lambda: None)()
+        move_alone = torch.compiler.disable(move) if torch.compiler.is_compiling() else move
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group, alone, tiles in [(group, *self.split(group)) for group in self.param_groups]:
-                for x, state in alone: move(self, group, x, state)
+                for x, state in alone: move_alone(self, group, x, state)
                 for xs, states in tiles: move_together(self, group, xs, states)
         return loss
 
@@ -172,6 +176,8 @@ class SGD(Descent):
                                       maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused))
 
     def memory(self, group): return {"momentum_buffer": "m"} if present(group["momentum"]) else {}
+
+    def start(self, x): return None  # the first gradient is remembered whole
 
     def check(self, group):
         super().check(group)
@@ -214,9 +220,27 @@ class Momentum(SGD):
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
 
+# %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-6
+def rmsprop_(group, thetas, gs, t, v, m=None, mean=None):
+    r"Eq. (rmsprop) and (rmsprop-more) in place over lists."
+    alpha = group["alpha"]
+    torch._foreach_mul_(v, alpha)
+    torch._foreach_addcmul_(v, gs, gs, 1 - alpha)
+    if mean:
+        torch._foreach_lerp_(mean, gs, 1 - alpha)
+        over = torch._foreach_addcmul(v, mean, mean, -1)
+        torch._foreach_clamp_min_(over, 0)
+        torch._foreach_sqrt_(over)
+    else: over = torch._foreach_sqrt(v)
+    torch._foreach_add_(over, group["eps"])
+    if not m: return descend(thetas, gs, group["lr"], over)
+    torch._foreach_mul_(m, group["momentum"])
+    torch._foreach_addcdiv_(m, gs, over)
+    descend(thetas, m, group["lr"])
+
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-6
 class RMSProp(Descent):
-    r"Steps divided by the running size of their gradients, Eq. (rmsprop), (rmsprop-more); arguments as `torch.optim.RMSprop`'s. Tieleman & Hinton (2012)."
+    r"Steps divided by the running size of their gradients, Eq. (rmsprop), (rmsprop-more); arguments as `torch.optim.RMSprop`'s."
     counts = True
     def __init__(self,
         params,               # tensors, named tensors or param groups
@@ -234,57 +258,44 @@ class RMSProp(Descent):
         super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay,
                                       capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable))
 
+    def check(self, group):
+        super().check(group)
+        if isinstance(group["alpha"], Tensor): raise TypeError(f"{type(self).__name__}: alpha must be a number, got {group['alpha']!r}")
+
     def memory(self, group):
         more = {"momentum_buffer": "m"} if present(group["momentum"]) else {}
         return {"square_avg": "v"} | more | ({"grad_avg": "mean"} if group["centered"] else {})
 
-    def reference(self, group, theta, g, t, v=0., m=0., mean=0.):
+    def reference(self, group, theta, g, t, v, m=0., mean=None):
         alpha = group["alpha"]
-        v = alpha * v + (1 - alpha) * g * g
-        mean = alpha * mean + (1 - alpha) * g
-        square = (v - mean * mean).clamp(min=0) if group["centered"] else v
+        v = square = torch.addcmul(alpha * v, g, g, value=1 - alpha)
+        if group["centered"]:
+            mean = mean.lerp(g, 1 - alpha)
+            square = torch.addcmul(v, mean, mean, value=-1).clamp(min=0)
         m = group["momentum"] * m + g / (square.sqrt() + group["eps"])
         return theta - group["lr"] * m, dict(v=v, m=m, mean=mean)
 
-    def foreach(self, group, thetas, gs, t, v, m=None, mean=None): rmsprop_(group, thetas, gs, v, m, mean)
+    foreach = staticmethod(rmsprop_)
 
 RMSprop = RMSProp  # torch.optim's spelling
-
-# %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-6
-def rmsprop_(group, thetas, gs, vs, ms, means):
-    r"Eq. (rmsprop) and (rmsprop-more) in place over lists."
-    alpha = group["alpha"]
-    torch._foreach_mul_(vs, alpha)
-    torch._foreach_addcmul_(vs, gs, gs, 1 - alpha)
-    if means:
-        torch._foreach_lerp_(means, gs, 1 - alpha)
-        over = torch._foreach_addcmul(vs, means, means, -1)
-        torch._foreach_clamp_min_(over, 0)
-        torch._foreach_sqrt_(over)
-    else: over = torch._foreach_sqrt(vs)
-    torch._foreach_add_(over, group["eps"])
-    if not ms: return descend(thetas, gs, group["lr"], over)
-    torch._foreach_mul_(ms, group["momentum"])
-    torch._foreach_addcdiv_(ms, gs, over)
-    descend(thetas, ms, group["lr"])
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-7
 def weights(beta, t):
     r"$1-\beta^t$, the sum of the weights in a mean of age $t$, Eq. (adam-hat)."
     return -torch.expm1(t * math.log(beta)) if isinstance(t, Tensor) and isinstance(beta, Real) and beta else 1 - beta**t
 
-def adam_(group, thetas, gs, ts, ms, vs, tops):
+def adam_(group, thetas, gs, t, m, v, top=None):
     r"Eq. (adam) in the order of Eq. (adam-order), in place over lists."
     lr, (b1, b2) = group["lr"], group["betas"]
     if group["decoupled_weight_decay"] and group["weight_decay"]: torch._foreach_mul_(thetas, 1 - lr * group["weight_decay"])
-    torch._foreach_lerp_(ms, gs, 1 - b1)
-    torch._foreach_mul_(vs, b2)
-    torch._foreach_addcmul_(vs, gs, gs, 1 - b2)
-    if tops: torch._foreach_maximum_(tops, vs)
-    roots = [weights(b2, t)**.5 for t in ts]
-    over = torch._foreach_sqrt(tops or vs)
+    torch._foreach_lerp_(m, gs, 1 - b1)
+    torch._foreach_mul_(v, b2)
+    torch._foreach_addcmul_(v, gs, gs, 1 - b2)
+    if top: torch._foreach_maximum_(top, v)
+    roots = [weights(b2, s)**.5 for s in t]
+    over = torch._foreach_sqrt(top or v)
     torch._foreach_add_(over, [group["eps"] * r for r in roots])
-    descend(thetas, ms, [lr * r / weights(b1, t) for r, t in zip(roots, ts)], over)
+    descend(thetas, m, [lr * r / weights(b1, s) for r, s in zip(roots, t)], over)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-7
 class Adam(Descent):
@@ -304,21 +315,21 @@ class Adam(Descent):
         fused=None,                  # for `torch.optim`'s sake; True is refused
         decoupled_weight_decay=False,# Eq. (adamw): shrink the parameters, not the loss
     ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize, foreach=foreach,
-            capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay))
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
+            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay))
 
     def memory(self, group): return {"exp_avg": "m", "exp_avg_sq": "v"} | ({"max_exp_avg_sq": "top"} if group["amsgrad"] else {})
 
-    def reference(self, group, theta, g, t, m=0., v=0., top=None):
+    def reference(self, group, theta, g, t, m, v, top=None):
         lr, (b1, b2) = group["lr"], group["betas"]
         if group["decoupled_weight_decay"]: theta = (1 - lr * group["weight_decay"]) * theta
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
-        top = v if top is None else torch.maximum(top, v)
+        if group["amsgrad"]: top = torch.maximum(top, v)
         m_hat, v_hat = m / weights(b1, t), (top if group["amsgrad"] else v) / weights(b2, t)
         return theta - lr * m_hat / (v_hat.sqrt() + group["eps"]), dict(m=m, v=v, top=top)
 
-    def foreach(self, group, thetas, gs, t, m, v, top=None): adam_(group, thetas, gs, t, m, v, top)
+    foreach = staticmethod(adam_)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-8
 class AdamW(Adam):
