@@ -74,16 +74,14 @@ def open_run(folder: str, device: str):
     return config, scheme.train(False), state
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-4
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog="""\b
+Begin with:
+  optgen train beta-vae                    train on the digits that come with the package
+  optgen sample runs/beta-vae-digits       look at new ones
+  optgen evaluate runs/beta-vae-digits     measure it""")
 @click.version_option(package_name="optgen")
 def cli():
-    """Optimizers coupled with generative models: train, look, measure.
-
-    \b
-    optgen train beta-vae                    train on the digits that come with the package
-    optgen sample runs/beta-vae-digits       look at new ones
-    optgen evaluate runs/beta-vae-digits     measure it
-    """
+    """Optimizers coupled with generative models: train, look, measure."""
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-5
 @cli.command()
