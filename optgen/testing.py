@@ -40,8 +40,9 @@ def check_gradient(
     size = max(t.abs().max() for t in true)
     errors = [((a - t).abs().max() / size.clamp(min=1e-12)).item() for a, t in zip(auto, true)]
     worst = max(range(len(errors)), key=errors.__getitem__)
-    assert errors[worst] <= tol, (f"gradient of tensor {worst}, shape {tuple(auto[worst].shape)}, is off by {errors[worst]:.1e} of the largest entry: "
-                                  f"autograd says {auto[worst].flatten()[:4].tolist()}, central differences {true[worst].flatten()[:4].tolist()}")
+    a, t = auto[worst], true[worst]
+    assert errors[worst] <= tol, (f"gradient of tensor {worst}, shape {tuple(a.shape)}, is off by {errors[worst]:.1e} of the largest entry: "
+                                  f"autograd says {a.flatten()[:4].tolist()}, central differences {t.flatten()[:4].tolist()}")
     return errors[worst]
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-4
@@ -56,8 +57,9 @@ def assert_mean(
     rounding = 8 * torch.finfo(samples.dtype).eps * mean.abs()
     off = (mean - expected).abs() / (se * z + rounding).clamp(min=torch.finfo(samples.dtype).tiny)
     i = off.argmax()
-    assert off.isfinite().all() and off.max() <= 1, (f"the mean {mean.flatten()[i]:.6g} of {len(samples)} samples is {off.max() * z:.1f} standard errors "
-        f"({se.flatten()[i]:.2g}) away from {torch.as_tensor(expected).expand_as(mean).flatten()[i]:.6g}; {z:g} are allowed")
+    m, s, e = (torch.as_tensor(t).expand_as(mean).flatten()[i].item() for t in (mean, se, expected))
+    assert off.isfinite().all() and off.max() <= 1, (
+        f"the mean {m:.6g} of {len(samples)} samples is {abs(m - e) / s if s else math.inf:.1f} standard errors ({s:.2g}) from {e:.6g}, not {z:g}")
     return mean, se
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-5
