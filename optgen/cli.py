@@ -111,9 +111,9 @@ def cli():
 @click.option("--resume", type=click.Path(exists=True, file_okay=False), metavar="DIR", help="Go on with the run in DIR; only --epochs, --device and --progress may be given.")
 @click.pass_context
 def train(ctx, scheme, resume, out, device, progress, epochs, **options):
-    """Train SCHEME, such as beta-vae (`optgen list` has them all), or go on with a run that was stopped.
+    """Train SCHEME, or go on with a run that was stopped.
 
-    The run folder gets config.json, metrics.jsonl, checkpoint.pt, curves.png and samples/. Ctrl-C finishes the step, saves and tells how to go on.
+    `optgen list` names the schemes. The run folder gets config.json, metrics.jsonl, checkpoint.pt, curves.png and samples/. Ctrl-C finishes the step, saves and tells how to go on.
     """
     given = {p.name for p in ctx.command.params if ctx.get_parameter_source(p.name) == click.core.ParameterSource.COMMANDLINE}
     if (scheme is None) == (resume is None): raise click.UsageError("name a scheme to train, such as beta-vae, or a run with --resume DIR")
@@ -181,7 +181,10 @@ def sample(folder, n, out, seed, device):
 @click.option("--device", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(folder, k, limit, split, seed, device, as_json):
-    """Measure the run in DIR: ELBO, importance-sampled NLL, rate, distortion, active units."""
+    """Measure the run in DIR.
+
+    The bound and its parts, the negative log-likelihood by k importance samples an image, its standard errors, and the active units.
+    """
     from optgen import data
     config, scheme, state = open_run(folder, device)
     options = config["options"]
@@ -211,7 +214,10 @@ def list_():
 @click.option("--data", type=click.Choice(["digits", "mnist"]), help="[default: mnist where it is found, else digits]")
 @click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers"]), help="Part to run; may be repeated.  [default: all]")
 def bench(out, repeats, data, only):
-    """Measure speed side by side on this machine: the article's loop, fit, optimizers."""
+    """Measure speed on this machine.
+
+    Side by side, each in turn: an epoch of the article's loop, of a loop by hand, of fit and of fit --compile; and the steps of the optimizers.
+    """
     from optgen.bench import run_bench, show_bench
     result = run_bench(repeats=repeats, data=data, only=only)
     click.echo(show_bench(result))
