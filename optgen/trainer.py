@@ -8,7 +8,6 @@ __all__ = ['NonFinite', 'Interrupted', 'Watch', 'Signals', 'Ema', 'RunFolder', '
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4
 import contextlib
 import json
-import math
 import platform
 import signal
 import sys
@@ -48,7 +47,7 @@ class Watch:
 
     def update(self, step: int, losses: dict, game: Game):  # after `game.step`: losses as it returned them, gradients as it left them
         grads = [p.grad if p.grad is not None else p.new_zeros(()) for player in game.players.values() for p in player.params.values()]
-        bad = ~torch.stack([*losses.values(), *torch._foreach_norm(grads, math.inf)]).isfinite()
+        bad = ~torch.stack([*losses.values(), *torch._foreach_norm(grads)]).isfinite()
         if self.first is None: self.first = torch.full(bad.shape, torch.iinfo(torch.int64).max, device=bad.device)
         self.first = torch.where(bad, self.first.clamp(max=step), self.first)
 

@@ -78,7 +78,7 @@ def test_a_scheme_without_evaluation_or_samples_still_trains(tmp_path):
 
 
 def test_a_large_finite_gradient_is_not_taken_for_a_bad_one():
-    model = nn.Linear(3, 1); game = Game(net=Player(model, lambda b: model(b.x).sum() * 1e37, torch.optim.SGD(model.parameters(), lr=0.)))
+    model = nn.Linear(3, 1); game = Game(net=Player(model, lambda b: model(b.x).sum() * 1e18, torch.optim.SGD(model.parameters(), lr=0.)))
     watch = Watch(); watch.update(1, game.step(Batch(torch.ones(9, 3))), game); watch.check(game)
 
 
