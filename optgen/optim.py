@@ -185,10 +185,12 @@ class SGD(Descent):
             raise ValueError(f"{type(self).__name__}: nesterov=True needs a momentum and dampening=0")
 
     def reference(self, group, theta, g, m=None):
+        r"Eq. (sgd): the new parameter, and what to remember."
         d, kept = inertia(group, g, m) if present(group["momentum"]) else (g, {})
         return theta - group["lr"] * d, kept
 
     def foreach(self, group, thetas, gs, m=None):
+        r"Eq. (sgd) in place over lists."
         for ds, weight in inertia_(group, gs, m) if m else [(gs, 1)]: descend(thetas, ds, group["lr"] * weight)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-5
@@ -267,6 +269,7 @@ class RMSProp(Descent):
         return {"square_avg": "v"} | more | ({"grad_avg": "mean"} if group["centered"] else {})
 
     def reference(self, group, theta, g, t, v, m=0., mean=None):
+        r"Eq. (rmsprop), (rmsprop-more): the new parameter, and what to remember."
         alpha = group["alpha"]
         v = square = torch.addcmul(alpha * v, g, g, value=1 - alpha)
         if group["centered"]:
@@ -321,6 +324,7 @@ class Adam(Descent):
     def memory(self, group): return {"exp_avg": "m", "exp_avg_sq": "v"} | ({"max_exp_avg_sq": "top"} if group["amsgrad"] else {})
 
     def reference(self, group, theta, g, t, m, v, top=None):
+        r"Eq. (adam): the new parameter, and what to remember."
         lr, (b1, b2) = group["lr"], group["betas"]
         if group["decoupled_weight_decay"]: theta = (1 - lr * group["weight_decay"]) * theta
         m = b1 * m + (1 - b1) * g

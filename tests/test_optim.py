@@ -117,7 +117,7 @@ def test_bfloat16_autocast(method, name):
             with torch.autocast("cpu", torch.bfloat16): return f(p, t)
         return start, loss
     options = dict(lr=LR[name], **(dict(momentum=.9) if name == "SGD" else {}))
-    assert apart(follow(lambda p: method(p, **options), problem, torch.float32, 50), follow(lambda p: getattr(torch.optim, name)(p, **options), problem, torch.float32, 50)) < 1e-3
+    assert apart(follow(lambda p: method(p, **options), problem, torch.float32, 50), follow(lambda p: getattr(torch.optim, name)(p, **options), problem, torch.float32, 50)) <= TOLERANCE[torch.float32]
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_complex(setting):
@@ -298,9 +298,9 @@ def test_sparse_is_refused_before_anything_moves(method):
     assert torch.equal(dense, torch.ones(2)) and torch.equal(table.weight, before)
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on the host")
-@pytest.mark.parametrize("setting", ("nesterov", "rmsprop-all", "adam-amsgrad"))
-def test_compiled_step(setting):
-    method, name, options = SETTINGS[setting]; torch._dynamo.reset()
+@pytest.mark.parametrize("method,options", (SETTINGS["nesterov"][::2], SETTINGS["rmsprop-all"][::2], SETTINGS["adam-amsgrad"][::2], (Adam, dict(amsgrad=True, betas=(0., 0.)))))
+def test_compiled_step(method, options):
+    torch._dynamo.reset()
     def run(compiled):
         params = [normal(4, seed=0, dtype=torch.float64).requires_grad_(), normal(2, 2, seed=1, dtype=torch.float64).requires_grad_()]; opt = method(params, lr=.01, **options)
         step = torch.compile(opt.step) if compiled else opt.step
@@ -308,8 +308,8 @@ def test_compiled_step(setting):
             for p in params: p.grad = torch.sin(p.detach() * (t + 1) + .3)
             if compiled and t == 1: step = torch.compile(opt.step, fullgraph=True)  # once the memory is there, in one graph
             step()
-        states = [v.data_ptr() for p in params for v in opt.state[p].values()]
-        assert len(set(states)) == len(states)
+            tensors = [v.data_ptr() for p in params for v in (p, p.grad, *opt.state[p].values())]
+            assert len(set(tensors)) == len(tensors)  # no memory serves twice
         return torch.cat([p.detach().flatten() for p in params])
     assert apart(run(True)[None], run(False)[None]) <= 1e-12
 
@@ -318,14 +318,17 @@ def test_compiled_step(setting):
 def test_cuda(setting):
     "Torch's path, no synchronisation, and the same under graph capture."
     method, name, options = SETTINGS[setting]; capturable = {} if name == "SGD" else dict(capturable=True)
-    def run(make, steps=30, captured=False):
+    def run(make, steps=30, captured=False, watched=False):
         params = [normal(40, seed=i, dtype=torch.float64).cuda().requires_grad_() for i in range(3)]; opt = make(params)
         for p in params: p.grad = p.detach().clone()
         def turn():
             for p in params: p.grad.copy_(p.detach().sin())
             opt.step()
         if not captured:
-            for _ in range(steps): turn()
+            torch.cuda.set_sync_debug_mode("error" if watched else "default")
+            try:
+                for _ in range(steps): turn()
+            finally: torch.cuda.set_sync_debug_mode("default")
         else:
             stream = torch.cuda.Stream(); stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -336,9 +339,5 @@ def test_cuda(setting):
         return torch.cat([p.detach() for p in params])[None].cpu()
     theirs = run(lambda p: getattr(torch.optim, name)(p, lr=LR[name], **options))
     for foreach in (False, True, None):
-        torch.cuda.set_sync_debug_mode("error")
-        try: ours = run(lambda p: method(p, lr=LR[name], foreach=foreach, **options))
-        except RuntimeError as e: raise AssertionError("the step waited for the device") from e
-        finally: torch.cuda.set_sync_debug_mode("default")
-        assert apart(ours, theirs) <= 1e-12
+        assert apart(run(lambda p: method(p, lr=LR[name], foreach=foreach, **options), watched=True), theirs) <= 1e-12
     assert apart(run(lambda p: method(p, lr=LR[name], **options, **capturable), captured=True), theirs) <= 1e-12
