@@ -127,7 +127,7 @@ def move_together(opt, group, xs, states):
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-3
 class Descent(Stateful):
     r"The step all methods share; a method adds `memory`, `reference` (its equation) and `foreach` (the same, in place, over lists)."
-    tile = 2**17 # elements that move together on the host
+    tile = 2**19 # elements that move together on the host
 
     def step(self, closure=None):
         "Move every parameter that has a gradient. `closure` is evaluated first and its loss returned. Raises TypeError on a sparse gradient."
@@ -143,7 +143,8 @@ class Descent(Stateful):
     def split(self, group):
         "What moves alone, by `reference`, and in lists, by `foreach`."
         alone, tiles, size, foreach, memory = [], {}, 0, group["foreach"], self.memory(group).keys()
-        lists, tracing = foreach is not False and listable(group), torch.compiler.is_compiling()
+        lists = foreach is not False and listable(group)
+        cut = (memory or group["maximize"] or penalised(group)) and not torch.compiler.is_compiling()
         for x in group["params"]:
             if (g := x.grad) is None: continue
             if g.layout is not torch.strided: raise TypeError(
@@ -151,7 +152,7 @@ class Descent(Stateful):
                 "build its layer with sparse=False, densify it with p.grad = p.grad.to_dense(), or use torch.optim.SparseAdam")
             state = self.state[x] if memory or self.counts else {}
             if lists and memory <= state.keys() and (foreach or type(x) in (Tensor, Parameter)):
-                if x.is_cpu and not tracing: size += x.numel()
+                if cut and x.is_cpu: size += x.numel()
                 xs, states = tiles.setdefault((x.device, x.dtype, size // self.tile), ([], []))
                 xs.append(x); states.append(state)
             else: alone.append((x, state))
@@ -280,6 +281,7 @@ class RMSProp(Descent):
 
     foreach = staticmethod(rmsprop_)
 
+# %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-7
 RMSprop = RMSProp  # torch.optim's spelling
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-7
@@ -300,7 +302,7 @@ def adam_(group, thetas, gs, t, m, v, top=None):
     torch._foreach_add_(over, [group["eps"] * r for r in roots])
     descend(thetas, m, [lr * r / weights(b1, s) for r, s in zip(roots, t)], over)
 
-# %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-7
+# %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-8
 class Adam(Descent):
     r"Momentum over RMSProp, both unbiased, Eq. (adam); arguments as `torch.optim.Adam`'s. Kingma & Ba (2015)."
     counts = True
@@ -335,7 +337,7 @@ class Adam(Descent):
 
     foreach = staticmethod(adam_)
 
-# %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-8
+# %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-9
 class AdamW(Adam):
     r"Adam with decoupled weight decay, Eq. (adamw); arguments as `torch.optim.AdamW`'s. Loshchilov & Hutter (2019)."
     def __init__(self,
