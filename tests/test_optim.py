@@ -36,16 +36,18 @@ def quadratic(dtype):
 def rosenbrock(dtype):
     return [torch.tensor(-1.2, dtype=dtype), torch.tensor([1.], dtype=dtype)], lambda p, t: ((1 - p[0])**2 + 100 * (p[1] - p[0]**2)**2).sum()
 def mlp(dtype):
-    sizes, X, y = ((8, 5), (8,), (3, 8), (3,)), normal(32, 5, seed=1, dtype=dtype), torch.randint(3, (32,), generator=torch.Generator().manual_seed(2))
+    X, y = normal(32, 5, seed=1, dtype=dtype), torch.randint(3, (32,), generator=torch.Generator().manual_seed(2))
+    sizes = (8, 5), (8,), (3, 8), (3,)
     return ([normal(*s, seed=i + 3, dtype=dtype) / 2 for i, s in enumerate(sizes)],
             lambda p, t: nn.functional.cross_entropy(torch.tanh(X @ p[0].T + p[1]) @ p[2].T + p[3], y))
 def noisy(dtype):
     noise = normal(STEPS, 2, 3, seed=8, dtype=dtype)
-    return [normal(2, 3, seed=9, dtype=dtype), normal(2, 3, seed=10, dtype=dtype)], lambda p, t: ((p[0] - p[1])**2).sum() + ((p[0] + p[1]) * noise[t]).sum()
+    start = [normal(2, 3, seed=9, dtype=dtype), normal(2, 3, seed=10, dtype=dtype)]
+    return start, lambda p, t: ((p[0] - p[1])**2).sum() + ((p[0] + p[1]) * noise[t]).sum()
 PROBLEMS = dict(quadratic=quadratic, rosenbrock=rosenbrock, mlp=mlp, noisy=noisy)
 
 def follow(make, problem, dtype, steps=STEPS, absent=lambda i, t: False, nudge=0.):
-    "(steps, n) parameters after each step of the optimizer `make(params)`; parameter i has no gradient at t where `absent(i, t)`; `nudge` stretches the start."
+    "(steps, n) parameters after each step of the optimizer `make(params)`; no gradient where `absent(i, t)`; `nudge` stretches the start."
     start, f = problem(dtype)
     params = [(x * (1 + nudge)).requires_grad_() for x in start]; opt, path = make(params), []
     sign = -1 if opt.defaults["maximize"] else 1
@@ -104,7 +106,8 @@ def test_bfloat16(setting):
     method, name, options = SETTINGS[setting]
     start, f = quadratic(torch.bfloat16); sign = -1 if options.get("maximize") else 1
     for foreach in (False, True):
-        params = [start[0].clone().requires_grad_()]; opt = method(params, lr=.01 if name != "SGD" else 2e-3, foreach=foreach, **options); first = f(params, 0).item()
+        params = [start[0].clone().requires_grad_()]; first = f(params, 0).item()
+        opt = method(params, lr=2e-3 if name == "SGD" else .01, foreach=foreach, **options)
         for t in range(100): opt.zero_grad(); (sign * f(params, t)).backward(); opt.step()
         assert f(params, 0).item() < .5 * first
         assert all(v.dtype == torch.bfloat16 for k, v in opt.state[params[0]].items() if k != "step") and params[0].dtype == torch.bfloat16
@@ -117,12 +120,14 @@ def test_bfloat16_autocast(method, name):
             with torch.autocast("cpu", torch.bfloat16): return f(p, t)
         return start, loss
     options = dict(lr=LR[name], **(dict(momentum=.9) if name == "SGD" else {}))
-    assert apart(follow(lambda p: method(p, **options), problem, torch.float32, 50), follow(lambda p: getattr(torch.optim, name)(p, **options), problem, torch.float32, 50)) <= TOLERANCE[torch.float32]
+    ours, theirs = (follow(lambda p: cls(p, **options), problem, torch.float32, 50) for cls in (method, getattr(torch.optim, name)))
+    assert apart(ours, theirs) <= TOLERANCE[torch.float32]
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_complex(setting):
     method, name, options = SETTINGS[setting]
-    def problem(dtype): return [normal(4, 2, seed=3, dtype=dtype)], lambda p, t: ((torch.view_as_complex(p[0]) if not p[0].is_complex() else p[0]) - 1j).abs().pow(4).sum()
+    def loss(p, t): return ((p[0] if p[0].is_complex() else torch.view_as_complex(p[0])) - 1j).abs().pow(4).sum()
+    def problem(dtype): return [normal(4, 2, seed=3, dtype=dtype)], loss
     def complex_problem(dtype): x, f = problem(dtype); return [torch.view_as_complex(x[0])], f
     pairs = follow(lambda p: method(p, lr=LR[name], **options), problem, torch.float64, 50)
     theirs = follow(lambda p: getattr(torch.optim, name)(p, lr=LR[name], **options), complex_problem, torch.float64, 50)
@@ -134,7 +139,8 @@ def test_complex(setting):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_leaves_gradients_alone(setting, foreach):
     method, name, options = SETTINGS[setting]
-    x = normal(5, seed=0, dtype=torch.float64).requires_grad_(); opt = method([x], lr=LR[name], foreach=foreach, **options); g = normal(5, seed=1, dtype=torch.float64)
+    x, g = normal(5, seed=0, dtype=torch.float64).requires_grad_(), normal(5, seed=1, dtype=torch.float64)
+    opt = method([x], lr=LR[name], foreach=foreach, **options)
     for _ in range(3): x.grad = g.clone(); opt.step(); assert torch.equal(x.grad, g)
 
 # Switching is changing an import.
@@ -221,7 +227,8 @@ def test_tensor_learning_rate(setting, foreach):
 
 def test_schedulers():
     def scheduled(library):
-        x = torch.ones(3, dtype=torch.float64, requires_grad=True); opt = library.Adam([x], lr=.1); schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .1, total_steps=20)
+        x = torch.ones(3, dtype=torch.float64, requires_grad=True); opt = library.Adam([x], lr=.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(opt, .1, total_steps=20)
         for t in range(20): pull(opt, [x], [t]); schedule.step()
         return x.detach()
     assert scheduled(optim).allclose(scheduled(torch.optim), rtol=1e-13)
@@ -268,7 +275,9 @@ def test_negative_momentum_is_the_recursion():
     for t in range(30): pull(opt, [x], [t]); m = -.4 * m + torch.sin(y * (t + 1)); y = y - .1 * m
     assert torch.allclose(x, y, rtol=1e-13)
 
-@pytest.mark.parametrize("method,options", ((SGD, dict(weight_decay=.1)), (Momentum, dict(nesterov=True)), (RMSProp, dict(centered=True, momentum=.3, alpha=.5)), (Adam, dict(amsgrad=True)), (AdamW, {})))
+@pytest.mark.parametrize("method,options", (
+    (SGD, dict(weight_decay=.1)), (Momentum, dict(nesterov=True)), (RMSProp, dict(centered=True, momentum=.3, alpha=.5)),
+    (Adam, dict(amsgrad=True)), (AdamW, {})))
 def test_differentiable(method, options):
     def unrolled(lr, x):
         x = x.clone(); opt = method([x], lr=lr, differentiable=True, **options)
@@ -280,10 +289,13 @@ def test_differentiable(method, options):
 X = torch.zeros(2, requires_grad=True)
 @pytest.mark.parametrize("method,options,word", (
     (SGD, dict(lr=-1.), "lr"), (SGD, dict(lr=math.nan), "lr"), (SGD, dict(momentum=-.1), "momentum"), (SGD, dict(nesterov=True), "needs a momentum"),
-    (SGD, dict(momentum=.9, dampening=.1, nesterov=True), "dampening"), (SGD, dict(weight_decay=-1), "weight_decay"), (Momentum, dict(momentum=1.), r"[-1, 1)"),
-    (Momentum, dict(momentum=-1.1), "momentum"), (RMSProp, dict(alpha=1.), "alpha"), (RMSProp, dict(alpha=torch.tensor(.9)), "alpha"), (RMSProp, dict(eps=-1), "eps"), (Adam, dict(betas=(.9, 1.)), "betas"),
-    (Adam, dict(betas=(.9,)), "pair"), (Adam, dict(betas=.9), "pair"), (Adam, dict(lr="0.1"), "number"), (Adam, dict(lr=None), "number"), (Adam, dict(lr=torch.ones(2)), "one element"),
-    (Adam, dict(fused=True), "fused"), (Adam, dict(foreach=True, differentiable=True), "foreach"), (SGD, dict(foreach=True, momentum=torch.tensor(.5)), "foreach"),
+    (SGD, dict(momentum=.9, dampening=.1, nesterov=True), "dampening"), (SGD, dict(weight_decay=-1), "weight_decay"),
+    (Momentum, dict(momentum=1.), r"[-1, 1)"), (Momentum, dict(momentum=-1.1), "momentum"),
+    (RMSProp, dict(alpha=1.), "alpha"), (RMSProp, dict(alpha=torch.tensor(.9)), "alpha"), (RMSProp, dict(eps=-1), "eps"),
+    (Adam, dict(betas=(.9, 1.)), "betas"), (Adam, dict(betas=(.9,)), "pair"), (Adam, dict(betas=.9), "pair"),
+    (Adam, dict(lr="0.1"), "number"), (Adam, dict(lr=None), "number"),
+    (Adam, dict(lr=torch.ones(2)), "one element"), (Adam, dict(fused=True), "fused"),
+    (Adam, dict(foreach=True, differentiable=True), "foreach"), (SGD, dict(foreach=True, momentum=torch.tensor(.5)), "foreach"),
     (Adam, dict(params=[dict(params=[X], eps=-1)]), "eps")))
 def test_bad_options(method, options, word):
     with pytest.raises((ValueError, TypeError)) as e: method(**{"params": [X], **options})
@@ -297,12 +309,14 @@ def test_sparse_is_refused_before_anything_moves(method):
     with pytest.raises(TypeError, match=rf"{method.__name__}.*\(4, 2\).*sparse=False"): opt.step()
     assert torch.equal(dense, torch.ones(2)) and torch.equal(table.weight, before)
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler on the host")
-@pytest.mark.parametrize("method,options", (SETTINGS["nesterov"][::2], SETTINGS["rmsprop-all"][::2], SETTINGS["adam-amsgrad"][::2], (Adam, dict(amsgrad=True, betas=(0., 0.)))))
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="torch.compile needs a C++ compiler on the host")
+@pytest.mark.parametrize("method,options", (
+    SETTINGS["nesterov"][::2], SETTINGS["rmsprop-all"][::2], SETTINGS["adam-amsgrad"][::2], (Adam, dict(amsgrad=True, betas=(0., 0.)))))
 def test_compiled_step(method, options):
     torch._dynamo.reset()
     def run(compiled):
-        params = [normal(4, seed=0, dtype=torch.float64).requires_grad_(), normal(2, 2, seed=1, dtype=torch.float64).requires_grad_()]; opt = method(params, lr=.01, **options)
+        params = [normal(4, seed=0, dtype=torch.float64).requires_grad_(), normal(2, 2, seed=1, dtype=torch.float64).requires_grad_()]
+        opt = method(params, lr=.01, **options)
         step = torch.compile(opt.step) if compiled else opt.step
         for t in range(30):
             for p in params: p.grad = torch.sin(p.detach() * (t + 1) + .3)
