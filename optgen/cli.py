@@ -106,6 +106,7 @@ def cli():
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|…")
 @click.option("--compile", is_flag=True, help="Compile the losses; pays after about a minute.")
+@click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="bfloat16: the losses under autocast.")
 @click.option("--progress", type=click.Choice(["bar", "lines", "none"]), help="[default: a bar on a terminal, lines elsewhere]")
 @click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/SCHEME-DATA, numbered if taken]")
 @click.option("--resume", type=click.Path(exists=True, file_okay=False), metavar="DIR", help="Go on with the run in DIR; only --epochs, --device and --progress may be given.")
@@ -137,7 +138,8 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
                f"{epochs} epochs, in {click.style(out, fg='cyan')}")
     try:
         records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
-                      device=device, compile=options["compile"], binarize=None if options["binarize"] == "none" else options["binarize"],
+                      device=device, compile=options["compile"], precision=options["precision"],
+                      binarize=None if options["binarize"] == "none" else options["binarize"],
                       ema=options["ema"], patience=options["patience"], checkpoint_steps=options["checkpoint_steps"], progress=progress,
                       config={"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs})
     except Interrupted as e:

@@ -68,6 +68,8 @@ class Game:
         return {name: loss.detach() for name, loss in losses.items()}, v
 
     def step(self, batch) -> dict:  # one simultaneous step; losses by player, 0-dim tensors on the training device
+        for player in self.players.values():
+            for p in player.params.values(): p.grad = None  # so that the new gradients take the memory of the old
         losses, v = self.field(self.draw(batch))
         for name, player in self.players.items():
             for p, g in zip(player.params.values(), v[name]): p.grad = g
@@ -75,7 +77,7 @@ class Game:
         return losses
 
     def compile(self):  # from now on every loss runs through `torch.compile` (first-order rules only: it has no double backward)
-        for player in self.players.values(): player.loss = torch.compile(player.loss)
+        for player in self.players.values(): player.loss = torch.compile(player.loss, mode="max-autotune-no-cudagraphs")
         return self
 
     def to(self, *args, **kwargs):  # moves parameters and optimizer states, as `nn.Module.to`

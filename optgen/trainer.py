@@ -147,9 +147,9 @@ def seeded(seed: int, device: torch.device):  # inside, the default generators b
 
 class Run:
     r"A training run: what it needs for the next step, and the loop. Made by `fit`, whose arguments it takes."
-    def __init__(self, scheme, loader, valid, folder, ema, patience, checkpoint_steps, checkpoint_seconds, samples, progress):
+    def __init__(self, scheme, loader, valid, folder, ema, patience, checkpoint_steps, checkpoint_seconds, samples, progress, autocast):
         self.scheme, self.loader, self.valid, self.folder, self.ema, self.patience = scheme, loader, valid, folder, ema, patience
-        self.checkpoint_steps, self.checkpoint_seconds, self.samples, self.progress = checkpoint_steps, checkpoint_seconds, samples, progress
+        self.checkpoint_steps, self.checkpoint_seconds, self.samples, self.progress, self.autocast = checkpoint_steps, checkpoint_seconds, samples, progress, autocast
         self.step = self.epoch = self.best_epoch = 0
         self.seconds, self.best, self.total, self.watch, self.records = 0., None, None, Watch(), []
         self.device = next(p for player in scheme.players.values() for p in player.params.values()).device
@@ -180,7 +180,7 @@ class Run:
                 self.scheme.train()
                 self.resumed = time.monotonic()
                 for batch in self.loader:
-                    losses = self.scheme.step(batch)
+                    with self.autocast: losses = self.scheme.step(batch)
                     self.step += 1
                     self.watch.update(self.step, losses, self.scheme)
                     self.total = losses if self.total is None else {k: self.total[k] + loss for k, loss in losses.items()}
@@ -272,6 +272,7 @@ def fit(
     seed: int=0,                  # of the order of the data and of the noise; the caller's generators are left as they were
     device=None,                  # where to train; by default where the scheme is
     compile: bool=False,          # run the losses through `torch.compile`
+    precision: str="float32",     # "bfloat16" runs the losses under autocast: half the memory traffic, faster where the hardware multiplies it
     binarize: str|None=None,      # None, "static" or "dynamic", as in `Loader`; validation data are then binarised once
     ema: float|None=None,         # decay of an average of the weights, used for validation and samples
     patience: int|None=None,      # stop after so many epochs without a better validation loss; the best is kept as best.pt and put back at the end
@@ -282,6 +283,7 @@ def fit(
     config: dict|None=None,       # recorded in config.json beside the environment
 ) -> list:                        # of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train", "valid"}
     r"Train a scheme. Raises `NonFinite`, `Interrupted`, `CheckpointError`; see the run folder above."
+    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
     if patience and (valid is None or out is None): raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
     if device is not None: scheme.to(device)
     device = next(p for player in scheme.players.values() for p in player.params.values()).device
@@ -291,7 +293,7 @@ def fit(
                        binarize=binarize and ("static" if isinstance(valid, Images) else "dynamic"))
     folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None else None
     run = Run(scheme, loader, valid, folder, Ema(scheme, ema) if ema else None, patience, checkpoint_steps, checkpoint_seconds, samples,
-              lambda *args: Progress(*args, how=progress))
+              lambda *args: Progress(*args, how=progress), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"))
     if compile: scheme.compile()
     with seeded(seed, device):
         if folder and folder.checkpoint.exists():
