@@ -33,6 +33,12 @@ def test_compiled_is_eager():
     assert (weights(eager) - weights(scheme())).norm() > 100 * (weights(eager) - weights(compiled)).norm()
 
 
+def test_bfloat16_learns_as_much(tmp_path):
+    full, half = (fit(scheme(), few(2000), valid=few(), epochs=4, binarize="static", precision=p, progress="none")[-1]["valid"]["loss"] for p in ("float32", "bfloat16"))
+    first = fit(scheme(), few(2000), valid=few(), epochs=1, binarize="static", progress="none")[-1]["valid"]["loss"]
+    assert abs(half - full) < .1 * (first - full)
+
+
 def test_a_stream_from_disk_trains_as_the_same_images_in_memory(tmp_path):
     for i, x in enumerate(few(60).images): Image.fromarray(x[0].numpy()).save(tmp_path / f"{i:02d}.png")
     stream = image_folder(tmp_path, "train", memory=0)
