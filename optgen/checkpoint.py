@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -23,13 +24,13 @@ class CheckpointError(ValueError):
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-3
 def check_plain(state, where: str="state"):
     r"Raises `CheckpointError` at the first value that is neither a tensor, a number, a string, None, nor a dict, list or tuple of these."
-    if isinstance(state, dict):
+    if type(state) in (dict, OrderedDict):
         for k, v in state.items():
             if not isinstance(k, (str, int)): raise CheckpointError(f"{where} has a key of type {type(k).__name__}; keys are strings or integers")
             check_plain(v, f"{where}[{k!r}]")
-    elif isinstance(state, (list, tuple)):
+    elif type(state) in (list, tuple):
         for i, v in enumerate(state): check_plain(v, f"{where}[{i}]")
-    elif not (state is None or isinstance(state, (torch.Tensor, bool, int, float, str))):
+    elif not (state is None or isinstance(state, torch.Tensor) or type(state) in (bool, int, float, str)):
         raise CheckpointError(f"{where} is a {type(state).__name__}: a checkpoint holds tensors, numbers, strings and plain containers only")
 
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-4
@@ -62,7 +63,7 @@ def load(
 ) -> dict:              # the state that was saved
     r"Read a checkpoint without executing anything in it. `CheckpointError` where it is missing, damaged, foreign or of a newer optgen."
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"no checkpoint at {path}")
+    if not path.is_file(): raise CheckpointError(f"no checkpoint at {path}: the path is wrong, or the run was stopped before it wrote one and has to be trained on")
     try:
         with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
     except Exception as e:  # `zipfile` raises a dozen types on bytes that are no archive

@@ -20,7 +20,9 @@ def build_model(model: str, shape: tuple, z_dim: int, hidden: str):
     r"The VAE named `model`, mlp or conv, for images (C, H, W)."
     from optgen.models.vae import VAE, ConvVAE
     if model == "conv": return ConvVAE(shape, z_dim)
-    try: h_dim1, h_dim2 = (int(h) for h in hidden.split(","))
+    try:
+        h_dim1, h_dim2 = (int(h) for h in hidden.split(","))
+        if min(h_dim1, h_dim2) < 1: raise ValueError
     except ValueError: raise click.UsageError(f"--hidden takes two whole numbers such as 512,256, got {hidden!r}") from None
     return VAE(math.prod(shape), h_dim1, h_dim2, z_dim)
 
@@ -50,8 +52,9 @@ def pick_device(name: str):
     if name == "auto":
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return found or torch.device("cpu")
-    try: return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e: raise click.UsageError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device auto") from None
+    try: torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e: raise click.UsageError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device auto") from None
+    return torch.device(name)
 
 def open_run(folder: str, device: str):
     r"The configuration, scheme (best or latest weights; averaged where the run averaged) and training state of a run folder."
@@ -123,30 +126,34 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
             raise click.UsageError(f"--{extra[0].replace('_', '-')} can't be changed in a resumed run: its arguments are in {resume}/config.json")
         try: config = json.loads((Path(resume) / "config.json").read_text())
         except (OSError, json.JSONDecodeError) as e: raise click.ClickException(f"{resume} is not a run folder: config.json can't be read ({e})") from None
+        if "scheme" not in config: raise click.ClickException(f"{resume} was not made by optgen train but by fit: resume it with fit(..., out={resume!r}, resume=True)")
         scheme, options, out = config["scheme"], config["options"], resume
         epochs = epochs or config["epochs"]
     import torch
     from optgen import data
-    from optgen.trainer import Interrupted, fit
+    from optgen.trainer import Interrupted, RunFolder, environment, fit
     images, valid = data.hold_out(data.load(options["data"], "train", size=options["image_size"]), options["holdout"])
     device = pick_device(device)
+    if Path(options["data"]).is_dir(): options["data"] = str(Path(options["data"]).resolve())
     torch.manual_seed(options["seed"])
     built = SCHEMES[scheme][0](options, images.shape)
     epochs = epochs or 20
-    out = out or free_folder(f"runs/{scheme}-{Path(options['data']).name}")
+    out = out or free_folder(f"runs/{scheme}-{Path(options['data']).resolve().name}")
     click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, "
                f"{epochs} epochs, in {click.style(out, fg='cyan')}")
+    config = {"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs}
+    if resume: RunFolder(out, config, resume=True).put("config.json", json.dumps(config | {"environment": environment()}, indent=1) + "\n")
     try:
         records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
                       device=device, compile=options["compile"], precision=options["precision"],
                       binarize=None if options["binarize"] == "none" else options["binarize"],
                       ema=options["ema"], patience=options["patience"], checkpoint_steps=options["checkpoint_steps"], progress=progress,
-                      config={"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs})
+                      config=config)
     except Interrupted as e:
         stop = click.ClickException(str(e)); stop.exit_code = 128 + e.signum
         raise stop from None
-    last = records[-1]
-    click.echo(f"done: epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
+    last = min(records, key=lambda r: r["valid"]["loss"]) if options["patience"] else records[-1]
+    click.echo(f"done: {'best' if options['patience'] else 'last'} epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
     click.echo(f"look:    {out}/samples, {out}/curves.png\nsample:  optgen sample {out}\nmeasure: optgen evaluate {out}")
 
 def free_folder(name: str) -> str:  # `name`, or `name-2`, `name-3` … where it is taken

@@ -62,6 +62,7 @@ class Game:
         v = {}
         for name, player in self.players.items():
             loss = losses[name]
+            if loss.ndim: raise ValueError(f"the loss of player {name!r} has shape {tuple(loss.shape)}; a loss is one number: take its mean or its sum")
             if not loss.requires_grad: raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
             v[name] = torch.autograd.grad(loss, player.params.values(), retain_graph=len(self.players) > 1, allow_unused=True)
             if all(g is None for g in v[name]): raise ValueError(f"the loss of player {name!r} does not depend on its own parameters")

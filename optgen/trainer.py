@@ -10,6 +10,7 @@ __all__ = ['NEVER', 'NonFinite', 'Interrupted', 'Watch', 'Signals', 'Ema', 'RunF
 import contextlib
 import json
 import platform
+import shlex
 import signal
 import sys
 import threading
@@ -120,9 +121,9 @@ class Ema:
 class RunFolder:
     r"The folder of a run. `FileExistsError` where it holds one that is not being resumed, `FileNotFoundError` where there is none to resume."
     def __init__(self, out: str|Path, config: dict, resume: bool=False):
-        self.path = Path(out); self.log = self.path / "metrics.jsonl"; self.checkpoint = self.path / "checkpoint.pt"
+        self.path, self.config = Path(out), config; self.log = self.path / "metrics.jsonl"; self.checkpoint = self.path / "checkpoint.pt"
         there = (self.path / "config.json").exists()
-        if there and not resume: raise FileExistsError(f"{self.path} holds a run already: resume it, or choose another folder")
+        if not resume and (there or self.checkpoint.exists()): raise FileExistsError(f"{self.path} holds a run already: resume it, or choose another folder")
         if resume and not there: raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
         if not there:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,9 @@ def environment() -> dict:  # versions and machine, for a run's configuration
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-7
 @contextlib.contextmanager
-def seeded(seed: int, device: torch.device):  # inside, the default generators begin at `seed`; afterwards they are as they were
+def seeded(seed: int):  # inside, the default generators begin at `seed`; afterwards they are as they were
     r"Random numbers of one's own."
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
@@ -162,7 +163,6 @@ class Run:
         self.checkpoint_steps, self.checkpoint_seconds, self.samples, self.progress, self.autocast = checkpoint_steps, checkpoint_seconds, samples, progress, autocast
         self.step = self.epoch = self.best_epoch = 0
         self.seconds, self.best, self.total, self.watch, self.records = 0., None, None, Watch(), []
-        self.device = next(p for player in scheme.players.values() for p in player.params.values()).device
         self.images = min(len(loader.data), len(loader) * loader.order.batch_size)
         self.valid_start = valid and valid.state_dict()
 
@@ -179,6 +179,9 @@ class Run:
 
     def save(self, name: str="checkpoint.pt"):
         self.watch.check(self.scheme)
+        for who, player in self.scheme.players.items():
+            for key, p in player.params.items():
+                if not p.isfinite().all(): raise NonFinite(f"step {self.step}: the parameter {key!r} of player {who!r} is not finite after its update")
         if self.folder:
             checkpoint.save(self.folder.path / name, self.state_dict())
             self.saved_time = time.monotonic()
@@ -193,7 +196,7 @@ class Run:
                     with self.autocast: losses = self.scheme.step(batch)
                     self.step += 1
                     self.watch.update(self.step, losses, self.scheme)
-                    self.total = losses if self.total is None else {k: self.total[k] + loss for k, loss in losses.items()}
+                    self.total = {k: loss.to(torch.promote_types(loss.dtype, torch.float32)) + (self.total[k] if self.total else 0.) for k, loss in losses.items()}
                     if self.ema: self.ema.update()
                     bar.advance(len(batch.x), losses)
                     if signals.received or self.due():
@@ -216,7 +219,9 @@ class Run:
     def stale(self) -> bool: return bool(self.patience) and self.epoch - self.best_epoch >= self.patience
 
     def farewell(self, signum: int) -> str:
-        saved = f"saved; go on with: optgen train --resume {self.folder.path}" if self.folder else "nothing was saved, since no folder was given"
+        if not self.folder: saved = "nothing was saved, since no folder was given"
+        elif "scheme" in self.folder.config: saved = f"saved; go on with: optgen train --resume {shlex.quote(str(self.folder.path))}"
+        else: saved = f"saved; go on with: fit(..., out={str(self.folder.path)!r}, resume=True)"
         return f"{signal.Signals(signum).name} after step {self.step}: {saved}"
 
     def finish_epoch(self):
@@ -225,7 +230,7 @@ class Run:
                   "train": {k: t.item() / len(self.loader) for k, t in self.named(self.total).items()}}
         self.scheme.train(False)
         images = None
-        with self.ema.applied() if self.ema else contextlib.nullcontext(), seeded(0, self.device):
+        with self.ema.applied() if self.ema else contextlib.nullcontext(), seeded(0):
             if self.valid:
                 self.valid.load_state_dict(self.valid_start)
                 record["valid"] = self.scheme.evaluate(self.valid)
@@ -247,10 +252,9 @@ class Progress:
         epochs: int,
         how: str|None=None,  # "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines elsewhere
     ):
-        if how not in (None, "bar", "lines", "none"): raise ValueError(f"progress is 'bar', 'lines' or 'none', got {how!r}")
         self.how = how or ("bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines")
         self.run, self.epochs, self.read, self.valid = run, epochs, 0., {}
-        self.bar = tqdm(total=epochs * run.images, initial=min(run.step * run.loader.order.batch_size, epochs * run.images), unit="img", unit_scale=True,
+        self.bar = tqdm(total=epochs * run.images, initial=run.epoch * run.images + run.loader.order.batch * run.loader.order.batch_size * (run.total is not None), unit="img", unit_scale=True,
                         disable=self.how != "bar", dynamic_ncols=True, smoothing=.1)
 
     def __enter__(self): return self
@@ -273,7 +277,7 @@ class Progress:
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-9
 def fit(
     scheme,                       # a `Game`; with `evaluate(batches) -> dict` it is validated, with `sample(n)` its samples are drawn
-    data,                         # `optgen.data.Images`, or a `Loader` (its own batch size, binarisation and seed then hold)
+    data,                         # `optgen.data.Images` or `ImageFiles`, or a `Loader` (its own batch size, binarisation and seed then hold)
     *, epochs: int=1,             # in all, those before a resumption included
     batch_size: int=100,
     valid=None,                   # `Images` or a `Loader`, evaluated after each epoch
@@ -282,9 +286,9 @@ def fit(
     seed: int=0,                  # of the order of the data and of the noise; the caller's generators are left as they were
     device=None,                  # where to train; by default where the scheme is
     compile: bool=False,          # run the losses through `torch.compile`
-    precision: str="float32",     # "bfloat16" runs the losses under autocast: half the memory traffic, faster where the hardware multiplies it
+    precision: str="float32",     # "bfloat16" runs the steps under autocast: half the memory traffic, faster where the hardware multiplies it
     binarize: str|None=None,      # None, "static" or "dynamic", as in `Loader`; validation data are then binarised once
-    ema: float|None=None,         # decay of an average of the weights, used for validation and samples
+    ema: float|None=None,         # decay of an average of the weights, used for validation and samples and kept in the checkpoint; the scheme keeps its own
     patience: int|None=None,      # stop after so many epochs without a better validation loss; the best is kept as best.pt and put back at the end
     checkpoint_steps: int|None=None,    # also write a checkpoint every so many steps,
     checkpoint_seconds: float=300.,     # and every so many seconds, beside the one after each epoch
@@ -294,20 +298,24 @@ def fit(
 ) -> list:                        # of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train", "valid"}
     r"Train a scheme. Raises `NonFinite`, `Interrupted`, `CheckpointError`; see the run folder above."
     if precision not in ("float32", "bfloat16"): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
+    if resume and out is None: raise ValueError("resume=True needs the run folder: pass out=")
     if patience and (valid is None or out is None): raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
+    if progress not in (None, "bar", "lines", "none"): raise ValueError(f"progress is 'bar', 'lines' or 'none', got {progress!r}")
+    if valid is not None and not hasattr(scheme, "evaluate"): raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
     if device is not None: scheme.to(device)
     device = next(p for player in scheme.players.values() for p in player.params.values()).device
     loader = data if isinstance(data, Loader) else Loader(data, batch_size, device=device, binarize=binarize, seed=seed)
     if valid is not None and not isinstance(valid, Loader):
         valid = Loader(valid, 500, device=device, shuffle=False, seed=seed,
                        binarize=binarize and ("static" if isinstance(valid, Images) else "dynamic"))
+    average = Ema(scheme, ema) if ema else None
     folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None else None
-    run = Run(scheme, loader, valid, folder, Ema(scheme, ema) if ema else None, patience, checkpoint_steps, checkpoint_seconds, samples,
+    run = Run(scheme, loader, valid, folder, average, patience, checkpoint_steps, checkpoint_seconds, samples,
               lambda *args: Progress(*args, how=progress), torch.autocast(device.type, torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext())
     if compile: scheme.compile()
-    with seeded(seed, device):
-        if folder and folder.checkpoint.exists():
-            run.load_state_dict(checkpoint.load(folder.checkpoint, map_location=device))
+    with seeded(seed):
+        if resume:
+            if folder.checkpoint.exists(): run.load_state_dict(checkpoint.load(folder.checkpoint, map_location=device))
             folder.rewind(run.epoch); run.records = read_log(folder.log)
         run.train(epochs)
     if patience: scheme.load_state_dict(checkpoint.load(folder.path / "best.pt", map_location=device)["scheme"])

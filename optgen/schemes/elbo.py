@@ -27,7 +27,7 @@ class NoisyBatch(NamedTuple):
 class BetaVAE(Game):
     r"One player, the model, descending Eq. (beta-elbo). Higgins et al. (2017); Kingma & Welling (2014) at $\beta=1$."
     def __init__(self,
-        model: nn.Module,                # `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`, `decoder(z)`, and `z_dim`
+        model: nn.Module,                # `encoder(x) -> (mean, log_var)`, `reparameterize(mean, log_var, eps)`, `log_likelihood(x, z)`, `decoder(z)`, `z_dim`
         beta: float=1.,                  # $\beta \ge 0$, weight of the rate
         optimizer: Optimizer|None=None,  # steps the model's parameters; by default `Adam(model.parameters(), lr=1e-3)`
     ):
