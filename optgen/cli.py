@@ -131,7 +131,7 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
         epochs = epochs or config["epochs"]
     import torch
     from optgen import data
-    from optgen.trainer import Interrupted, RunFolder, environment, fit
+    from optgen.trainer import Interrupted, fit
     images, valid = data.hold_out(data.load(options["data"], "train", size=options["image_size"]), options["holdout"])
     device = pick_device(device)
     if Path(options["data"]).is_dir(): options["data"] = str(Path(options["data"]).resolve())
@@ -142,7 +142,6 @@ def train(ctx, scheme, resume, out, device, progress, epochs, **options):
     click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, "
                f"{epochs} epochs, in {click.style(out, fg='cyan')}")
     config = {"scheme": scheme, "options": options, "shape": list(images.shape), "epochs": epochs}
-    if resume: RunFolder(out, config, resume=True).put("config.json", json.dumps(config | {"environment": environment()}, indent=1) + "\n")
     try:
         records = fit(built, images, valid=valid, out=out, resume=bool(resume), epochs=epochs, batch_size=options["batch_size"], seed=options["seed"],
                       device=device, compile=options["compile"], precision=options["precision"],

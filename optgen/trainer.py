@@ -127,7 +127,9 @@ class RunFolder:
         if resume and not there: raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
         if not there:
             self.path.mkdir(parents=True, exist_ok=True)
-            self.put("config.json", json.dumps(config, indent=1) + "\n")
+            self.write_config()
+
+    def write_config(self): self.put("config.json", json.dumps(self.config, indent=1) + "\n")
 
     def write(self, record: dict):
         with open(self.log, "a") as f: f.write(json.dumps(record) + "\n")
@@ -294,7 +296,7 @@ def fit(
     checkpoint_seconds: float=300.,     # and every so many seconds, beside the one after each epoch
     samples: int=64,              # images in each epoch's grid; 0 for none
     progress: str|None=None,      # "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines elsewhere
-    config: dict|None=None,       # recorded in config.json beside the environment
+    config: dict|None=None,       # recorded in config.json beside the environment; on resumption it replaces what was there
 ) -> list:                        # of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train", "valid"}
     r"Train a scheme. Raises `NonFinite`, `Interrupted`, `CheckpointError`; see the run folder above."
     if precision not in ("float32", "bfloat16"): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
@@ -317,6 +319,7 @@ def fit(
         if resume:
             if folder.checkpoint.exists(): run.load_state_dict(checkpoint.load(folder.checkpoint, map_location=device))
             folder.rewind(run.epoch); run.records = read_log(folder.log)
+            if config: folder.write_config()
         run.train(epochs)
     if patience: scheme.load_state_dict(checkpoint.load(folder.path / "best.pt", map_location=device)["scheme"])
     return run.records
