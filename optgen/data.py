@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SPLITS', 'ASSETS', 'DataError', 'Batch', 'Images', 'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'digits',
            'read_image', 'ImageFiles', 'image_folder', 'load', 'hold_out', 'bernoulli', 'Order', 'Source', 'Loader',
-           'ring_centers', 'grid_centers', 'ring', 'grid', 'two_moons']
+           'stacked', 'ring_centers', 'grid_centers', 'ring', 'grid', 'two_moons']
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4
 import gzip, lzma, math, os, zlib
@@ -407,6 +407,22 @@ class Loader:
         if self.noise: self.noise.set_state(state["noise"].cpu())
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-18
+def stacked(
+    data: Images,       # grey, with labels
+    n: int|None=None,   # images to make, each 3 times the bytes of one of `data`; None: as many as `data` has
+    channels: int=3,    # drawn for each, $C$
+    seed: int=0,        # of the draw, which is the same on every device
+) -> Images:            # (n, channels, H, W), labels 0 ... K**channels - 1; DataError unless `data` is grey and labelled
+    r"Images whose channels are images of `data` drawn at random, Eq. (stacked)."
+    if data.labels is None or data.shape[0] != 1: raise _bad(data.name, f"{data.shape[0]} channel(s), {'no ' * (data.labels is None)}labels",
+        "stack grey images with labels, mnist() say")
+    if (n is not None and n < 1) or channels < 1: raise _bad(f"stacked(n={n}, channels={channels})", "makes no image", "pass numbers from 1")
+    generator, classes = _generator("cpu", "stacked", seed), len(data.classes) or int(data.labels.max()) + 1
+    pick = torch.randint(len(data), (n or len(data), channels), generator=generator).to(data.images.device)
+    power = classes ** torch.arange(channels - 1, -1, -1, device=pick.device)
+    return Images(data.images[:, 0][pick], (data.labels[pick] * power).sum(1), f"stacked {data.name}", data.split)
+
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
 def ring_centers(modes: int=8, radius: float=1., device=None):
     r"(modes, 2) centres on a circle, from the right and anticlockwise."
     angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
@@ -425,7 +441,7 @@ def _mixture(n, centers, std, generator):
     labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
     return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-20
 def ring(
     n: int,             # points
     modes: int=8,       # components
@@ -446,7 +462,7 @@ def grid(
     r"A square grid of Gaussians, Eq. (mixture)."
     return _mixture(n, grid_centers(side, spacing, _device(generator)), std, generator)
 
-# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-20
+# %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-21
 def two_moons(
     n: int,             # points
     noise: float=.1,    # standard deviation about the curves
