@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_number', 'check_count', 'Around', 'Alternating', 'Extragradient', 'Optimistic', 'Correction', 'Feedback',
            'Consensus', 'SymplecticAdjustment', 'Lookahead', 'scaled', 'check_rate', 'Unrolled', 'CompetitiveGradient',
-           'input_gradient_penalty']
+           'input_gradient_penalty', 'Simultaneous']
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4
 import math
@@ -13,7 +13,9 @@ import math
 import torch
 from torch import Tensor
 
-from .games import Field, Game, Point, Rule, Simultaneous, as_rule
+from .games import Field, Game, Rule, Simultaneous, as_rule
+
+_all_ = ["Simultaneous"]
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-2
 def check_number(where: str, low: float=-math.inf, **numbers):  # `ValueError` unless each is finite and at least `low`
@@ -109,7 +111,9 @@ class Optimistic(Around):
 class Correction(Rule):
     r"A rule that adds a `correction` to the field; the sum of a list of them is a rule too."
     second_order = True
-    def direction(self, at): return at.v + self.correction(at)
+    def direction(self, at):
+        extra = self.correction(at)
+        return at.v + extra
 
 class Feedback(Correction):
     r"One player's loss takes a gradient's norm: $L_i \leftarrow L_i + \lambda\lVert\nabla_{\theta_j}L_k\rVert^2$, Eq. (feedback)."
@@ -153,6 +157,7 @@ class SymplecticAdjustment(Correction):
 
     def correction(self, at):
         whole = at.moving(*at.game.players) if self.align else at
+        at.grads([(i, j) for i in whole.move for j in at.game.players])  # those of a loss in one pass
         v = at.field()
         dH = whole.vjp(v)
         Av = .5 * (dH - whole.jvp(v))
@@ -217,27 +222,19 @@ class Unrolled(Rule):
 
     def direction(self, at):
         game, p, others = at.game, self.player, [i for i in at.move if i != self.player]
-        now = game.at(at.batch, at.move); start = [game.weights().only([p])]
-        own = now.field([p]) if p in at.move or self.steps and others else {}
-        step = own
-        for k in range(self.steps if others else 0):
-            game.set_weights(start[-1] - scaled(game, step, self.lr))
-            start.append(game.weights().only([p]))
-            now = game.at(at.batch)
-            if k < self.steps - 1: step = now.field([p])
-        out = Field(own).only([p] if p in at.move else [])
-        ahead = now.grads([pair for i in others for pair in ((i, i), (i, p))])
-        adjoint = {i: Field({p: a}) for i, a in zip(others, ahead[1::2])}
-        out |= zip(others, ahead[::2])
-        for weights in reversed(start[:-1]):
-            game.set_weights(weights)
-            then = game.at(at.batch, graph=True)
-            for i, a in adjoint.items():
-                pulled = then.pull([(p, p, scaled(game, a, self.lr)[p])], to=[i, p])
-                out[i], adjoint[i] = torch._foreach_sub(out[i], pulled[i]), a - pulled.only([p])
-        game.set_weights(start[0])
+        now, path = game.at(at.batch), [game.weights().only([p])]
+        u = now.field([p] if p in at.move else [])
         at.losses |= now.losses
-        return Field({i: out[i] for i in at.move})
+        for _ in range(self.steps if others else 0):
+            path.append(path[-1] - scaled(game, now.field([p]), self.lr))
+            game.set_weights(path[-1]); now = game.at(at.batch)
+        through = {i: Field(zip((i, p), now.grads([(i, i), (i, p)]))) for i in others}
+        at.losses |= {i: now.losses[i] for i in others}
+        for weights in reversed(path[:-1]):
+            game.set_weights(weights); then = game.at(at.batch, graph=True)
+            for i, g in through.items(): through[i] = g - then.pull([(p, p, scaled(game, g.only([p]), self.lr)[p])], to=(i, p))
+        game.set_weights(path[0])
+        return Field(u | {i: g[i] for i, g in through.items()}).only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-13
 class CompetitiveGradient(Rule):
@@ -255,6 +252,7 @@ class CompetitiveGradient(Rule):
 
     def direction(self, at):
         whole = at.moving(*at.game.players)
+        at.grads([(i, j) for i in whole.move for j in whole.move])  # those of a loss in one pass
         eta = lambda u: scaled(at.game, u, self.lr)
         M = lambda u: u + whole.jvp(eta(u), diagonal=False)
         Mt = lambda r: r + eta(whole.vjp(r, diagonal=False))
