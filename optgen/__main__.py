@@ -1,0 +1,4 @@
+"`python -m optgen` is `optgen`: what `torchrun -m` starts."
+from optgen.cli import main
+
+if __name__ == "__main__": main()
