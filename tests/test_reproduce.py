@@ -1,0 +1,102 @@
+"The runner of experiments: resumable, interruptible, honest about failures. Its runs are the functions below."
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from optgen.reproduce import Experiment, ReproduceError, load_results, missing, perform, read_json, reproduce, source_state, tasks_of, write_json
+
+
+def draw(config, seed): return {"mean": torch.randn(config["n"], generator=torch.Generator().manual_seed(seed)).mean().item(), "threads": torch.get_num_threads()}
+
+
+def cursed(config, seed):
+    if seed == 1 and not Path(config["mended"]).exists(): raise ArithmeticError("seed one is cursed")
+    return {"seed": seed}
+
+
+def dies(config, seed): os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow(config, seed): time.sleep(.3); return {"seed": seed}
+
+
+def quiet(experiments, out, jobs=1): return reproduce(experiments, out, jobs=jobs, progress=False)
+
+
+TABLE = Experiment("means", draw, {"few": {"n": 5}, "many": {"n": 500}}, (0, 1))
+
+
+def test_runs_are_files_and_are_not_repeated(tmp_path):
+    assert quiet([TABLE], tmp_path, jobs=2) == {"done": 4, "skipped": 0}
+    for r in load_results(tmp_path, "means"):
+        assert r["result"] == draw(r["config"], r["seed"]) | {"threads": 1}
+        assert r["config"] == TABLE.variants[r["variant"]] and r["environment"]["threads"] == 1 and r["cpu_seconds"] >= 0 <= r["wall_seconds"]
+        assert r["environment"]["torch"] == torch.__version__ and {"commit", "modified"} <= r.keys()
+    (tmp_path / "means/few-1.json").unlink()
+    left = missing(tasks_of(TABLE, tmp_path)); assert [(t.variant, t.seed) for t in left] == [("few", 1)]
+    more = TABLE._replace(seeds=(0, 1, 2))
+    assert quiet([more], tmp_path) == {"done": 3, "skipped": 3} and quiet([more], tmp_path) == {"done": 0, "skipped": 6}
+
+
+def test_errors_are_recorded_told_and_repeated(tmp_path):
+    mended = tmp_path / "mended"; experiment = Experiment("cursed", cursed, {"v": {"mended": str(mended)}}, (0, 1, 2))
+    with pytest.raises(ReproduceError, match="1 of 3 runs failed.*v-1.json.*run again"): quiet([experiment], tmp_path)
+    good, bad, other = load_results(tmp_path, "cursed")
+    assert bad["error"]["type"] == "ArithmeticError" and "cursed" in bad["error"]["traceback"] and "result" not in bad
+    assert good["result"] == {"seed": 0} and other["result"] == {"seed": 2}
+    mended.touch(); assert quiet([experiment], tmp_path) == {"done": 1, "skipped": 2}
+
+
+def test_a_killed_process_is_an_error_and_is_replaced(tmp_path):
+    experiments = [Experiment("dies", dies, {"v": {}}, (0,)), TABLE._replace(seeds=(0,))]
+    with pytest.raises(ReproduceError, match="1 of 3 runs failed"): quiet(experiments, tmp_path)
+    assert "exit code -9" in load_results(tmp_path, "dies")[0]["error"]["message"] and len(load_results(tmp_path, "means")) == 2
+
+
+def test_interrupted_from_outside_it_leaves_whole_files_and_goes_on(tmp_path):
+    code = f"""if __name__ == "__main__":
+        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import test_reproduce as t
+        t.quiet([t.Experiment("slow", t.slow, {{"v": {{}}}}, tuple(range(60)))], {str(tmp_path)!r}, jobs=2)"""
+    script = tmp_path / "run.py"; script.write_text(code)
+    process = subprocess.Popen([sys.executable, script], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while len([*tmp_path.glob("slow/v-*.json")]) < 3:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: everybody in the group
+    error = process.communicate()[1]
+    assert process.returncode != 0 and "KeyboardInterrupt" in error
+    there = load_results(tmp_path, "slow")
+    assert 3 <= len(there) < 60 and all("result" in r for r in there) and not [*tmp_path.glob("slow/.*")]
+    done = quiet([Experiment("slow", slow, {"v": {}}, tuple(range(5)))], tmp_path)
+    assert done["done"] + done["skipped"] == 5 and done["skipped"] >= 2 and not multiprocessing.active_children()
+
+
+def test_files_are_whole_and_say_what_is_wrong(tmp_path):
+    path = tmp_path / "a/b.json"; write_json(path, {"x": [1, 2], "y": {"z": None}})
+    assert path.read_text() == '{\n "x": [1, 2],\n "y": {"z": null}\n}\n' and read_json(path)["y"] == {"z": None}
+    with pytest.raises(ValueError): write_json(path, {"x": float("inf")})
+    assert read_json(path)["x"] == [1, 2]
+    path.write_text(path.read_text()[:9])
+    with pytest.raises(ReproduceError, match="b.json is damaged"): read_json(path)
+    with pytest.raises(FileNotFoundError, match="run the experiment"): load_results(tmp_path, "none")
+    with pytest.raises(ValueError, match="jobs"): quiet([TABLE], tmp_path, jobs=0)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    quiet([TABLE._replace(seeds=(0,))], tmp_path)
+    with pytest.raises(ReproduceError, match="few-0.json.*another folder"): quiet([TABLE._replace(variants={"few": {"n": 6}})], tmp_path)
+
+
+def test_a_number_that_is_none_is_an_error_not_a_file(): assert "error" in perform(lambda config, seed: {"x": float("nan")}, {}, 0)
+
+
+def test_source_state(): assert {"commit", "modified"} == source_state().keys() and json.dumps(source_state())
