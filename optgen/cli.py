@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['DATA', 'OPTIMIZERS', 'RULES', 'SCHEMES', 'build_optimizer', 'build_rule', 'Scheme', 'common', 'add_scheme',
            'pick_device', 'open_run', 'cli', 'Train', 'train', 'start', 'go_on', 'free_folder', 'run', 'widths',
-           'build_beta_vae', 'build_feedback_gan', 'sample', 'evaluate', 'list_', 'bench', 'main']
+           'build_beta_vae', 'build_feedback_gan', 'sample', 'evaluate', 'list_', 'bench', 'as_one', 'main']
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -190,13 +192,12 @@ def run(config: dict, out: str, device: str, progress: str|None, resume: bool):
     import torch
     from optgen import data
     from optgen.trainer import Interrupted, fit
-    say = click.echo if int(os.environ.get("RANK", 0)) == 0 else lambda _: None  # of several processes one speaks
     scheme, options, epochs = config["scheme"], config["options"], config["epochs"]
     images, valid = data.hold_out(data.load(options["data"], "train", size=options["image_size"]), options["holdout"])
     device = pick_device(device)
     torch.manual_seed(options["seed"])
     built = SCHEMES[scheme].build(options, images.shape)
-    say(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, {epochs} epochs, in {click.style(out, fg='cyan')}")
+    click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, {epochs} epochs, in {click.style(out, fg='cyan')}")
     binarize = options.get("binarize", "none")
     try:
         records = fit(built, images, valid=valid, out=out, resume=resume, epochs=epochs, device=device, progress=progress, binarize=None if binarize == "none" else binarize,
@@ -206,8 +207,8 @@ def run(config: dict, out: str, device: str, progress: str|None, resume: bool):
         stop = click.ClickException(str(e)); stop.exit_code = 128 + e.signum
         raise stop from None
     last = min(records, key=lambda r: r["valid"][built.criterion]) if options["patience"] else records[-1]
-    say(f"done: {'best' if options['patience'] else 'last'} epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
-    say(f"look:    {out}/samples, {out}/curves.png\nsample:  optgen sample {out}\nmeasure: optgen evaluate {out}")
+    click.echo(f"done: {'best' if options['patience'] else 'last'} epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
+    click.echo(f"look:    {out}/samples, {out}/curves.png\nsample:  optgen sample {out}\nmeasure: optgen evaluate {out}")
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-8
 def widths(hidden: str) -> list:
@@ -332,16 +333,26 @@ def bench(out, repeats, data, only):
     if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-13
+@contextlib.contextmanager
+def as_one():
+    r"Of several processes that torchrun started, the first speaks, and an error is told once."
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1: yield; return
+    from optgen.parallel import init, together
+    ranks = init()
+    with together(ranks), contextlib.redirect_stdout(io.StringIO() if ranks and ranks.rank else sys.stdout): yield
+
 def main(args=None):  # command line, by default `sys.argv[1:]`
     r"Entry point of `optgen`. Exits 0 when done, 1 for what can be mended, 2 for a usage error, 128 + n for signal n."
     fail = lambda code, message: (click.echo(click.style("optgen: ", fg="red") + " ".join(str(message).split()), err=True), sys.exit(code))
-    try: cli.main(args, prog_name="optgen", standalone_mode=False)
+    try:
+        with as_one(): cli.main(args, prog_name="optgen", standalone_mode=False)
     except click.UsageError as e: fail(2, f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'optgen'} --help)")
     except click.ClickException as e: fail(e.exit_code, e.format_message())
     except click.Abort: fail(130, "stopped")
     except Exception as e:
         from optgen.checkpoint import CheckpointError
         from optgen.data import DataError
+        from optgen.parallel import RankError
         from optgen.trainer import NonFinite
-        if isinstance(e, (CheckpointError, DataError, NonFinite, OSError)): fail(1, e)
+        if isinstance(e, (CheckpointError, DataError, NonFinite, OSError, RankError)): fail(1, e)
         raise
