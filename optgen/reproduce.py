@@ -55,9 +55,11 @@ def write_json(path: Path, content: dict):
     lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w", encoding="utf-8") as f:
-        f.write(f"{{\n{lines}\n}}\n"); f.flush(); os.fsync(f.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "w", encoding="utf-8") as f:
+            f.write(f"{{\n{lines}\n}}\n"); f.flush(); os.fsync(f.fileno())
+        os.replace(beside, path)
+    finally: beside.unlink(missing_ok=True)  # there only if it was interrupted
 
 def read_json(path: Path) -> dict:
     r"A result; `ReproduceError` where it is damaged."
