@@ -150,7 +150,7 @@ TUNING_SEEDS, SEEDS, IMAGE_SEEDS = (100, 101), tuple(range(10)), (0, 1, 2)
 MIXTURE = dict(betas=[.5, .99], steps=3000, batch=128, hidden=[64, 64], z_dim=16, every=100)
 IMAGE = dict(betas=[.5, .99], batch=64, width=16, z_dim=64, looks=4, look=5000)
 BUDGET = {"tune-mnist": 400, "mnist": 1500, "stacked": 4000}  # plain steps' worth
-RATES = {"ring": (1e-3, 2e-3), "mnist": (2e-4, 1e-3)}
+RATES = {"ring": (2e-3, 4e-3), "mnist": (4e-4, 1e-3)}
 MOMENTUM_RATES = {"ring": (.03, .1), "mnist": (.01, .03)}
 STACKED = ("simultaneous", "r1+r2", "consensus")              # and the best of the others on MNIST
 
@@ -159,7 +159,7 @@ def settings(problem: str) -> dict:  # name -> {"rule", "weight", "loss", "lr"}
     out = {}
     for rule, (_, weights, _) in RULES.items():
         rates, losses = RATES[problem], ("non-saturating", "saturating") if weights == (None,) else ("non-saturating",)
-        if rule == "simultaneous": rates, losses = (*rates, 2 * rates[-1]), ("non-saturating", "saturating", "hinge", "relativistic")
+        if rule == "simultaneous": rates, losses = (rates[0] / 2, *rates, 2 * rates[1]), ("non-saturating", "saturating", "hinge", "relativistic")
         if rule == "negative-momentum": rates = MOMENTUM_RATES[problem]
         for lr, w, loss in product(rates, weights, losses):
             out["_".join([rule, f"{lr:g}", loss if w is None else f"{w:g}"])] = {"rule": rule, "weight": w, "loss": loss, "lr": lr}
