@@ -27,13 +27,14 @@ def check_number(where: str, low: float=-math.inf, **numbers):  # `ValueError` u
 def check_count(where: str, low: int=1, **counts):  # `ValueError` unless each is an integer, at least `low`
     r"Refuse a count that is none."
     for name, n in counts.items():
-        if isinstance(n, bool) or not isinstance(n, int) or n < low: raise ValueError(f"{where}: {name} must be an integer, at least {low}; got {n!r}")
+        if isinstance(n, bool) or not isinstance(n, int) or n < low:
+            raise ValueError(f"{where}: {name} must be an integer, at least {low}; got {n!r}")
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-3
 class Around(Rule):
     r"A way to step around the `direction` of an inner rule."
     def __init__(self,
-        inner=None,  # a rule whose `direction` is used, or a list of corrections; by default the plain field. `ValueError` for one that steps by itself
+        inner=None,  # a rule with a direction, or a list of corrections; by default the plain field. `ValueError` for one that steps by itself
     ):
         super().__init__()
         self.inner = as_rule(inner)
@@ -66,7 +67,7 @@ class Alternating(Around):
         super().check(game)
 
     def step(self, game, batch):
-        losses = {}
+        losses = {}  # of each player before its first move
         for name in self.order or game.players:
             for _ in range(self.repeats.get(name, 1)):
                 u, seen = self.look(game, batch, move=[name])
@@ -85,8 +86,8 @@ class Extragradient(Around):
         self.past = past
 
     def step(self, game, batch):
-        start = game.weights()
-        if self.past and "u" in self.memory: ahead, losses = self.memory["u"].clone(), None
+        start, losses = game.weights(), None
+        if self.past and "u" in self.memory: ahead = self.memory["u"].clone()
         else: ahead, losses = self.look(game, batch)
         game.apply(ahead)
         u, there = self.look(game, batch)
@@ -102,9 +103,9 @@ class Optimistic(Around):
         start = game.weights()
         u, losses = self.look(game, batch)
         game.apply(u)
-        moved = game.weights() - start
-        game.set_weights(start + 2*moved - self.memory.get("moved", moved))
-        self.memory = {"moved": moved}
+        move = game.weights() - start
+        game.set_weights(start + 2*move - self.memory.get("move", move))
+        self.memory = {"move": move}
         return losses
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-7
@@ -148,8 +149,8 @@ class SymplecticAdjustment(Correction):
     r"Add $\lambda A^\top v$, what the antisymmetric part of the Jacobian turns, Eq. (symplectic)."
     def __init__(self,
         weight: float=1.,  # $\lambda$
-        align: bool=True,  # choose its sign so that it points into stable and away from unstable fixed points, Eq. (align)
-        eps: float=.1,     # how far the cosines may disagree before the sign is turned
+        align: bool=True,  # choose its sign by Eq. (align): into stable and away from unstable fixed points
+        eps: float=.1,     # $\epsilon \ge 0$ of Eq. (align)
     ):
         super().__init__()
         check_number("SymplecticAdjustment", weight=weight); check_number("SymplecticAdjustment", 0, eps=eps)
@@ -162,9 +163,9 @@ class SymplecticAdjustment(Correction):
         dH = whole.vjp(v)
         Av = .5 * (dH - whole.jvp(v))
         if not self.align: return self.weight * Av
-        norms = (v @ v).sqrt() * (dH @ dH) * (Av @ Av).sqrt()
-        up = (v @ dH) * (Av @ dH) + self.eps * norms >= 0
-        return self.weight * ((2*up - 1).to(norms.dtype) * Av).only(at.move)
+        d = sum(x.numel() for xs in v.values() for x in xs)
+        told = (v @ dH) * (Av @ dH) / d + self.eps
+        return self.weight * (torch.where(told >= 0, 1., -1.).to(told.dtype) * Av).only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-10
 class Lookahead(Rule):
@@ -175,7 +176,7 @@ class Lookahead(Rule):
         alpha: float=.5,   # $\alpha$ in (0, 1]
     ):
         super().__init__()
-        check_count("Lookahead", every=every); check_number("Lookahead", 0, alpha=alpha)
+        check_count("Lookahead", every=every)
         if not 0 < alpha <= 1: raise ValueError(f"Lookahead: alpha must lie in (0, 1], got {alpha}")
         self.inner, self.every, self.alpha = as_rule(inner), every, alpha
 
@@ -188,7 +189,7 @@ class Lookahead(Rule):
         if count % self.every == 0:
             slow = slow + self.alpha * (game.weights() - slow)
             game.set_weights(slow)
-        self.memory = {"slow": slow, "count": count}
+        self.memory = {"slow": slow, "count": count % self.every}
         return losses
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-11
@@ -206,10 +207,10 @@ def check_rate(rule, game, names, lr):
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-12
 class Unrolled(Rule):
-    r"The others descend through the next steps of one player, Eq. (unrolled)."
+    r"The others descend through the next steps of one player, Eq. (unrolled), by the recursion of Eq. (adjoint)."
     second_order = True
     def __init__(self,
-        player: str,  # who is looked ahead of
+        player: str,  # $p$, who is looked ahead of
         steps: int,   # $K \ge 0$ plain gradient steps
         lr=None,      # $\eta$ of these; by default that of the player's optimizer
     ):
@@ -242,7 +243,7 @@ class CompetitiveGradient(Rule):
     second_order = True
     def __init__(self,
         lr=None,            # $\eta$; by default those of the players' optimizers
-        iterations: int=5,  # of conjugate gradient a step, from the last step's solution
+        iterations: int=5,  # of conjugate gradients a step, from the last step's solution
     ):
         super().__init__()
         check_count("CompetitiveGradient", iterations=iterations)
@@ -251,27 +252,26 @@ class CompetitiveGradient(Rule):
     def check(self, game): check_rate(self, game, game.players, self.lr)
 
     def direction(self, at):
-        whole = at.moving(*at.game.players)
-        at.grads([(i, j) for i in whole.move for j in whole.move])  # those of a loss in one pass
-        eta = lambda u: scaled(at.game, u, self.lr)
+        whole, eta = at.moving(*at.game.players), lambda u: scaled(at.game, u, self.lr)
         M = lambda u: u + whole.jvp(eta(u), diagonal=False)
         Mt = lambda r: r + eta(whole.vjp(r, diagonal=False))
-        v = whole.v
-        u = self.memory.get("u", v)
-        r, p, size = v - M(u), None, None
+        at.grads([(i, j) for i in whole.move for j in whole.move])  # those of a loss in one pass
+        u = self.memory.get("u", whole.v)
+        r, d, size = whole.v - M(u), None, None  # residual, search direction, |M'r|^2
+        tiny = torch.finfo(at.game.params(whole.move[0])[0].dtype).tiny
         for _ in range(self.iterations):
             s = Mt(r); before, size = size, s @ s
-            p = s if p is None else s + (size / before.clamp(min=torch.finfo(size.dtype).tiny)) * p
-            q = M(p); a = size / (q @ q).clamp(min=torch.finfo(size.dtype).tiny)
-            u, r = u + a * p, r - a * q
+            d = s if d is None else s + size / before.clamp(min=tiny) * d
+            Md = M(d); a = size / (Md @ Md).clamp(min=tiny)
+            u, r = u + a * d, r - a * Md
         self.memory = {"u": u.clone()}
         return u.only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-14
 def input_gradient_penalty(
-    net,        # x -> (B,) or (B, 1): a discriminator
+    net,        # x -> one number an example: a discriminator
     x: Tensor,  # (B, ...): real images for R1, fakes for R2
-) -> Tensor:    # 0-dim, with its graph
+) -> Tensor:    # 0-dim, with its graph, also back to what made `x`
     r"$\tfrac1B\sum_b\lVert\nabla_x D(x_b)\rVert^2$, Eq. (input-penalty); times $\gamma/2$, it is R1 on real and R2 on fake images."
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()

@@ -75,7 +75,8 @@ def phase_portrait(
     points = torch.cartesian_prod(side, side)
     f = torch.as_tensor(velocity(points)).detach()
     if f.shape != points.shape: raise ValueError(f"velocities of {tuple(points.shape)} points must have that shape, got {tuple(f.shape)}")
-    f = f * (side[1] - side[0]) / f.norm(dim=1).max()
+    speed = f.norm(dim=1, keepdim=True)
+    f = f * (side[1] - side[0]) / (speed * speed.max()).sqrt().clamp(min=torch.finfo(f.dtype).tiny)
     ax.quiver(*points.T, *f.T, color="0.72", angles="xy", scale_units="xy", scale=1, width=.005, pivot="mid")
     for label, path in (paths or {}).items():
         line, = ax.plot(*torch.as_tensor(path).T, "-", lw=1, marker=".", ms=2.5, label=label)

@@ -62,7 +62,7 @@ def symplectic(weight, align, eps=.1):
         A = (q.J - q.J.T) / 2
         def u(w):
             v = q.v(w); dH, Av = q.J.T @ v, A.T @ v
-            sign = 1 if not align or (v @ dH) * (Av @ dH) + eps * v.norm() * dH.norm()**2 * Av.norm() >= 0 else -1
+            sign = 1 if not align or (v @ dH) * (Av @ dH) / q.n + eps >= 0 else -1
             return v + weight * sign * Av
         return u
     return make
@@ -374,7 +374,7 @@ def test_past_extrapolations_are_optimistic_iterates():
     for _ in range(10): past.step(b)
     optimistic.set_weights(Field(G=seen[1][:4], D=seen[1][4:]))     # one step out, as past is when it first evaluates there
     start = gan(None, sgd, dtype=F64)
-    optimistic.rule.memory = {"moved": Field({k: [-.05*g for g in gs] for k, gs in start.at(b).v.items()})}
+    optimistic.rule.memory = {"move": Field({k: [-.05*g for g in gs] for k, gs in start.at(b).v.items()})}
     for points in seen[2:]:
         optimistic.step(b)
         for x, y in zip(weights_of(optimistic), points): assert (x - y).abs().max() < 1e-13
@@ -419,7 +419,7 @@ def test_rate_on_the_bilinear_game(name):
     rule, expected = RATES[name]; every = 5 if name == "lookahead" else 1
     x, y = (torch.ones(1, dtype=F64, requires_grad=True) for _ in range(2))
     game = Game(x=Player([x], lambda b: S * (x*y).sum(), optim.SGD([x], lr=ETA)), y=Player([y], lambda b: -S * (x*y).sum(), optim.SGD([y], lr=ETA)), rule=rule)
-    key = {"optimistic": "moved", "past": "u"}.get(name)
+    key = {"optimistic": "move", "past": "u"}.get(name)
     def step(state):
         game.set_weights(Field(x=[state[:1]], y=[state[1:2]]))
         game.rule.memory = {key: Field(x=[state[2:3]], y=[state[3:]])} if key else {}
