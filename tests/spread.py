@@ -1,0 +1,232 @@
+"What test_parallel.py looks at: `python spread.py OUT` runs it all on one, two and three ranks and leaves results in OUT. Ranks are forked, so that PyTorch is imported once."
+import atexit
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from optgen import rules
+from optgen.data import Images, digits
+from optgen.games import Game, Player, Simultaneous
+from optgen.models.vae import VAE
+from optgen.optim import Adam, Momentum
+from optgen.parallel import init, together
+from optgen.schemes.elbo import BetaVAE
+from optgen.trainer import Interrupted, RunFolder, fit
+
+RULES = {
+    "simultaneous": Simultaneous,
+    "alternating": rules.Alternating,
+    "alternating twice, consensus": lambda: rules.Alternating(inner=rules.Consensus(.2), repeats={"D": 2}, order=["D", "G"]),
+    "extragradient": rules.Extragradient,
+    "extragradient of the past": lambda: rules.Extragradient(past=True),
+    "optimistic": rules.Optimistic,
+    "literal": lambda: rules.Feedback(to="G", loss="D", wrt="G", weight=.5),
+    "nagarajan-kolter": lambda: rules.Feedback(to="G", loss="D", wrt="D", weight=.5),
+    "smoothing": lambda: rules.Feedback(to="D", loss="D", wrt="G", weight=.5),
+    "a list": lambda: [rules.Consensus(.2), rules.Feedback(to="G", loss="D", wrt="D", weight=.5)],
+    "consensus": lambda: rules.Consensus(.5),
+    "symplectic": rules.SymplecticAdjustment,
+    "symplectic, not aligned": lambda: rules.SymplecticAdjustment(.5, align=False),
+    "lookahead of extragradient": lambda: rules.Lookahead(inner=rules.Extragradient(inner=rules.Consensus(.2)), every=3),
+    "unrolled": lambda: rules.Unrolled(player="D", steps=3),
+    "competitive": rules.CompetitiveGradient,
+}
+OPTIMIZERS = {"momentum": lambda p: Momentum(p, lr=.05, momentum=.5), "negative momentum": lambda p: Momentum(p, lr=.05, momentum=-.3), "adam": lambda p: Adam(p, lr=.01)}
+SIZES = [12, 7, 3, 1]  # rows of a batch: even, uneven, and fewer than there are ranks
+
+
+class Noisy(NamedTuple):
+    x: Tensor
+    z: Tensor
+    scale: Tensor  # 0-dim: the whole batch's
+
+
+def net(*sizes, g, dtype):
+    layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())][:-1]
+    for m in layers[::2]: m.weight.data = torch.randn(m.weight.shape, generator=g, dtype=torch.float64).to(dtype) / m.in_features**.5
+    for m in layers[::2]: m.bias.data = torch.randn(m.bias.shape, generator=g, dtype=torch.float64).to(dtype) / 2
+    return nn.Sequential(*layers)
+
+
+def gan(rule=None, dtype=torch.float64, optimizer="momentum", seed=0):
+    "A small smooth GAN whose batch's noise is drawn from the default generator."
+    gen = torch.Generator().manual_seed(seed)
+    G, D = net(3, 8, 2, g=gen, dtype=dtype), net(2, 8, 1, g=gen, dtype=dtype)
+    draw = lambda x: Noisy(x, torch.randn(len(x), 3, dtype=dtype), x.new_tensor(.9))
+    def loss_d(b): return softplus(-D(b.x)).mean() + softplus(D(G(b.z) * b.scale)).mean() + .1 * rules.input_gradient_penalty(D, b.x)
+    def loss_g(b): return softplus(-D(G(b.z) * b.scale)).mean()
+    make = OPTIMIZERS[optimizer]
+    return Game(G=Player(G, loss_g, make(G.parameters())), D=Player(D, loss_d, make(D.parameters())), draw=draw, rule=rule)
+
+
+def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
+    "Weights and losses after some steps on batches of changing size."
+    game = gan(dtype=dtype, seed=seed, **kwargs)
+    game.ranks = ranks
+    g = torch.Generator().manual_seed(seed + 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i in range(steps): losses = game.step(torch.randn(SIZES[i % len(SIZES)], 2, generator=g, dtype=torch.float64).to(dtype))
+    return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), {k: loss.item() for k, loss in losses.items()}
+
+
+def every(ranks=None):
+    "{(rule, optimizer, dtype): weights and losses}"
+    cases = [(rule, "momentum", dtype) for rule in RULES for dtype in ("float32", "float64")]
+    cases += [(rule, optimizer, "float64") for rule in ("simultaneous", "consensus") for optimizer in ("adam", "negative momentum")]
+    return {case: train(ranks, rule=RULES[case[0]](), optimizer=case[1], dtype=getattr(torch, case[2])) for case in cases}
+
+
+def own_norms(ranks=None):
+    "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
+    class Own(rules.Consensus):
+        def correction(self, at):
+            game, mean = at.game, at.game.ranks
+            game.ranks = None
+            found = super().correction(game.at(at.batch, graph=True))
+            game.ranks = mean
+            flat = iter(game.mean([t for ts in found.values() for t in ts]))
+            return type(found)({k: [next(flat) for _ in ts] for k, ts in found.items()})
+    return train(ranks, rule=Own(.5))
+
+
+def follow_one(out):
+    ranks = init()
+    with together(ranks):
+        torch.save({"every": every(ranks), "own": own_norms(ranks)}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
+
+
+def few(n=190): return Images(digits("train").images[:n])
+
+
+def scheme(seed=0, hidden=16):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); model = VAE(784, hidden, 8, 2)
+    return BetaVAE(model, optimizer=Adam(model.parameters(), lr=1e-3, eps=1e-3))
+
+
+def at_step(game, step, do):
+    "Call `do` when that step's noise is drawn."
+    draw, count = game.draw, iter(range(1, 10**9))
+    def drawn(batch):
+        if next(count) == step: do()
+        return draw(batch)
+    game.draw = drawn
+    return game
+
+
+def run(out, name, game=None, epochs=3, **kwargs):
+    "Fit a small run and leave what it ended with; ten steps an epoch, the last batch smaller."
+    game = game or scheme()
+    images = kwargs.pop("images", None) or few()
+    try: records = fit(game, images, epochs=epochs, out=out / name, **{"valid": few(60), "batch_size": 20, "binarize": "dynamic", "ema": .9, "samples": 4, "progress": "lines", **kwargs})
+    except Interrupted as e:
+        print(f"stopped: {e}", file=sys.stderr); sys.exit(128 + e.signum)
+    rank = init().rank if init() else 0
+    torch.save({"state": game.state_dict(), "records": records}, out / f"{name}-{rank}.pt")
+
+
+def mine(rank, do): return do if init() and init().rank == rank else lambda: None
+
+
+def fault(out, how):
+    game = scheme()
+    if how == "raise": at_step(game, 13, mine(1, lambda: 1 / 0))
+    if how == "kill 1": at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if how == "kill 0": at_step(game, 13, mine(0, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if how == "signal": at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    if how == "weights": at_step(game, 13, mine(1, lambda: next(game.model.parameters()).data.add_(.01)))
+    if how == "nan":
+        loss, step = game.players["model"].loss, []
+        at_step(game, 7, mine(1, lambda: step.append(7)))
+        game.players["model"].loss = lambda b: loss(b) * (torch.nan if step and step.pop() else 1)
+    if how == "evaluate": game.evaluate = lambda batches: {"loss": 1 / 0}
+    if how == "model": game = scheme(hidden=16 + init().rank)
+    if how == "noise":
+        loss = game.players["model"].loss
+        game.players["model"].loss = lambda b: loss(b) + 0 * torch.randn(len(b.x)).sum()
+    run(out, how, game, images=few(190 + init().rank) if how == "data" else few(195) if how == "noise" else None, checkpoint_steps=5)
+
+
+FAULTS = ["raise", "kill 1", "kill 0", "signal", "weights", "nan", "evaluate", "model", "noise", "data"]
+
+
+def moved(out, epochs): run(out, "moved", epochs=epochs, resume=epochs > 1)
+
+
+def resume(out, how): run(out, how, scheme(seed=9), resume=True, checkpoint_steps=5)
+
+
+def stop_early(out, name):
+    game = scheme()
+    game.evaluate = lambda batches, losses=iter([3., 2., 4., 5., 1.]): {"bits": next(losses)}
+    game.criterion = "bits"
+    run(out, name, game, epochs=5, patience=2)
+
+
+def mistake(out, *args):
+    from optgen.cli import main
+    main(["train", "beta-vae", *args, "--out", str(out / "mistake")])
+
+
+def host_store():
+    "As torchrun does, keep the store in a process that is no rank; its id, and the variables that say where."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    child = os.fork()
+    if not child:
+        store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        while store: signal.pause()
+    return child, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+def leave_after(work):
+    "As the interpreter ends, but without taking a forked PyTorch apart, which takes seconds."
+    try: work(); code = 0
+    except SystemExit as e: code = e.code
+    except BaseException: traceback.print_exc(); code = 1
+    atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush()
+    os._exit(code)
+
+
+def launch(out, world, work, *args):
+    "Fork so many ranks, let each do the work, and wait; exit codes and what was said. The guard ends what hangs."
+    children, store = [], host_store() if world > 1 else None
+    for rank in range(world):
+        if (child := os.fork()) == 0:
+            os.dup2(os.open(out / f"said-{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2); os.dup2(2, 1)
+            if store: os.environ.update(store[1], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            leave_after(lambda: work(out, *args))
+        children.append(child)
+    guard = threading.Timer(100, lambda: [os.kill(child, signal.SIGKILL) for child in children])
+    guard.start()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    guard.cancel()
+    if store: os.kill(store[0], signal.SIGKILL); os.waitpid(store[0], 0)
+    return {"codes": codes, "said": [(out / f"said-{rank}").read_text() for rank in range(world)]}
+
+
+if __name__ == "__main__":
+    out, told = Path(sys.argv[1]), {}
+    for world in (1, 2, 3): told[f"rules {world}"] = launch(out, world, follow_one)
+    told["whole"] = launch(out, 1, run, "whole")
+    told["spread"] = launch(out, 3, run, "spread")
+    RunFolder.draw = lambda *args: None  # to save time
+    for how in FAULTS: told[how] = launch(out, 2, fault, how)
+    for world, epochs in ((2, 1), (3, 2), (1, 3)): told[f"moved {world}"] = launch(out, world, moved, epochs)
+    for how, world in (("signal", 3), ("kill 1", 2)): told[f"{how} resumed"] = launch(out, world, resume, how)
+    told["early"] = launch(out, 2, stop_early, "early")
+    told["usage"] = launch(out, 2, mistake, "--epochs", "0")
+    told["missing"] = launch(out, 2, mistake, "--data", "nowhere")
+    (out / "told.json").write_text(json.dumps(told))
