@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from optgen import data
-from optgen.data import DataError, ImageFiles, Images, Loader, digits, fashion_mnist, image_folder, load, mnist
+from optgen.data import DataError, ImageFiles, Images, Loader, digits, fashion_mnist, image_folder, load, mnist, stacked
 
 SETS = {"MNIST": mnist, "FashionMNIST": fashion_mnist}
 
@@ -311,3 +311,24 @@ def test_cuda_serves_the_same_without_waiting(binarize):
     again = Loader(digits("test"), 100, binarize=binarize, device="cuda")
     again.load_state_dict(state)
     assert all(torch.equal(a.x, b.x) for a, b in zip(rest, again))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3])
+def test_stacks_are_images_with_their_numbers(channels):
+    source = digits("test"); few = stacked(source, 50, channels, seed=channels)
+    at = {x.numpy().tobytes(): y for x, y in zip(source.images, source.labels.tolist())}
+    for x, y in zip(few.images, few.labels.tolist()): assert int("".join(str(at[c.numpy().tobytes()]) for c in x)) == y
+    assert few.shape == (channels, 28, 28) and torch.equal(few.labels, stacked(source, 50, channels, seed=channels).labels)
+    assert next(iter(Loader(few, 10))).x.shape == (10, channels, 28, 28)
+
+
+def test_only_grey_images_with_labels_are_stacked():
+    for bad, word in ((lambda: stacked(stacked(digits("test"), 9)), "grey"), (lambda: stacked(Images(digits("test").images)), "labels"), (lambda: stacked(digits("test"), 0), "no image")):
+        with pytest.raises(DataError) as e: bad()
+        one_line(e, word)
+
+
+@pytest.mark.cuda
+def test_stacks_are_the_same_on_every_device():
+    source = digits("test"); there = stacked(Images(source.images.cuda(), source.labels.cuda()), 99)
+    assert there.images.is_cuda and torch.equal(there.images.cpu(), stacked(source, 99).images)

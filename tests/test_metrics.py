@@ -4,8 +4,25 @@ import math
 import pytest
 import torch
 
-from optgen.data import Loader, digits
-from optgen.metrics import active_units, bits_per_dim, distortion, elbo, evaluate_vae, importance_nll, latent_variance, log_weights, rate
+from optgen.data import Loader, digits, grid, grid_centers
+from optgen.metrics import (
+    active_units,
+    bits_per_dim,
+    distortion,
+    elbo,
+    evaluate_vae,
+    feature_stats,
+    fid,
+    frechet_distance,
+    frechet_floor,
+    importance_nll,
+    label_coverage,
+    label_floor,
+    latent_variance,
+    log_weights,
+    mode_coverage,
+    rate,
+)
 from optgen.models.vae import VAE, ConvVAE, elbo_terms
 from optgen.testing import LinearGaussian, assert_mean
 
@@ -129,3 +146,54 @@ def test_bad_input_is_one_clear_error(call, word):
     model, x, _ = known()
     with pytest.raises(ValueError) as e: call(model, x)
     assert word in str(e.value)
+
+
+def spread(d, seed, dtype=torch.float64, rank=None):
+    W = torch.randn(d, rank or d, generator=rng(seed), dtype=torch.float64); return (W @ W.T / d).to(dtype)
+
+
+@pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-7), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("rank", [8, 3])
+def test_frechet_is_the_eigenvalues_of_the_product(dtype, tol, rank):
+    a, b = spread(8, 0), spread(8, 1, rank=rank); m, n = torch.randn(2, 8, generator=rng(2), dtype=torch.float64)
+    exact = ((m - n)**2).sum() + a.trace() + b.trace() - 2 * torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
+    found = frechet_distance(*(t.to(dtype) for t in (m, a, n, b)))
+    assert found.dtype == dtype and torch.allclose(found.double(), exact, rtol=tol)
+
+
+def test_distance_of_two_real_sets_is_their_floor():
+    images = digits().images / 255; project = torch.linalg.qr(torch.randn(784, 16, generator=rng()))[0]
+    features = lambda x: x.flatten(1) @ project
+    cov = feature_stats([images], features).cov
+    distances = []
+    for seed in range(12):
+        p = torch.randperm(len(images), generator=rng(seed)); distances.append(fid([images[p[:2000]]], images[p[2000:6000]].split(777), features))
+    assert abs(sum(distances) / 12 / frechet_floor(cov, 2000, 4000) - 1) < .15
+
+
+def test_coverage_counts_what_it_should():
+    mu = grid_centers(); x = grid(10_000, generator=rng())[0]
+    found = mode_coverage(x, mu, .05)
+    by_hand = ((x[:, None] - mu).norm(dim=2) <= .15).sum(0)
+    assert torch.equal(found.counts.long(), by_hand) and found.modes == 25 and found.share.item() == pytest.approx(by_hand.sum().item() / 10_000)
+    assert mode_coverage(x[:, :1].expand(-1, 2) * 0 + 99, mu, .05).modes == 0
+
+
+def test_labels_of_a_perfect_sampler():
+    modes, kl = label_coverage(torch.randint(1000, (26_000,), generator=rng()), 1000)
+    want, nats = label_floor(26_000, 1000); assert modes == round(want) == 1000 and abs(kl - nats) < .005
+
+
+@pytest.mark.parametrize("call, word", [(lambda: mode_coverage(torch.zeros(0, 2), torch.zeros(3, 2), 1.), "0 samples"), (lambda: label_coverage(torch.tensor([5]), 5), "label 5"),
+    (lambda: label_coverage(torch.tensor([], dtype=torch.int64), 5), "no labels"), (lambda: fid([torch.zeros(1, 2)], [torch.zeros(9, 2)]), "two images"),
+    (lambda: feature_stats([torch.full((9, 2), math.nan)]), "not finite")])
+def test_bad_samples_are_one_clear_error(call, word):
+    with pytest.raises(ValueError, match=word): call()
+
+
+@pytest.mark.cuda
+def test_sample_metrics_on_the_device():
+    x = grid(5000, generator=rng())[0]
+    here, there = mode_coverage(x, grid_centers(), .05), mode_coverage(x.cuda(), grid_centers().cuda(), .05)
+    assert torch.equal(here.counts, there.counts.cpu()) and there.share.is_cuda
+    assert fid([x.cuda()], [x.cuda() + 1]) == pytest.approx(fid([x], [x + 1]), rel=1e-5)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from optgen.evidence import feedback
 from optgen.reproduce import Experiment, ReproduceError, load_results, missing, perform, read_json, reproduce, source_state, tasks_of, write_json
 
 
@@ -100,3 +101,21 @@ def test_a_number_that_is_none_is_an_error_not_a_file(): assert "error" in perfo
 
 
 def test_source_state(): assert {"commit", "modified"} == source_state().keys() and json.dumps(source_state())
+
+
+def test_stages_of_the_feedback_table(tmp_path):
+    with pytest.raises(ValueError, match="no stage rings; there are tune, ring"): feedback.reproduce_feedback(["rings"], tmp_path)
+    with pytest.raises(FileNotFoundError, match="tune"): feedback.experiment("ring", tmp_path)
+    tuned = feedback.experiment("tune", tmp_path)
+    assert tuned.variants.keys() == feedback.settings("ring").keys() and {c["rule"] for c in tuned.variants.values()} == set(feedback.RULES)
+
+
+def test_a_tiny_table_from_tuning_to_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(feedback, "RULES", {k: feedback.RULES[k] for k in ("simultaneous", "consensus")})
+    names = feedback.settings("ring"); small = {"steps": 4, "every": 2}
+    for i, (name, s) in enumerate(names.items()): write_json(tmp_path / f"tune/{name}-100.json", {"variant": name, "seed": 100, "result": {"modes": i, "share": 0.}})
+    ring = feedback.experiment("ring", tmp_path)
+    assert ring.variants["consensus"]["lr"] == names["consensus_0.004_3"]["lr"] and ring.variants["consensus"]["weight"] == 3.
+    ring = ring._replace(variants={k: c | small for k, c in ring.variants.items()}, seeds=(0,))
+    assert quiet([ring], tmp_path) == {"done": 2, "skipped": 0}
+    for r in load_results(tmp_path, "ring"): assert len(r["result"]["curve"]) == 2 and len(r["result"]["points"]) == 300 and r["result"]["diverged"] is None
