@@ -4,22 +4,30 @@
 
 # %% auto #0
 __all__ = ['RankError', 'Elsewhere', 'init', 'tensors_of', 'slice_of', 'part', 'Averaging', 'Ranks', 'together', 'first_to_tell',
-           'leave', 'follow']
+           'leave', 'follow', 'measure_steps', 'bench_scaling']
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4
 import atexit
 import contextlib
 import functools
 import io
+import json
 import os
 import signal
+import statistics
+import subprocess
+import sys
+import tempfile
 import threading
 import time
+import warnings
 import zlib
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-2
 class RankError(RuntimeError):
@@ -120,6 +128,11 @@ class Ranks(Averaging):
         state = self.broadcast(self.random_state(device))
         if device.type != "cpu": torch.get_device_module(device).set_rng_state(state[1], device)
 
+    def warn_of(self, module):  # where parts of a batch are not the batch
+        for name, m in [] if self.rank or module is None else module.named_modules():
+            if isinstance(m, nn.modules.batchnorm._BatchNorm): warnings.warn(f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: "
+                "the run is not that of one process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch", stacklevel=2)
+
     def check(self, **parts):  # name=list of tensors: `RankError` where one is not the same on all ranks, to the last bit
         sums = torch.tensor([functools.reduce(lambda crc, t: zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc), ts, 0)
                              for ts in parts.values()])
@@ -155,3 +168,30 @@ def follow(ranks, code: int=1) -> Elsewhere:
     r"What to raise once the rank that tells has told, in ten seconds at the latest."
     with contextlib.suppress(RuntimeError): ranks.store.wait(["optgen/told"], timedelta(seconds=10))
     return Elsewhere(code)
+
+# %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-7
+def measure_steps(batch_size: int, steps: int) -> float:  # images a second, on as many ranks as there are
+    r"The speed of a convolutional GAN on the digits, in this process or, under torchrun, in all."
+    from optgen.data import Loader, digits
+    from optgen.models.gan import ConvDiscriminator, ConvGenerator
+    from optgen.schemes.feedback import FeedbackGAN
+    torch.manual_seed(0)
+    game = FeedbackGAN(ConvGenerator(), ConvDiscriminator())
+    game.ranks, loader, seconds = init(), Loader(digits("train"), batch_size, drop_last=True), []
+    while len(seconds) < steps + 2:
+        for batch in loader: start = time.perf_counter(); game.step(batch); seconds.append(time.perf_counter() - start)
+    return batch_size / statistics.median(seconds[2:steps + 2])
+
+def bench_scaling(ranks=(1, 2), batch_size: int=256, steps: int=20, repeats: int=3) -> dict:  # medians over repeats, in turn; "speedup" over the first
+    r"Images a second on each number of ranks, one thread each."
+    program, speed = "from optgen.parallel import measure_steps; import json; print(json.dumps(measure_steps({}, {})))", {n: [] for n in ranks}
+    with tempfile.TemporaryDirectory() as folder:
+        (script := Path(folder) / "steps.py").write_text(program.format(batch_size, steps))
+        for _ in range(repeats):
+            for n in ranks:
+                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
+                said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+                speed[n].append(json.loads(said.splitlines()[0]))
+    medians = {n: statistics.median(s) for n, s in speed.items()}
+    return {"model": "ConvGenerator(), ConvDiscriminator()", "batch_size": batch_size, "images_per_second": medians,
+            "speedup": {n: m / medians[ranks[0]] for n, m in medians.items()}, "runs": speed}

@@ -237,6 +237,7 @@ class Kept(State):
             if self.folder.checkpoint.exists(): self.load_state_dict(checkpoint.load(self.folder.checkpoint, map_location=device))
             self.folder.rewind(self.epoch); self.records = read_log(self.folder.log)
         if self.ranks:
+            for player in self.scheme.players.values(): self.ranks.warn_of(player.module)
             mine = {"state": self.state_dict(), "records": self.records}
             if (first := self.ranks.broadcast(mine, device)) is not mine: self.records = first["records"]; self.load_state_dict(first["state"])
             self.ranks.share_random(device)
