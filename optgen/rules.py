@@ -234,7 +234,6 @@ class Unrolled(Rule):
         for weights in reversed(path[:-1]):
             game.set_weights(weights); then = game.at(at.batch, graph=True)
             for i, g in through.items(): through[i] = g - then.pull([(p, p, scaled(game, g.only([p]), self.lr)[p])], to=(i, p))
-        game.set_weights(path[0])
         return Field(u | {i: g[i] for i, g in through.items()}).only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-13

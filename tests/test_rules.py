@@ -206,9 +206,9 @@ GAN_RULES = {
     "optimistic-competitive": lambda: Optimistic(CompetitiveGradient(lr=.01)), "alternating-symplectic": lambda: Alternating(SymplecticAdjustment()),
 }
 OPTIMIZERS = {
-    "momentum": lambda p: optim.Momentum(p, lr=.02, momentum=-.3), "nesterov": lambda p: torch.optim.SGD(p, lr=.02, momentum=.9, nesterov=True),
+    "momentum": lambda p: optim.Momentum(p, lr=.02, momentum=-.3), "nesterov": lambda p: torch.optim.SGD(p, lr=.02, momentum=.9, nesterov=True, foreach=True),
     "rmsprop": lambda p: optim.RMSProp(p, lr=.01), "adam": lambda p: optim.Adam(p, lr=.01), "torch-adam": lambda p: torch.optim.Adam(p, lr=.01, amsgrad=True),
-    "torch-adamw": lambda p: torch.optim.AdamW(p, lr=.01), "torch-adagrad": lambda p: torch.optim.Adagrad(p, lr=.05),
+    "torch-adamw": lambda p: torch.optim.AdamW(p, lr=.01), "torch-nadam": lambda p: torch.optim.NAdam(p, lr=.01),
 }
 def weights_of(game): return [w for name in game.players for w in game.params(name)]
 
@@ -234,6 +234,17 @@ def test_resumes_bit_for_bit(rule, optimizer, tmp_path):
     for other in (first, second, third):
         for a, b in zip(weights_of(whole[0]), weights_of(other[0])): assert torch.equal(a, b)
     assert all(w.isfinite().all() for w in weights_of(whole[0]))
+
+
+@pytest.mark.parametrize("rule", ("past", "optimistic", "competitive", "lookahead-past", "optimistic-competitive"))
+def test_memory_is_out_of_the_optimizers_reach(rule):
+    "torch's Nesterov writes into the gradients in its foreach form only: the path must not tell."
+    ends = []
+    for foreach in (False, True):
+        game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.05, momentum=.9, nesterov=True, foreach=foreach), dtype=F64)
+        for b in batches(6, dtype=F64): game.step(b)
+        ends.append(torch.cat([w.detach().flatten() for w in weights_of(game)]))
+    assert (ends[0] - ends[1]).abs().max() < 1e-12
 
 
 def test_starting_afresh_forgets():
@@ -309,6 +320,32 @@ def test_limits(limit):
     a, b = (gan(rule(), OPTIMIZERS["torch-adam"], dtype=F64) for rule in LIMITS[limit])
     for batch in batches(6, dtype=F64): a.step(batch); b.step(batch)
     for x, y in zip(weights_of(a), weights_of(b)): assert (x - y).abs().max() <= (1e-12 if "lookahead" in limit else 0)
+
+
+@pytest.mark.parametrize("rule", (SymplecticAdjustment(), CompetitiveGradient(), Alternating(), Alternating(CompetitiveGradient())))
+def test_one_player_just_descends(rule):
+    "There is nobody to turn with or to answer."
+    ends = []
+    for r in (rule, None):
+        w = torch.linspace(-1, 1, 5, dtype=F64).requires_grad_()
+        game = Game(x=Player([w], lambda b: (w.sin() * b).sum(), torch.optim.Adam([w], lr=.1)), rule=r)
+        for t in range(6): game.step(torch.arange(5.) + t)
+        ends.append(w.detach())
+    assert torch.allclose(*ends, rtol=1e-12, atol=0)
+
+
+def test_one_short_unrolled_step_is_nagarajan_and_kolters_feedback():
+    "In a zero-sum game L + eta |grad L|^2 to first order in eta; the error is of second."
+    def direction(rule):
+        game = gan(rule, lambda p: torch.optim.SGD(p, lr=.1), dtype=F64)
+        loss = game.players["G"].loss
+        game.players["D"].loss = lambda b: -loss(b)
+        b, = batches(1, dtype=F64)
+        return torch.cat([x.flatten() for x in rule.direction(game.at(b, graph=True))["G"]])
+    plain = direction(Feedback("G", "D", "D", 0.))
+    for eta in (1e-3, 1e-4):
+        a, b = direction(Unrolled("D", 1, lr=eta)) - plain, direction(Feedback("G", "D", "D", eta)) - plain
+        assert (a - b).norm() < 3 * eta * b.norm()
 
 
 @pytest.mark.parametrize("rule", (lambda: Alternating(), lambda: Alternating(repeats={"D": 3}), lambda: None))
