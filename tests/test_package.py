@@ -12,8 +12,9 @@ import pytest
 
 import optgen
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(optgen.__path__, "optgen.") if not m.ispkg and not m.name.endswith("_modidx"))
-LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games"), ("models.vae",), ("schemes.elbo",), ("checkpoint", "trainer"), ("bench", "cli")]
+MODULES = sorted(m.name for m in pkgutil.walk_packages(optgen.__path__, "optgen.") if not m.ispkg and not m.name.endswith(("_modidx", "__main__")))
+LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules"), ("models.vae", "models.gan", "models.classifier"), ("schemes.elbo", "schemes.feedback"),
+          ("checkpoint", "parallel", "trainer"), ("reproduce", "evidence.feedback"), ("bench", "bench_rules", "cli")]
 DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 
 
