@@ -153,18 +153,20 @@ BUDGET = {"tune-mnist": 250, "mnist": 750, "stacked": 2500}  # plain steps' wort
 FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
 RATES = {"ring": (2e-3, 4e-3), "mnist": (1e-3,)}
 MOMENTUM_FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
-RATES = {"ring": (.03, .1), "mnist": (.03,)}
+RATES = {"ring": (.1,), "mnist": (.03,)}
 STACKED = ("simultaneous", "r1+r2", "consensus")              # and the best of the others on MNIST
 
 def settings(problem: str) -> dict:  # name -> {"rule", "weight", "loss", "lr"}
     r"What is tried for each rule."
     out = {}
     for rule, (_, weights, _) in RULES.items():
-        rates, losses = RATES[problem], ("non-saturating", "saturating") if weights == (None,) else ("non-saturating",)
-        if rule == "simultaneous": rates, losses = (rates[0] / 2, *rates, 2 * rates[-1]), ("non-saturating", "saturating", "hinge", "relativistic")
+        rates, losses = RATES[problem], ("non-saturating", "saturating")
+        if weights != (None,): rates, losses = rates[-1:], losses if problem == "ring" else losses[:1]
+        if rule == "simultaneous": rates, losses = (rates[0] / 2, *rates, 2 * rates[-1]), (*losses, "hinge", "relativistic")
         if rule == "negative-momentum": rates = MOMENTUM_RATES[problem]
         for lr, w, loss in product(rates, weights, losses):
-            out["_".join([rule, f"{lr:g}", loss if w is None else f"{w:g}"])] = {"rule": rule, "weight": w, "loss": loss, "lr": lr}
+            name = [rule, f"{lr:g}", *[f"{w:g}"] * (w is not None), *[loss] * (w is None or loss != losses[0])]
+            out["_".join(name)] = {"rule": rule, "weight": w, "loss": loss, "lr": lr}
     return out
 
 def chosen(out, tuning: str) -> dict:  # rule -> its setting
