@@ -165,7 +165,7 @@ def settings(problem: str) -> dict:  # name -> {"rule", "weight", "loss", "lr"}
         if rule == "simultaneous": rates, losses = (rates[0] / 2, *rates, 2 * rates[-1]), (*losses, "hinge", "relativistic")
         if rule == "negative-momentum": rates = MOMENTUM_RATES[problem]
         for lr, w, loss in product(rates, weights, losses):
-            name = [rule, f"{lr:g}", *[f"{w:g}"] * (w is not None), *[loss] * (w is None or loss != losses[0])]
+            name = [rule, f"{lr:g}", *([] if w is None else [f"{w:g}"]), *[loss] * (w is None or loss != losses[0])]
             out["_".join(name)] = {"rule": rule, "weight": w, "loss": loss, "lr": lr}
     return out
 
