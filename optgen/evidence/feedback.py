@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'MIXTURES', 'TUNING_SEEDS', 'SEEDS', 'IMAGE_SEEDS', 'MIXTURE', 'IMAGE', 'BUDGET', 'FINAL', 'RATES',
-           'MOMENTUM_FINAL', 'STACKED', 'STAGES', 'make_gan', 'train_gan', 'endless', 'relu_mlp', 'run_mixture',
+           'MOMENTUM_RATES', 'STACKED', 'STAGES', 'make_gan', 'train_gan', 'endless', 'relu_mlp', 'run_mixture',
            'run_images', 'read_stack', 'run_floor', 'settings', 'chosen', 'fourth', 'experiment', 'reproduce_feedback']
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4
@@ -152,8 +152,7 @@ IMAGE = dict(betas=[.5, .99], batch=64, width=16, z_dim=64, looks=4, look=2000)
 BUDGET = {"tune-mnist": 250, "mnist": 750, "stacked": 2500}  # plain steps' worth
 FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
 RATES = {"ring": (2e-3, 4e-3), "mnist": (1e-3,)}
-MOMENTUM_FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
-RATES = {"ring": (.1,), "mnist": (.03,)}
+MOMENTUM_RATES = {"ring": (.1,), "mnist": (.03,)}
 STACKED = ("simultaneous", "r1+r2", "consensus")              # and the best of the others on MNIST
 
 def settings(problem: str) -> dict:  # name -> {"rule", "weight", "loss", "lr"}
