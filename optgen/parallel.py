@@ -11,7 +11,6 @@ import atexit
 import contextlib
 import functools
 import io
-import json
 import os
 import signal
 import statistics
@@ -74,7 +73,7 @@ class Averaging:
     def shard(self, batch):  # like `batch`, its tensors sliced along dimension 0; `ValueError` where they differ in length
         lengths = {len(t) for t in tensors_of(batch) if t.ndim}
         if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"a batch is spread along dimension 0, and its tensors have {sorted(lengths)} rows: they need the same number, at least one")
+            raise ValueError(f"a batch is spread along dimension 0, and its tensors have {sorted(lengths)} rows: they need the same number, not 0")
         rows, self.share = part(*lengths or {self.world}, self.rank, self.world)
         return slice_of(batch, rows)
 
@@ -101,7 +100,9 @@ class Ranks(Averaging):
     def call(self, collective, *args, **kwargs):
         if self.failed: raise RankError("the ranks have been parted by an error before: end this program and start it again")
         try: return collective(*args, **kwargs)
-        except RuntimeError as e: raise RankError(f"another rank has ended without a word (killed, or out of memory?); what was saved is whole, resume it. {str(e).splitlines()[0]}") from None
+        except RuntimeError as e:
+            raise RankError("another rank has ended without a word (killed, or out of memory?); what was saved is whole and can be resumed. "
+                            f"The collective said: {str(e).splitlines()[0]}") from None
 
     def agree(self, number: int) -> int:  # after every step: the largest `number` of all ranks, or 0 where they did not ask
         self.left -= 1
@@ -130,16 +131,17 @@ class Ranks(Averaging):
 
     def warn_of(self, module):  # where parts of a batch are not the batch
         for name, m in [] if self.rank or module is None else module.named_modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm): warnings.warn(f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: "
-                "the run is not that of one process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch", stacklevel=2)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                warnings.warn(f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: the run is not that of one "
+                              "process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch", stacklevel=2)
 
     def check(self, **parts):  # name=list of tensors: `RankError` where one is not the same on all ranks, to the last bit
         sums = torch.tensor([functools.reduce(lambda crc, t: zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc), ts, 0)
                              for ts in parts.values()])
         both = torch.cat([sums, -sums]); self.reduce(both, dist.ReduceOp.MAX)
         if other := [name.replace("_", " ") for name, high, low in zip(parts, *both.view(2, -1).tolist()) if high != -low]:
-            raise RankError(f"the ranks have different {' and '.join(other)}: a loss draws its own noise (let the game's draw do it, or leave out dropout), "
-                            "something is changed on some ranks only, or their hardware differs")
+            raise RankError(f"the ranks have different {' and '.join(other)}: a loss draws its own noise (let the game's draw do it, or leave out "
+                            "dropout), something is changed on some ranks only, or their hardware differs")
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-6
 @contextlib.contextmanager
@@ -150,7 +152,7 @@ def together(ranks: Ranks|None):
     except BaseException as e:
         if ranks is None or isinstance(e, SystemExit) and not e.code: raise
         ranks.failed = True
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, to those that are left: they are about to end
+        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: it ends by itself
         if not first_to_tell(ranks): raise follow(ranks) from None
         raise
 
@@ -176,22 +178,23 @@ def measure_steps(batch_size: int, steps: int) -> float:  # images a second, on 
     from optgen.models.gan import ConvDiscriminator, ConvGenerator
     from optgen.schemes.feedback import FeedbackGAN
     torch.manual_seed(0)
-    game = FeedbackGAN(ConvGenerator(), ConvDiscriminator())
+    game = FeedbackGAN(ConvGenerator(width=16), ConvDiscriminator(width=16))
     game.ranks, loader, seconds = init(), Loader(digits("train"), batch_size, drop_last=True), []
     while len(seconds) < steps + 2:
         for batch in loader: start = time.perf_counter(); game.step(batch); seconds.append(time.perf_counter() - start)
     return batch_size / statistics.median(seconds[2:steps + 2])
 
-def bench_scaling(ranks=(1, 2), batch_size: int=256, steps: int=20, repeats: int=3) -> dict:  # medians over repeats, in turn; "speedup" over the first
-    r"Images a second on each number of ranks, one thread each."
-    program, speed = "from optgen.parallel import measure_steps; import json; print(json.dumps(measure_steps({}, {})))", {n: [] for n in ranks}
+def bench_scaling(ranks=(1, 2), batch_size: int=128, steps: int=20, repeats: int=3) -> dict:  # "speedup" is over the first
+    r"Images a second on each number of ranks of one thread, medians over repeats of each in turn."
+    program = "import os; from optgen.parallel import measure_steps; speed = measure_steps({}, {}); os.environ['RANK'] == '0' and print(speed)"
+    speed = {n: [] for n in ranks}
     with tempfile.TemporaryDirectory() as folder:
         (script := Path(folder) / "steps.py").write_text(program.format(batch_size, steps))
         for _ in range(repeats):
             for n in ranks:
                 command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
                 said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
-                speed[n].append(json.loads(said.splitlines()[0]))
+                speed[n].append(float(said))
     medians = {n: statistics.median(s) for n, s in speed.items()}
-    return {"model": "ConvGenerator(), ConvDiscriminator()", "batch_size": batch_size, "images_per_second": medians,
+    return {"model": "ConvGenerator(width=16), ConvDiscriminator(width=16)", "batch_size": batch_size, "images_per_second": medians,
             "speedup": {n: m / medians[ranks[0]] for n, m in medians.items()}, "runs": speed}

@@ -91,7 +91,7 @@ class Signals:
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-5
 class Ema:
-    r"An exponential moving average of the weights of every player's module, $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$; buffers are copied."
+    r"An exponential moving average of the players' modules, $\bar\theta \leftarrow d\,\bar\theta + (1-d)\,\theta$; buffers are copied."
     def __init__(self,
         game: Game,         # its players must have been made from modules
         decay: float=.999,  # $d$ in (0, 1); about $1/(1-d)$ steps are averaged
@@ -125,7 +125,8 @@ class RunFolder:
     def __init__(self, out: str|Path, config: dict, resume: bool=False):
         self.path, self.config = Path(out), config; self.log = self.path / "metrics.jsonl"; self.checkpoint = self.path / "checkpoint.pt"
         there = (self.path / "config.json").exists()
-        if not resume and (there or self.checkpoint.exists()): raise FileExistsError(f"{self.path} holds a run already: resume it, or choose another folder")
+        if not resume and (there or self.checkpoint.exists()):
+            raise FileExistsError(f"{self.path} holds a run already: resume it, or choose another folder")
         if resume and not there: raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
         if not there:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -173,7 +174,8 @@ class State:
         losses = self.scheme.step(batch)
         self.step += 1
         self.watch.update(self.step, losses, self.scheme)
-        self.total = {k: loss.to(torch.promote_types(loss.dtype, torch.float32)) + (self.total[k] if self.total else 0.) for k, loss in losses.items()}
+        wide = {k: loss.to(torch.promote_types(loss.dtype, torch.float32)) for k, loss in losses.items()}
+        self.total = {k: self.total[k] + loss for k, loss in wide.items()} if self.total else wide
         if self.ema: self.ema.update()
         return losses
 
@@ -181,7 +183,8 @@ class State:
         self.watch.check(self.scheme)
         for who, player in self.scheme.players.items():
             for key, p in player.params.items():
-                if not p.isfinite().all(): raise NonFinite(f"step {self.step}: the parameter {key!r} of player {who!r} is not finite after its update")
+                if not p.isfinite().all():
+                    raise NonFinite(f"step {self.step}: the parameter {key!r} of player {who!r} is not finite after its update")
 
     def state_dict(self) -> dict:
         return {"scheme": self.scheme.state_dict(), "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "total": self.total,
@@ -203,7 +206,7 @@ def having(scheme: Game, **attributes):
     finally:
         for k, value in before.items(): setattr(scheme, k, value)
 
-def named(losses: dict) -> dict: return losses if len(losses) > 1 else {"loss": loss for loss in losses.values()}
+def named(losses: dict) -> dict: return losses if len(losses) > 1 else {"loss": next(iter(losses.values()))}
 
 def measure(run) -> tuple:  # a `Run` at the end of an epoch -> its record, and samples or None
     record = {"epoch": run.epoch + 1, "step": run.step, "seconds": run.seconds, "images_per_second": run.images / run.seconds,
@@ -313,8 +316,9 @@ class Progress:
     ):
         self.how = how or ("bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines")
         self.run, self.epochs, self.read, self.valid = run, epochs, 0., {}
-        self.bar = tqdm(total=epochs * run.images, initial=run.epoch * run.images + run.loader.order.batch * run.loader.order.batch_size * (run.total is not None), unit="img", unit_scale=True,
-                        disable=self.how != "bar", dynamic_ncols=True, smoothing=.1)
+        done = run.epoch * run.images + run.loader.order.batch * run.loader.order.batch_size * (run.total is not None)
+        self.bar = tqdm(total=epochs * run.images, initial=done, unit="img", unit_scale=True, disable=self.how != "bar",
+                        dynamic_ncols=True, smoothing=.1)
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.bar.close()
@@ -331,8 +335,9 @@ class Progress:
         name = self.run.scheme.criterion
         self.valid = {"valid": f"{record['valid'][name]:.4g}"} if name in record.get("valid", {}) else {}
         if self.how == "lines":
-            numbers = " · ".join(" ".join([part, *(f"{k} {v:.4g}" for k, v in record[part].items())]) for part in ("train", "valid") if part in record)
-            print(f"epoch {record['epoch']}/{self.epochs} · step {record['step']} · {record['images_per_second']:.0f} images/s · {numbers}", flush=True)
+            parts = [" ".join([part, *(f"{k} {v:.4g}" for k, v in record[part].items())]) for part in ("train", "valid") if part in record]
+            speed = f"{record['images_per_second']:.0f} images/s"
+            print(f"epoch {record['epoch']}/{self.epochs} · step {record['step']}", speed, *parts, sep=" · ", flush=True)
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
 def check_request(scheme, valid, out, resume, patience, precision, progress):
@@ -341,7 +346,8 @@ def check_request(scheme, valid, out, resume, patience, precision, progress):
     if resume and out is None: raise ValueError("resume=True needs the run folder: pass out=")
     if patience and (valid is None or out is None): raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
     if progress not in (None, "bar", "lines", "none"): raise ValueError(f"progress is 'bar', 'lines' or 'none', got {progress!r}")
-    if valid is not None and not hasattr(scheme, "evaluate"): raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
+    if valid is not None and not hasattr(scheme, "evaluate"):
+        raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
 
 def place(scheme: Game, device, ranks):  # the device; of several of a kind, the rank's own
     r"Where the scheme is, once it is where it shall train."
@@ -354,7 +360,8 @@ def loaders(data, valid, batch_size: int, device, binarize, seed: int) -> tuple:
     r"Loaders of the training and the validation data, those that are none yet."
     if not isinstance(data, Loader): data = Loader(data, batch_size, device=device, binarize=binarize, seed=seed)
     if valid is None or isinstance(valid, Loader): return data, valid
-    return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize and ("static" if isinstance(valid, Images) else "dynamic"))
+    binarize = binarize and ("static" if isinstance(valid, Images) else "dynamic")
+    return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize)
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-13
 def fit(
@@ -370,8 +377,8 @@ def fit(
     compile: bool=False,          # run the losses through `torch.compile`
     precision: str="float32",     # "bfloat16" evaluates the losses under autocast: half the memory traffic, faster where the hardware multiplies it
     binarize: str|None=None,      # None, "static" or "dynamic", as in `Loader`; validation data are then binarised once
-    ema: float|None=None,         # decay of an average of the weights, used for validation and samples and kept in the checkpoint; the scheme keeps its own
-    patience: int|None=None,      # stop after so many epochs without a smaller `scheme.criterion`; the best is kept as best.pt and put back at the end
+    ema: float|None=None,         # decay of an average of the weights, for validation and samples and in the checkpoint; the scheme keeps its own
+    patience: int|None=None,      # stop after so many epochs without a smaller `scheme.criterion`; the best is kept as best.pt and put back
     checkpoint_steps: int|None=None,    # also write a checkpoint every so many steps,
     checkpoint_seconds: float=300.,     # and every so many seconds, beside the one after each epoch
     samples: int=64,              # images in each epoch's grid; 0 for none
@@ -385,8 +392,8 @@ def fit(
         loader, valid = loaders(data, valid, batch_size, device, binarize, seed)
         average = Ema(scheme, ema) if ema else None
         folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None and first else None
-        run = Run(scheme, loader, average, ranks, folder, valid, patience, samples, checkpoint_steps=checkpoint_steps, checkpoint_seconds=checkpoint_seconds,
-                  progress=lambda *args: Progress(*args, how=progress if first else "none"))
+        run = Run(scheme, loader, average, ranks, folder, valid, patience, samples, checkpoint_steps=checkpoint_steps,
+                  checkpoint_seconds=checkpoint_seconds, progress=lambda *args: Progress(*args, how=progress if first else "none"))
         if compile: scheme.compile()
         autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bfloat16" else scheme.autocast
         with having(scheme, ranks=ranks, autocast=autocast), seeded(seed):

@@ -1,4 +1,6 @@
-"What test_parallel.py looks at: `python spread.py OUT` runs it all on one, two and three ranks and leaves results in OUT. Ranks are forked, so that PyTorch is imported once."
+"""What test_parallel.py looks at: `python spread.py OUT` runs it all on one, two and three ranks and leaves results in OUT.
+
+Ranks are forked, so that PyTorch is imported once."""
 import atexit
 import json
 import os
@@ -7,6 +9,7 @@ import socket
 import sys
 import threading
 import traceback
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,7 +45,8 @@ RULES = {
     "unrolled": lambda: rules.Unrolled(player="D", steps=3),
     "competitive": rules.CompetitiveGradient,
 }
-OPTIMIZERS = {"momentum": lambda p: Momentum(p, lr=.05, momentum=.5), "negative momentum": lambda p: Momentum(p, lr=.05, momentum=-.3), "adam": lambda p: Adam(p, lr=.01)}
+OPTIMIZERS = {"momentum": lambda p: Momentum(p, lr=.05, momentum=.5), "adam": lambda p: Adam(p, lr=.01),
+              "negative momentum": lambda p: Momentum(p, lr=.05, momentum=-.3)}
 SIZES = [12, 7, 3, 1]  # rows of a batch: even, uneven, and fewer than there are ranks
 
 
@@ -53,7 +57,7 @@ class Noisy(NamedTuple):
 
 
 def net(*sizes, g, dtype):
-    layers = [layer for i, o in zip(sizes, sizes[1:]) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())][:-1]
+    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())][:-1]
     for m in layers[::2]: m.weight.data = torch.randn(m.weight.shape, generator=g, dtype=torch.float64).to(dtype) / m.in_features**.5
     for m in layers[::2]: m.bias.data = torch.randn(m.bias.shape, generator=g, dtype=torch.float64).to(dtype) / 2
     return nn.Sequential(*layers)
@@ -130,7 +134,8 @@ def run(out, name, game=None, epochs=3, **kwargs):
     "Fit a small run and leave what it ended with; ten steps an epoch, the last batch smaller."
     game = game or scheme()
     images = kwargs.pop("images", None) or few()
-    try: records = fit(game, images, epochs=epochs, out=out / name, **{"valid": few(60), "batch_size": 20, "binarize": "dynamic", "ema": .9, "samples": 4, "progress": "lines", **kwargs})
+    usual = {"valid": few(60), "batch_size": 20, "binarize": "dynamic", "ema": .9, "samples": 4, "progress": "lines"}
+    try: records = fit(game, images, epochs=epochs, out=out / name, **{**usual, **kwargs})
     except Interrupted as e:
         print(f"stopped: {e}", file=sys.stderr); sys.exit(128 + e.signum)
     rank = init().rank if init() else 0

@@ -95,14 +95,14 @@ def test_a_checkpoint_moves_from_two_to_three_to_one(job, told):
     assert_same_run(torch.load(job / "whole-0.pt"), torch.load(job / "moved-0.pt"))
 
 
-@pytest.mark.parametrize("how", FAULTS)
+@pytest.mark.parametrize("how", [how for how in FAULTS if how != "signal"])
 def test_one_ranks_fault_ends_all_and_is_told_once(told, how):
-    if how == "signal": return
     said = "".join(told[how]["said"])
     assert said.count("Traceback (most recent call last)") == 1
     assert 0 not in told[how]["codes"]
     last = next(s for s in told[how]["said"] if "Traceback" in s)
-    word = {"raise": "ZeroDivisionError", "kill 1": "RankError: another rank", "kill 0": "RankError: another rank", "weights": "different weights", "nan": "step 7: the loss of player 'model' is not finite",
+    word = {"raise": "ZeroDivisionError", "kill 1": "RankError: another rank", "kill 0": "RankError: another rank",
+            "weights": "different weights", "nan": "step 7: the loss of player 'model' is not finite",
             "evaluate": "ZeroDivisionError", "model": "size mismatch", "noise": "different random numbers", "data": "belongs to another loader"}[how]
     assert word in last[last.index("Traceback"):]
 
@@ -149,8 +149,8 @@ def test_batches_that_cannot_be_spread_say_so():
 
 
 def torchrun(world, *args, **kwargs):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "optgen", *map(str, args)],
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "optgen", *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
 
 
 def log(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
