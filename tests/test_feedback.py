@@ -143,7 +143,8 @@ def test_training_a_toy_mixture_moves_towards_it():
 
 @pytest.mark.parametrize("call, word", [
     (lambda: tiny(loss="ls"), "'hinge'"), (lambda: tiny(r1=-1.), "r1"), (lambda: tiny(r2=math.inf), "r2"), (lambda: tiny(Feedback("G", "D", "E", 1.)), "'E'"),
-    (lambda: FeedbackGAN(ConvGenerator((1, 9, 9), 3, 2), ConvDiscriminator((1, 8, 8), 2)), "(1, 9, 9)"), (lambda: tiny().evaluate([]), "two examples")])
+    (lambda: FeedbackGAN(ConvGenerator((1, 9, 9), 3, 2), ConvDiscriminator((1, 8, 8), 2)), "(1, 9, 9)"), (lambda: tiny().evaluate([]), "two examples"),
+    (lambda: tiny(r2=1.).compile(), "R2"), (lambda: tiny(Consensus(1.)).compile(), "Consensus")])
 def test_bad_input_is_told(call, word):
     with pytest.raises(ValueError) as e: call()
     assert word in str(e.value)

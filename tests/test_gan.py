@@ -103,6 +103,11 @@ def test_toy_examples_are_taken_as_they_are():
     assert torch.allclose(D(x), (x @ D.net[-1].weight.T)[:, 0]) and MLPGenerator(3)(torch.randn(4, 3)).shape == (4, 2)
 
 
+def test_images_are_centred():
+    "Biases start at zero, so a grey image, the centre, has the logit zero."
+    for D in (ConvDiscriminator(width=4), MLPDiscriminator((1, 28, 28))): assert (D(torch.full((2, 1, 28, 28), .5)) == 0).all() and (D(torch.zeros(2, 1, 28, 28)) != 0).all()
+
+
 def test_layers_start_with_variance_one():
     u = torch.randn(1_000_000, generator=rng(), dtype=torch.float64)
     y = (SILU_GAIN * Silu()(u))**2
