@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import rules
 from .data import Batch
+from .games import Game
 from .models.gan import MLPDiscriminator, MLPGenerator
 from .optim import Adam
 from .schemes.feedback import FeedbackGAN
@@ -59,11 +60,10 @@ def hand_step(G, D, optimizer_G, optimizer_D, x):
     optimizer_G.step()
 
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4-4
-def step_flops(rule: str) -> int:
-    r"Floating-point operations of the matrix products in a step, Eq. (passes)."
-    g, batch = game(rule), Batch(torch.rand(ROWS, *SHAPE), None)
-    g.step(batch)
-    with FlopCounterMode(display=False) as counter: g.step(batch)
+def step_flops(game: Game, batch) -> int:  # steps the game twice
+    r"Floating-point operations of the matrix products and convolutions in a step after the first, Eq. (passes)."
+    game.step(batch)
+    with FlopCounterMode(display=False) as counter: game.step(batch)
     return counter.get_total_flops()
 
 def step_memory(rule: str) -> float:  # MiB; on the CPU
@@ -88,7 +88,7 @@ def bench_rules(rounds: int=30, names=tuple(RULES)) -> dict:  # rule -> {"ms", "
             start = time.perf_counter(); steps[name]()
             if r >= 3: seconds[name].append(time.perf_counter() - start)
     ms = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-    plain, flops = ms["simultaneous"], {name: step_flops(name) for name in names}
+    plain, flops = ms["simultaneous"], {name: step_flops(game(name), batch) for name in names}
     rows = {name: {"ms": ms[name], "passes": (passes := flops[name] / flops["simultaneous"]), "overhead": ms[name] / (passes * plain) - 1, "peak_mib": quietly(name)} for name in names}
     return {"rows": ROWS, "hidden": HIDDEN, "hand_ms": ms["hand"], "alternating_over_hand": ms["alternating"] / ms["hand"], "rules": rows}
 
