@@ -226,8 +226,15 @@ class Game:
         return Field({name: [p.detach().clone() for p in self.params(name)] for name in self.players})
 
     @torch.no_grad()
+    def since(self, weights: Field) -> Field: return Field({name: torch._foreach_sub(self.params(name), values) for name, values in weights.items()})
+
+    @torch.no_grad()
     def set_weights(self, weights: Field):
         for name, values in weights.items(): torch._foreach_copy_(self.params(name), values)
+
+    @torch.no_grad()
+    def shift(self, by: Field):
+        for name, values in by.items(): torch._foreach_add_(self.params(name), values)
 
     def compile(self):  # from now on every loss runs through `torch.compile`; `ValueError` for a rule of second order
         if self.rule.second_order: raise ValueError(f"{type(self.rule).__name__} differentiates twice, which torch.compile can't: train without compile")

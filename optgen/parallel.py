@@ -164,6 +164,7 @@ def first_to_tell(ranks) -> bool:
     return first
 
 def leave(ranks):
+    r"Say that the error has been told."
     with contextlib.suppress(RuntimeError): ranks.store.set("optgen/told", "")
 
 def follow(ranks, code: int=1) -> Elsewhere:

@@ -103,8 +103,8 @@ class Optimistic(Around):
         start = game.weights()
         u, losses = self.look(game, batch)
         game.apply(u)
-        move = game.weights() - start
-        game.set_weights(start + 2*move - self.memory.get("move", move))
+        move = game.since(start)
+        if "move" in self.memory: game.shift(move - self.memory["move"])
         self.memory = {"move": move}
         return losses
 
@@ -187,7 +187,7 @@ class Lookahead(Rule):
         slow, count = self.memory.get("slow") or game.weights(), self.memory.get("count", 0) + 1
         losses = self.inner.step(game, batch)
         if count % self.every == 0:
-            slow = slow + self.alpha * (game.weights() - slow)
+            slow = slow + self.alpha * game.since(slow)
             game.set_weights(slow)
         self.memory = {"slow": slow, "count": count % self.every}
         return losses

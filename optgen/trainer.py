@@ -206,9 +206,12 @@ def having(scheme: Game, **attributes):
     finally:
         for k, value in before.items(): setattr(scheme, k, value)
 
-def named(losses: dict) -> dict: return losses if len(losses) > 1 else {"loss": next(iter(losses.values()))}
+def named(losses: dict) -> dict:
+    r"The losses by player; of a lone one, as `loss`."
+    return losses if len(losses) > 1 else {"loss": next(iter(losses.values()))}
 
 def measure(run) -> tuple:  # a `Run` at the end of an epoch -> its record, and samples or None
+    r"What an epoch came to, on training and validation data."
     record = {"epoch": run.epoch + 1, "step": run.step, "seconds": run.seconds, "images_per_second": run.images / run.seconds,
               "train": {k: t.item() / len(run.loader) for k, t in named(run.total).items()}}
     images = None

@@ -79,6 +79,7 @@ def train_gan(
     return seen, None
 
 def endless(loader: Iterable) -> Iterator[Batch]:
+    r"Epoch after epoch."
     while True: yield from loader
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-4
@@ -86,7 +87,9 @@ MIXTURES = {  # sampler, centres, standard deviation
     "ring": (ring, ring_centers(), .01),
     "grid": (lambda n, generator: grid(n, 5, .5, .0125, generator), grid_centers(5, .5), .0125)}
 
-def relu_mlp(*sizes) -> list: return [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
+def relu_mlp(*sizes) -> list:
+    r"Layers of those sizes, `ReLU` between them."
+    return [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
 
 def run_mixture(config: dict, seed: int) -> dict:
     r"One GAN on a ring or a grid of Gaussians: modes, share within 3 sigma, and what it took to reach all modes."
