@@ -194,7 +194,8 @@ def chosen(out, tuning: str) -> dict:  # rule -> its setting
 STAGES = {"tune": ("tune", "tune-mnist"), "ring": ("tune", "ring"), "mnist": ("tune-mnist", "mnist", "mnist-floor"),
           "stacked": ("tune-mnist", "mnist", "stacked", "stacked-floor"), "grid": ("tune", "grid")}  # with what each needs
 
-def fourth(out) -> str:  # the best rule on MNIST that is not one of `STACKED`
+def fourth(out) -> str:  # a name in `RULES`
+    r"The best rule on MNIST that is not one of `STACKED`."
     found = {}
     for r in load_results(out, "mnist"): found.setdefault(r["variant"], []).append(1e9 if r["result"]["fid"] is None else r["result"]["fid"])
     return min((rule for rule in found if rule not in STACKED), key=lambda rule: mean(found[rule]))
