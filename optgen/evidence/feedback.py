@@ -157,9 +157,9 @@ def run_floor(config: dict, seed: int) -> dict:
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-6
 TUNING_SEEDS, SEEDS, IMAGE_SEEDS = (100, 101, 102, 103), tuple(range(10)), (0, 1, 2)
 MIXTURE = dict(betas=[.5, .99], batch=128, hidden=[64, 64], z_dim=16, every=100)
-STEPS = {"tune": 1500, "ring": 2000, "grid": 4000}
+STEPS = {"tune": 1500, "ring": 2000, "grid": 3000}
 IMAGE = dict(betas=[.5, .99], batch=64, width=16, z_dim=64, looks=4, look=2000)
-BUDGET = {"tune-mnist": 400, "mnist": 1600, "stacked": 8000}  # plain steps' worth
+BUDGET = {"tune-mnist": 400, "mnist": 1600, "stacked": 6000}  # plain steps' worth
 FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
 RATES = {"ring": (1e-3, 2e-3, 4e-3), "mnist": (5e-4, 1e-3, 2e-3)}
 MOMENTUM_RATE = {"ring": .1, "mnist": .03}
