@@ -7,8 +7,6 @@ __all__ = ['Z', 'HIDDEN', 'SHAPE', 'ROWS', 'RULES', 'networks', 'game', 'hand_st
            'quietly', 'show_rules']
 
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4
-import json
-import os
 import statistics
 import subprocess
 import sys

@@ -87,7 +87,7 @@ def assert_same_run(a, b):
     assert all(torch.allclose(x, y, rtol=1e-5, atol=2e-6) for x, y in zip(flat(a), flat(b), strict=True))
     assert [r["step"] for r in a["records"]] == [r["step"] for r in b["records"]]
     for x, y in zip(a["records"], b["records"]):
-        for part in ("train", "valid"): assert x[part] == pytest.approx(y[part], rel=1e-4)
+        for split in ("train", "valid"): assert x[split] == pytest.approx(y[split], rel=1e-4)
 
 
 def test_a_checkpoint_moves_from_two_to_three_to_one(job, told):
@@ -162,7 +162,7 @@ def test_torchrun_on_the_command_line(tmp_path, tiny_run):
     said, _ = first.communicate()
     assert first.returncode == 0 and said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
     for a, b in zip(log(tmp_path / "run"), log(tiny_run), strict=True):
-        for part in ("train", "valid"): assert a[part] == pytest.approx(b[part], rel=1e-4)
+        for split in ("train", "valid"): assert a[split] == pytest.approx(b[split], rel=1e-4)
     second = torchrun(2, "train", "--resume", tmp_path / "run", "--epochs", 400, "--progress", "none")
     while len(log(tmp_path / "run")) < 3: time.sleep(.05)
     second.send_signal(signal.SIGTERM)
