@@ -115,7 +115,7 @@ def test_a_tiny_table_from_tuning_to_runs(tmp_path, monkeypatch):
     names = feedback.settings("ring"); small = {"steps": 4, "every": 2}
     for i, (name, s) in enumerate(names.items()): write_json(tmp_path / f"tune/{name}-100.json", {"variant": name, "seed": 100, "result": {"modes": i, "share": 0.}})
     ring = feedback.experiment("ring", tmp_path)
-    assert ring.variants["consensus"]["lr"] == names["consensus_0.004_3"]["lr"] and ring.variants["consensus"]["weight"] == 3.
+    assert ring.variants["consensus"]["lr"] == names["consensus_0.004_10_saturating"]["lr"] and ring.variants["consensus"]["weight"] == 10.
     ring = ring._replace(variants={k: c | small for k, c in ring.variants.items()}, seeds=(0,))
     assert quiet([ring], tmp_path) == {"done": 2, "skipped": 0}
     for r in load_results(tmp_path, "ring"): assert len(r["result"]["curve"]) == 2 and len(r["result"]["points"]) == 300 and r["result"]["diverged"] is None

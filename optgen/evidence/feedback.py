@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RULES', 'MIXTURES', 'TUNING_SEEDS', 'SEEDS', 'IMAGE_SEEDS', 'MIXTURE', 'STEPS', 'IMAGE', 'BUDGET', 'FINAL', 'RATES',
            'MOMENTUM_RATE', 'LOSSES', 'STACKED', 'STAGES', 'make_gan', 'train_gan', 'endless', 'relu_mlp',
-           'run_mixture', 'run_images', 'read_stack', 'run_floor', 'settings', 'chosen', 'fourth', 'experiment',
-           'reproduce_feedback']
+           'run_mixture', 'affordable', 'run_images', 'read_stack', 'run_floor', 'settings', 'chosen', 'fourth',
+           'experiment', 'reproduce_feedback']
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4
 import copy
@@ -113,6 +113,13 @@ def run_mixture(config: dict, seed: int) -> dict:
                   "curve": [[*s.values()] for s in seen], "points": points}
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-5
+def affordable(config: dict, G: nn.Module, D: nn.Module, shape: tuple) -> int:
+    r"Steps of the rule that cost as much as `budget` plain ones, Eq. (passes)."
+    twins = copy.deepcopy(G), copy.deepcopy(D)
+    x = torch.rand(config["batch"], *shape, requires_grad=True).clone()  # no leaf: the counter stumbles over gradients by a leaf
+    plain, cost = (step_flops(make_gan(*twins, config | s), Batch(x)) for s in ({"rule": "simultaneous", "weight": None}, {}))
+    return round(config["budget"] * plain / cost)
+
 def run_images(config: dict, seed: int) -> dict:
     r"One GAN on MNIST or on stacked MNIST."
     stack = config["problem"] == "stacked"
@@ -130,10 +137,7 @@ def run_images(config: dict, seed: int) -> dict:
             if not stack: return {"fid": round(fid(sample(n), real, judge.features), 3)}
             modes, kl = label_coverage(torch.cat([read_stack(judge, x) for x in sample(n)]), 1000)
             return {"modes": modes.item(), "kl": round(kl.item(), 4)}
-        twin = copy.deepcopy(G), copy.deepcopy(D)
-        x = torch.rand(config["batch"], *data.shape, requires_grad=True).clone()  # no leaf: the counter can't see a gradient by a leaf
-        plain, cost = (step_flops(make_gan(*twin, config | s), Batch(x)) for s in ({"rule": "simultaneous", "weight": None}, {}))
-        steps = round(config["budget"] * plain / cost)
+        steps = affordable(config, G, D, data.shape)
         batches = endless(Loader(data, config["batch"], seed=seed, drop_last=True))
         seen, diverged = train_gan(make_gan(G, D, config), batches, steps, -(-steps // config["looks"]), look)
         end = (None if diverged else look(config["final"])) or ({"modes": 0, "kl": None} if stack else {"fid": None})
