@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-2
 class Player:
@@ -24,8 +24,11 @@ class Player:
     ):
         self.module = params if isinstance(params, nn.Module) else None
         named = params.named_parameters() if self.module is not None else ((str(i), p) for i, p in enumerate(params))
-        self.params = {name: p for name, p in named if p.requires_grad}
+        named = [(name, p) for name, p in named if p.requires_grad]
+        self.params = dict(named)
         self.loss, self.optimizer = loss, optimizer
+        if len({id(p) for _, p in named}) < len(named): raise ValueError("a player's parameters name the same tensor twice")
+        if isinstance(optimizer, LBFGS): raise ValueError("LBFGS evaluates the loss itself, as often as it likes: a game needs an optimizer that steps along a given gradient")
         owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         mine = {id(p) for p in self.params.values()}
         if not mine: raise ValueError("a player has no parameter that requires a gradient")
@@ -37,7 +40,13 @@ class Player:
         weights = self.params if self.module is None else self.module.state_dict()
         return {"weights": {k: w.detach() for k, w in weights.items()}, "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict):  # what `state_dict` gave for a player of the same shapes
+    def check_state(self, state: dict):  # `ValueError` where `state` is of other weights
+        mine, theirs = ({k: tuple(w.shape) for k, w in weights.items() if isinstance(w, Tensor)} for weights in (self.state_dict()["weights"], state["weights"]))
+        if odd := [k for k in mine | theirs if mine.get(k) != theirs.get(k)]:
+            raise ValueError(f"the weights {', '.join(odd[:3])}{' …' * (len(odd) > 3)} of the state are not this player's: {odd[0]} has shape {theirs.get(odd[0])} there and {mine.get(odd[0])} here")
+
+    def load_state_dict(self, state: dict):  # what `state_dict` gave for a player of the same shapes, else `ValueError`
+        self.check_state(state)
         if self.module is not None: self.module.load_state_dict(state["weights"])
         else:
             with torch.no_grad():
@@ -83,7 +92,7 @@ class Point:
         self.losses.setdefault(loss, value.detach())
         if self.graph: self.values[loss] = value
         params = [p for name in names for p in self.game.params(name)]
-        grads = torch.autograd.grad(value, params, create_graph=self.graph, retain_graph=self.graph or len(self.game.players) > 1, allow_unused=True)
+        grads = torch.autograd.grad(value, params, create_graph=self.graph, allow_unused=True)
         if loss in names and all(g is None for g, p in zip(grads, params) if any(p is mine for mine in self.game.params(loss))):
             raise ValueError(f"the loss of player {loss!r} does not depend on its own parameters")
         grads = iter([torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)])
@@ -129,6 +138,7 @@ class Rule:
     r"An update rule of a game: override `direction`, or `step`, or `correction` (what is added to the field; a list of these adds up)."
     second_order = False  # does `direction` pull gradients? Then the graphs are kept
     inner = None          # the rule this one is built on
+    taken = False         # by a game
 
     def __init__(self): self.memory = {}  # by name, `Field`s and numbers
 
@@ -141,23 +151,35 @@ class Rule:
         return at.losses
 
     def check(self, game):  # `ValueError` where the rule does not fit the game; called once
-        if self.inner: self.inner.check(game)
+        for part in self.parts(): part.check(game)
+
+    def join(self):  # `ValueError` where the rule is another game's: it would remember that one's moves
+        if self.taken: raise ValueError(f"this {type(self).__name__} steps another game, whose moves it may remember: make one for each game")
+        self.taken = True
+        for part in self.parts(): part.join()
 
     def named(self, game, *names):
         for name in names:
             if name not in game.players: raise ValueError(f"{type(self).__name__} names a player {name!r}; this game has {', '.join(map(repr, game.players))}")
 
+    def parts(self) -> list: return [self.inner] if self.inner else []  # the rules within
+
     def state_dict(self) -> dict:
-        own = {k: dict(m) if isinstance(m, Field) else m for k, m in self.memory.items()}
-        return own | ({"inner": inner} if self.inner and (inner := self.inner.state_dict()) else {})
+        return {"name": type(self).__name__, "memory": {k: dict(m) if isinstance(m, Field) else m for k, m in self.memory.items()}, "parts": [part.state_dict() for part in self.parts()]}
+
+    def check_state(self, state: dict):  # `ValueError` where `state` is another rule's
+        if state["name"] != type(self).__name__ or len(state["parts"]) != len(self.parts()):
+            raise ValueError(f"the state is of the rule {state['name']}, this game steps by {type(self).__name__}: go on with the same rule")
+        for part, s in zip(self.parts(), state["parts"]): part.check_state(s)
 
     def load_state_dict(self, state: dict):
-        self.memory = {k: Field(m) if isinstance(m, dict) else m for k, m in state.items() if k != "inner"}
-        if self.inner: self.inner.load_state_dict(state.get("inner", {}))
+        self.check_state(state)
+        self.memory = {k: Field(m) if isinstance(m, dict) else m for k, m in state["memory"].items()}
+        for part, s in zip(self.parts(), state["parts"]): part.load_state_dict(s)
 
     def to(self, *args, **kwargs):
         self.memory = {k: m.to(*args, **kwargs) if isinstance(m, Field) else m for k, m in self.memory.items()}
-        if self.inner: self.inner.to(*args, **kwargs)
+        for part in self.parts(): part.to(*args, **kwargs)
 
 class Simultaneous(Rule):
     r"Every player descends its own gradient, all at the same point, Eq. (simultaneous). One gradient a step; on one player it is the optimizer itself."
@@ -171,12 +193,12 @@ class Corrections(Rule):
             if type(rule).correction is Rule.correction: rule.correction(None)
         self.second_order = any(rule.second_order for rule in self.rules)
 
+    def parts(self): return self.rules
     def direction(self, at): return sum((rule.correction(at) for rule in self.rules), start=at.v)
-    def check(self, game):
-        for rule in self.rules: rule.check(game)
 
 def as_rule(rule: Rule|Iterable[Rule]|None) -> Rule:
     r"What a rule's place may be given: a rule, a list of corrections, or None for `Simultaneous()`."
+    if isinstance(rule, (str, type)): raise TypeError(f"a rule is an object, such as Extragradient() or Consensus(.1); got {rule!r}")
     return Simultaneous() if rule is None else rule if isinstance(rule, Rule) else Corrections(rule)
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-6
@@ -199,7 +221,7 @@ class Game:
                 other = owner.setdefault(id(p), name)
                 if other != name: raise ValueError(f"parameter {key!r} of player {name!r} belongs to player {other!r} too: a parameter has one owner")
         self.rule = as_rule(rule)
-        self.rule.check(self)
+        self.rule.check(self); self.rule.join()
 
     def params(self, name: str) -> list: return list(self.players[name].params.values())
     def mean(self, tensors: list) -> list: return self.ranks.mean(tensors) if self.ranks else tensors
@@ -207,6 +229,7 @@ class Game:
 
     def loss_of(self, name: str, batch) -> Tensor:  # 0-dim, with its graph; `ValueError` for another shape or none
         with self.autocast(): loss = self.players[name].loss(batch)
+        if not isinstance(loss, Tensor): raise ValueError(f"the loss of player {name!r} is a {type(loss).__name__}, not a tensor with its graph")
         if loss.ndim: raise ValueError(f"the loss of player {name!r} has shape {tuple(loss.shape)}; a loss is one number: take its mean or its sum")
         if not loss.requires_grad: raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
         return loss
@@ -254,11 +277,14 @@ class Game:
             if player.module is not None: player.module.train(mode)
         return self
 
-    def state_dict(self) -> dict:  # by player, and the rule's memory where it has any
-        return {name: player.state_dict() for name, player in self.players.items()} | ({"rule": rule} if (rule := self.rule.state_dict()) else {})
+    def state_dict(self) -> dict:  # by player, and the rule's
+        return {name: player.state_dict() for name, player in self.players.items()} | {"rule": self.rule.state_dict()}
 
-    def load_state_dict(self, state: dict):  # `ValueError` where the players differ
+    def load_state_dict(self, state: dict):  # `ValueError`, and nothing loaded, where players, weights or rule differ; a state of optgen 0.1 is of `Simultaneous`
+        rule = state.get("rule", Simultaneous().state_dict())
         if (theirs := state.keys() - {"rule"}) != self.players.keys():
             raise ValueError(f"the state is of players {sorted(theirs)}, this game has {sorted(self.players)}")
+        self.rule.check_state(rule)
+        for name, player in self.players.items(): player.check_state(state[name])
         for name, player in self.players.items(): player.load_state_dict(state[name])
-        self.rule.load_state_dict(state.get("rule", {}))
+        self.rule.load_state_dict(rule)

@@ -124,7 +124,7 @@ def test_state_goes_through_a_file_with_buffers(tmp_path):
     a, b = whole.state_dict(), second.state_dict()
     for name in ("m", "x"):
         for k, w in a[name]["weights"].items(): assert torch.equal(w, b[name]["weights"][k])
-    assert a["rule"]["count"] == b["rule"]["count"] and "1.running_mean" in a["m"]["weights"]
+    assert a["rule"]["memory"]["count"] == b["rule"]["memory"]["count"] and "1.running_mean" in a["m"]["weights"]
 
 
 def test_gradients_do_not_flow_into_other_players():
@@ -212,3 +212,64 @@ def test_a_rule_of_ones_own():
     second.load_state_dict(first.state_dict())
     for t in range(3, 6): second.step(batch(t))
     assert torch.equal(flat(whole.weights()), flat(second.weights()))
+
+
+def test_a_player_is_one_that_can_be_stepped():
+    a, b = two()
+    with pytest.raises(ValueError, match="same tensor twice"): Player([a, a], None, sgd(a))
+    with pytest.raises(ValueError, match="LBFGS evaluates the loss itself"): Player([a], None, torch.optim.LBFGS([a]))
+    with pytest.raises(ValueError, match="player 'x' is a float"): Game(x=Player([a], lambda _: a.sum().item(), sgd(a))).step(None)
+    for rule in (Consensus, "consensus"):
+        with pytest.raises(TypeError, match="a rule is an object"): gan(rule=rule)
+
+
+@pytest.mark.parametrize("rule", (Lookahead, lambda: Alternating(Consensus(.1)), lambda: [Consensus(.1)]))
+def test_a_rule_has_one_game(rule):
+    rule = rule(); gan(rule=rule)
+    with pytest.raises(ValueError, match="steps another game"): gan(rule=rule)
+    with pytest.raises(ValueError, match="steps another game"): gan(rule=Lookahead(rule))
+
+
+@pytest.mark.parametrize("state, says", (
+    (lambda: gan(rule=Lookahead(Simultaneous())).state_dict(), "rule Simultaneous, this game steps by Consensus"),
+    (lambda: gan(rule=Consensus(.1)).state_dict(), "rule Consensus, this game steps by Lookahead"),
+    (lambda: {**gan(rule=Lookahead(Consensus(.1))).state_dict(), "D": {"weights": net(2, 5, 1, seed=1).state_dict(), "optimizer": {}}}, "0.weight has shape (5, 2) there and (4, 2) here"),
+))
+def test_a_state_that_does_not_fit_changes_nothing(state, says):
+    game, fresh = (gan(rule=Lookahead(Consensus(.1)), seed=7) for _ in range(2))
+    with pytest.raises(ValueError) as e: game.load_state_dict(state())
+    assert says in str(e.value) and torch.equal(flat(game.weights()), flat(fresh.weights()))
+
+
+def test_bare_tensors_are_checked_too():
+    a, b = two(); player = Player({"a": a, "b": b}.values(), None, sgd(a, b)); state = player.state_dict()
+    for wrong in ({"0": torch.zeros(1), "1": state["weights"]["1"]}, {"0": state["weights"]["0"]}, {**state["weights"], "2": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="are not this player's"): player.load_state_dict({**state, "weights": wrong})
+    assert torch.equal(a, torch.ones(2))
+
+
+def test_a_state_without_a_rule_is_of_simultaneous_steps():
+    old = {k: v for k, v in gan(seed=3).state_dict().items() if k != "rule"}
+    game = gan(); game.load_state_dict(old); assert torch.equal(flat(game.weights()), flat(gan(seed=3).weights()))
+    with pytest.raises(ValueError, match="rule Simultaneous"): gan(rule=Lookahead()).load_state_dict(old)
+
+
+def test_a_list_of_corrections_keeps_their_memories():
+    class Growing(Rule):
+        def correction(self, at):
+            self.memory = {"count": self.memory.get("count", 0) + 1}
+            return .1 * self.memory["count"] * at.v
+    whole, first, second = (gan(rule=[Growing(), Consensus(.1)]) for _ in range(3))
+    for t in range(6): whole.step(batch(t))
+    for t in range(3): first.step(batch(t))
+    second.load_state_dict(first.state_dict())
+    for t in range(3, 6): second.step(batch(t))
+    assert torch.equal(flat(whole.weights()), flat(second.weights()))
+
+
+@pytest.mark.parametrize("rule", (Simultaneous, Alternating, lambda: Lookahead(every=2)))
+def test_two_players_compile(rule):
+    eager, compiled = (gan(rule=rule(), dtype=torch.float32) for _ in range(2)); compiled.compile()
+    for t in range(3):
+        for game in (eager, compiled): game.step(batch(t, torch.float32))
+    assert torch.allclose(flat(eager.weights()), flat(compiled.weights()), rtol=1e-4, atol=1e-6)
