@@ -32,11 +32,11 @@ RULES = {  # name: (class in optgen.rules, its arguments here, what it is)
     "alternating": ("Alternating", {}, "one player after another; D=2 lets D move twice"),
     "extragradient": ("Extragradient", {}, "look ahead, come back, step by what was seen; past=true reuses the last gradient"),
     "optimistic": ("Optimistic", {}, "twice this update minus the last"),
-    "consensus": ("Consensus", {"weight": 1.}, "everybody also descends half the field's squared norm"),
-    "literal": ("Feedback", {"to": "G", "loss": "D", "wrt": "G", "weight": 1.}, "the article's: G descends D's loss's squared gradient by G; does not damp"),
-    "nagarajan-kolter": ("Feedback", {"to": "G", "loss": "D", "wrt": "D", "weight": .5}, "G descends D's squared gradient"),
+    "consensus": ("Consensus", {"weight": .05}, "everybody also descends half the field's squared norm"),
+    "literal": ("Feedback", {"to": "G", "loss": "D", "wrt": "G", "weight": .1}, "the article's: G descends D's loss's squared gradient by G; does not damp"),
+    "nagarajan-kolter": ("Feedback", {"to": "G", "loss": "D", "wrt": "D", "weight": .005}, "G descends D's squared gradient"),
     "smoothing": ("Feedback", {"to": "D", "loss": "D", "wrt": "G", "weight": .5}, "D descends its loss's squared gradient by G"),
-    "symplectic": ("SymplecticAdjustment", {"weight": 1.}, "the field, turned by its rotation"),
+    "symplectic": ("SymplecticAdjustment", {"weight": .1}, "the field, turned by its rotation"),
     "lookahead": ("Lookahead", {"every": 5, "alpha": .5}, "every few steps go back part of the way, all together"),
     "unrolled": ("Unrolled", {"player": "D", "steps": 5}, "G sees some steps of D ahead"),
     "competitive": ("CompetitiveGradient", {}, "each step is the solution of the local game")}
@@ -50,17 +50,20 @@ def build_optimizer(name: str, params, lr: float|None, **options):
     return make(params, lr=usual if lr is None else lr, **options)
 
 def build_rule(text: str, weight: float|None=None):
-    r"The rule that `text`, NAME or NAME:KEY=VALUE,…, names."
+    r"The rule that `text`, NAME or NAME:KEY=VALUE,…, names; a weight goes to the rule that takes one, itself or the one inside."
     from optgen import rules
     def value(word):
-        if word in RULES: return build_rule(word)
+        if word in RULES: return build_rule(word, None if "weight" in options else weight)
+        if word in ("G", "D"): return word
         try: return json.loads(word)
-        except json.JSONDecodeError: raise click.UsageError(f"--rule {text}: {word!r} is neither a number, true, false nor the name of a rule") from None
+        except json.JSONDecodeError: raise click.UsageError(f"--rule {text}: {word!r} is neither a number, true, false, a player (G, D) nor the name of a rule") from None
     name, _, words = text.partition(":")
     if name not in RULES: raise click.UsageError(f"--rule {name} is none of {', '.join(RULES)}")
     kind, options, _ = RULES[name]
     pairs = [word.partition("=") for word in words.split(",") if word]
-    given = {key: value(word) for key, _, word in pairs} | ({} if weight is None else {"weight": weight})
+    given = {key: value(word) for key, _, word in pairs}
+    if weight is not None and "weight" in options: given["weight"] = weight
+    elif weight is not None and "inner" not in given: raise click.UsageError(f"--weight {weight:g}: {name} has no weight; its inner rule may, as in --rule {name}:inner=consensus")
     if name == "alternating" and (repeats := {k: given.pop(k) for k in ("G", "D") if k in given}): given["repeats"] = repeats
     try: return getattr(rules, kind)(**{**options, **given})
     except (TypeError, ValueError) as e: raise click.UsageError(f"--rule {name} can't be made with {', '.join(f'{k}={v}' for k, v in given.items()) or 'nothing'}: {e}") from None
@@ -89,7 +92,7 @@ def common(epochs: int, ema: float|None) -> list:  # with a scheme's own default
                      help="Decay of an average of the weights, e.g. 0.999; 0 for none."),
         click.option("--patience", type=click.IntRange(1), help="Stop after so many epochs that are no better on validation data."),
         click.option("--checkpoint-steps", type=click.IntRange(1), help="Also write a checkpoint every so many steps."),
-        click.option("--seed", type=int, default=0, show_default=True),
+        click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|…"),
         click.option("--compile", is_flag=True, help="Compile the losses; pays after about a minute."),
         click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="bfloat16: the losses under autocast."),
@@ -128,7 +131,8 @@ def open_run(folder: str, device: str):
     best = folder / "best.pt"
     state = checkpoint.load(best if best.exists() else folder / "checkpoint.pt", map_location=device)
     scheme = scheme(options, shape).to(device)
-    scheme.load_state_dict(state["scheme"])
+    try: scheme.load_state_dict(state["scheme"])
+    except ValueError as e: raise click.ClickException(f"{folder}: its checkpoint is not of the scheme in its config.json: {e}") from None
     if state["ema"]:
         ema = Ema(scheme, options["ema"]); ema.load_state_dict(state["ema"])
         ema.swap()
@@ -198,13 +202,17 @@ def run(config: dict, out: str, device: str, progress: str|None, resume: bool):
     images, valid = data.hold_out(data.load(options["data"], "train", size=options["image_size"]), options["holdout"])
     device = pick_device(device)
     torch.manual_seed(options["seed"])
-    built = SCHEMES[scheme].build(options, images.shape)
+    try:
+        built = SCHEMES[scheme].build(options, images.shape)
+        if options["compile"]: built.compile()
+    except (TypeError, ValueError) as e: raise click.UsageError(str(e)) from None
+    if len(valid) < 2: raise click.UsageError(f"--holdout {options['holdout']:g} leaves {len(valid)} of {len(images) + len(valid)} images for validation, which needs two at least")
     click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on, {len(valid)} to validate, {epochs} epochs, in {click.style(out, fg='cyan')}")
     binarize = options.get("binarize", "none")
     try:
         records = fit(built, images, valid=valid, out=out, resume=resume, epochs=epochs, device=device, progress=progress, binarize=None if binarize == "none" else binarize,
                       ema=options["ema"] or None, config={**config, "shape": list(images.shape)},
-                      **{k: options[k] for k in ("batch_size", "seed", "compile", "precision", "patience", "checkpoint_steps")})
+                      **{k: options[k] for k in ("batch_size", "seed", "precision", "patience", "checkpoint_steps")})
     except Interrupted as e:
         stop = click.ClickException(str(e)); stop.exit_code = 128 + e.signum
         raise stop from None
@@ -292,7 +300,8 @@ def sample(folder, n, out, seed, device):
 def evaluate(folder, k, limit, split, seed, device, as_json):
     """Measure the run in DIR.
 
-    The bound and its parts, the negative log-likelihood by k importance samples an image, its standard errors, and the active units.
+    A VAE: the bound and its parts, the negative log-likelihood by k importance samples an image, its standard errors, and the active units. A GAN: its losses, and the Fréchet distance of as many samples
+    to the images, in the features of the classifier of digits that comes with the package (for images of another shape than 1 x 28 x 28, in their 8 x 8 means), beside the distance that real images would have.
     """
     from optgen import data
     config, scheme, state = open_run(folder, device)
