@@ -9,6 +9,7 @@ __all__ = ['check_number', 'check_count', 'Around', 'Alternating', 'Extragradien
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,8 +22,8 @@ _all_ = ["Simultaneous"]
 def check_number(where: str, low: float=-math.inf, **numbers):  # `ValueError` unless each is finite and at least `low`
     r"Refuse a weight or step that is no number of the right range."
     for name, x in numbers.items():
-        if not (math.isfinite(x) and x >= low):
-            raise ValueError(f"{where}: {name} must be a finite number" + (f", at least {low:g}" if math.isfinite(low) else "") + f"; got {x}")
+        if not (isinstance(x, Real) and math.isfinite(x) and x >= low):
+            raise ValueError(f"{where}: {name} must be a finite number" + (f", at least {low:g}" if math.isfinite(low) else "") + f"; got {x!r}")
 
 def check_count(where: str, low: int=1, **counts):  # `ValueError` unless each is an integer, at least `low`
     r"Refuse a count that is none."

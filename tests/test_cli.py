@@ -84,7 +84,7 @@ def test_list_and_version(capsys):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
-    import optgen.viz
+    import optgen.trainer, optgen.viz  # the trainer takes its own save_grid before it is broken
     def broken(*_): raise RuntimeError("our mistake")
     monkeypatch.setattr(optgen.viz, "save_grid", broken)
     with pytest.raises(RuntimeError, match="our mistake"): main(["sample", str(tiny_run)])
@@ -94,3 +94,52 @@ def test_help_does_not_wait_for_torch():
     import subprocess, sys
     code = "import sys; from optgen.cli import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory):
+    "Sixty grey images of 8 x 8 in a folder."
+    folder, g = tmp_path_factory.mktemp("images") / "mine", torch.Generator().manual_seed(0); folder.mkdir()
+    for i in range(60): Image.fromarray(torch.randint(256, (8, 8), dtype=torch.uint8, generator=g).numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+def gan(few_images, *args): return ["train", "feedback-gan", "--data", few_images, "--image-size", 8, "--width", 4, "--hidden", "8", "--z-dim", 3, "--batch-size", 10, "--progress", "none", *args]
+
+
+RULES = ("simultaneous", "alternating:D=2", "alternating:inner=consensus", "extragradient:past=true", "optimistic", "consensus", "literal", "nagarajan-kolter", "smoothing",
+         "symplectic:align=false", "lookahead:inner=extragradient,every=2", "unrolled:player=D,steps=2", "competitive:iterations=2")
+
+@pytest.mark.parametrize("rule, model", [(rule, ("mlp", "conv")[i % 2]) for i, rule in enumerate(RULES)])
+def test_a_gan_by_every_rule(rule, model, few_images, tmp_path, capsys):
+    from optgen.cli import RULES as names
+    assert {r.partition(":")[0] for r in RULES} == set(names)
+    weight = ("--weight", .02) if any(word in rule for word in ("consensus", "literal", "nagarajan", "smoothing", "symplectic")) else ()
+    assert run(*gan(few_images, "--rule", rule, *weight, "--model", model, "--epochs", 2, "--out", tmp_path / "run")) == 0
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scheme"] == "feedback-gan" and found["epoch"] == 2 and {"G", "D", "fid", "fid_floor"} <= found.keys() and found["fid"] >= 0
+    assert run("sample", tmp_path / "run", "--n", 4) == 0 and Image.open(tmp_path / "run/samples.png").size[0] > 16
+
+
+def test_a_gan_resumes_and_averages(few_images, tmp_path):
+    options = ("--rule", "lookahead:inner=consensus,every=3", "--weight", .1, "--ema", .9, "--r1", .5)
+    for name, epochs in (("whole", 4), ("half", 2)): assert run(*gan(few_images, *options, "--epochs", epochs, "--out", tmp_path / name)) == 0
+    assert run("train", "--resume", tmp_path / "half", "--epochs", 4, "--progress", "none") == 0
+    whole, half = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["state"] for name in ("whole", "half"))
+    for a, b in ((whole["scheme"]["G"]["weights"], half["scheme"]["G"]["weights"]), (whole["ema"][0], half["ema"][0])): assert all(torch.equal(a[k], b[k]) for k in a)
+    assert any(not torch.equal(w, whole["ema"][0][f"module.{k}"]) for k, w in whole["scheme"]["G"]["weights"].items())
+    config = json.loads((tmp_path / "half/config.json").read_text())
+    config["options"]["rule"] = "competitive"; config["options"]["weight"] = None; (tmp_path / "half/config.json").write_text(json.dumps(config))
+    assert run("train", "--resume", tmp_path / "half", "--epochs", 5, "--progress", "none") == 1 and run("evaluate", tmp_path / "half") == 1
+
+
+@pytest.mark.parametrize("args, word", [
+    (("--compile", "--rule", "consensus"), "Consensus differentiates twice"), (("--compile", "--r1", 1), "R1 and R2"), (("--r1", "nan"), "finite"), (("--image-size", 4), "at least 8 x 8"),
+    (("--rule", "unrolled:player=E"), "'E' is neither"), (("--rule", 'unrolled:player="E"'), "names a player 'E'"), (("--rule", 'competitive:lr="a"'), "lr must be a finite number"), (("--rule", "consensus:weights=1"), "weights"),
+    (("--rule", "alternating", "--weight", 1), "inner=consensus"), (("--holdout", .01), "needs two at least"), (("--seed", 2**70), "--seed"), (("--rule", "consensus", "--weight", "nan"), "finite")])
+def test_mistakes_with_a_gan_are_one_line_and_leave_nothing(args, word, few_images, tmp_path, capsys):
+    assert run(*gan(few_images, *args, "--out", tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
