@@ -117,6 +117,7 @@ class Reader:
 
     def faults(self): return [f"{n}: {f}" for n, p in self.pages.items() for f in p["faults"]]
     def raw_tex(self): return [f"{n}: {t.strip()[:80]}" for n, p in self.pages.items() for t in [p["title"], *p["texts"]] if raw.search(t)]
+    def raw_tables(self): return [f"{n}: {t.strip()[:80]}" for n, p in self.pages.items() for t in p["texts"] if "| ---" in t]
     def bad_math(self): return [f"{n}: {e}" for n, p in self.pages.items() for e in p["errors"]]
     def images(self):
         bad = lambda i: not i["alt"].strip() or re.search(r"\.(png|svg|jpe?g)$", i["alt"]) or not i["width"]
@@ -173,6 +174,7 @@ def test_every_notebook_has_its_page_and_its_place_in_the_sidebar(built, site):
 
 def test_no_console_error_no_failed_request_no_other_host(site): assert not site.faults()
 def test_no_raw_tex_is_left(site): assert not site.raw_tex()
+def test_tables_are_tables(site): assert not site.raw_tables()
 
 def test_mathematics_is_typeset(site):
     assert not site.bad_math()
@@ -230,7 +232,7 @@ def faulty(tmp_path_factory, browser):
     nbs = tmp_path_factory.mktemp("faulty")
     cell = lambda kind, source, **more: dict(cell_type=kind, metadata={}, source=source, **more)
     png = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    page = "\n\n".join((r"# Faults", r"Left over: \\frac{1}{2}.", r"$$\undefinedmacro{x}$$", r"$$\frac{1}$$",
+    page = "\n\n".join((r"# Faults", r"Left over: \\frac{1}{2}.", "No table: | --- | --- |", r"$$\undefinedmacro{x}$$", r"$$\frac{1}$$",
         "[gone](#gone)", "Eq. (nowhere)", "[absent](absent.ipynb)",
         '<img src="https://elsewhere.invalid/a.png">', '<div style="width: 3000px">wide</div>', "<script>console.error('told you')</script>",
         '<p style="color: #999; background: #aaa">pale</p>', f'<a href="{blob}/nowhere.py">x</a>'))
@@ -252,7 +254,7 @@ def test_the_browser_sees_the_rest(faulty):
     site = faulty[1]
     seen = {
         "console: told you": site.faults(), "another host: https://elsewhere.invalid": site.faults(), "failed": site.faults(),
-        r"\frac": site.raw_tex(), "undefinedmacro": site.bad_math(), "Missing argument": site.bad_math(),
+        r"\frac": site.raw_tex(), "No table": site.raw_tables(), "undefinedmacro": site.bad_math(), "Missing argument": site.bad_math(),
         "#gone": site.links(blob), "nowhere.py is not in the repository": site.links(blob),
         "elsewhere.invalid": site.images(), "alt=''": site.images(), "wide": site.spills(400), "3000": site.spills(1400),
         "pale": site.pale("light"), ": pale": site.pale("dark"),

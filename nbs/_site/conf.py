@@ -20,6 +20,7 @@ smartquotes_action = "qe"
 
 nb_execution_mode = "off"
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # else a table in an output stays text
 myst_enable_extensions = ["amsmath", "dollarmath", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 4
 myst_links_external_new_tab = False
