@@ -154,7 +154,7 @@ class Site:
     def head(self, source, page):
         "Below title and lead: the module, the notebook at the repository, the notebook itself."
         up = "../" * page.doc.count("/")
-        links = [f'<a class="module" href="{up}api.html#{page.module.replace(".", "-")}"><code>{page.module}</code></a>'] if page.symbols else []
+        links = [f'<a class="module" href="{up}api.html#{re.sub(r"[._]", "-", page.module)}"><code>{page.module}</code></a>'] if page.symbols else []
         links += [f'<a href="{self.blob}/{escape(os.path.relpath(page.path, self.repo))}">source notebook</a>']
         links += [f'<a href="{up}notebooks/{page.rel.as_posix()}" download>download</a>']
         m = re.match(r"\s*# .*\n?(?:\s*(?:^>.*\n?)+)?", source, re.M)
