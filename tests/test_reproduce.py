@@ -68,7 +68,8 @@ def test_interrupted_from_outside_it_leaves_whole_files_and_goes_on(tmp_path):
         import test_reproduce as t
         t.quiet([t.Experiment("slow", t.slow, {{"v": {{}}}}, tuple(range(60)))], {str(tmp_path)!r}, jobs=2)"""
     script = tmp_path / "run.py"; script.write_text(code)
-    process = subprocess.Popen([sys.executable, script], start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, script], start_new_session=True, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a job in the background ignores it
     while len([*tmp_path.glob("slow/v-*.json")]) < 3:
         assert process.poll() is None, process.stderr.read()
         time.sleep(.02)
