@@ -200,7 +200,7 @@ class State:
 
     def load_state_dict(self, state: dict):
         try: self.scheme.load_state_dict(state["scheme"])
-        except ValueError as e: raise checkpoint.CheckpointError(f"the run to resume is of another scheme: {e}") from e
+        except ValueError as e: raise checkpoint.CheckpointError(f"the run to resume is of another scheme: {e}") from None
         self.loader.load_state_dict(state["loader"])
         if self.ema: self.ema.load_state_dict(state["ema"])
         for k in (*self.counts, "total"): setattr(self, k, state[k])

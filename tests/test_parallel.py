@@ -103,7 +103,7 @@ def test_one_ranks_fault_ends_all_and_is_told_once(told, how):
     last = next(s for s in told[how]["said"] if "Traceback" in s)
     word = {"raise": "ZeroDivisionError", "kill 1": "RankError: another rank", "kill 0": "RankError: another rank",
             "weights": "different weights", "nan": "step 7: the loss of player 'model' is not finite",
-            "evaluate": "ZeroDivisionError", "model": "size mismatch", "noise": "different random numbers", "data": "belongs to another loader"}[how]
+            "evaluate": "ZeroDivisionError", "model": "has shape (16, 784) there and (17, 784) here", "noise": "different random numbers", "data": "belongs to another loader"}[how]
     assert word in last[last.index("Traceback"):]
 
 

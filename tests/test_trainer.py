@@ -71,7 +71,7 @@ def test_any_optimizer_resumes(tmp_path):
 
 
 def test_the_average_is_what_is_validated_and_sampled(tmp_path):
-    plain, averaged = ([r["valid"]["loss"] for r in fit(scheme(), few(), valid=few(), epochs=2, binarize="static", ema=ema, progress="none")] for ema in (None, .9))
+    plain, averaged = ([r["valid"]["loss"] for r in fit(scheme(), few(), valid=few(), epochs=2, batch_size=10, binarize="static", ema=ema, progress="none")] for ema in (None, .9))
     assert averaged[0] > plain[0] + 1
 
 
