@@ -77,14 +77,16 @@ class Point:
         self.values, self.local, self.mean, self.losses = {}, {}, {}, {}
 
     def grads(self, pairs) -> list:  # for each (loss, wrt), two names: $\nabla_{\theta_{wrt}} L_{loss}$, detached, a list of tensors
-        wanted = {}
+        wanted, names = {}, [loss for loss, _ in pairs]
+        pairs = [(self.game.voice(loss), wrt) for loss, wrt in pairs]
         for loss, wrt in dict.fromkeys(pairs):
             if (loss, wrt) not in self.mean: wanted.setdefault(loss, []).append(wrt)
-        for loss, names in wanted.items(): self.local |= {(loss, wrt): g for wrt, g in self.differentiate(loss, names).items()}
-        keys = [(loss, wrt) for loss, names in wanted.items() for wrt in names]
+        for loss, players in wanted.items(): self.local |= {(loss, wrt): g for wrt, g in self.differentiate(loss, players).items()}
+        keys = [(loss, wrt) for loss, players in wanted.items() for wrt in players]
         fresh = iter(self.game.mean([*(g.detach() for key in keys for g in self.local[key]), *(self.losses[loss] for loss in wanted)]))
         self.mean |= {key: [next(fresh) for _ in self.local[key]] for key in keys}
         self.losses |= {loss: next(fresh) for loss in wanted}
+        self.losses |= {name: self.losses[self.game.voice(name)] for name in names}
         return [self.mean[pair] for pair in pairs]
 
     def differentiate(self, loss: str, names: list) -> dict:
@@ -93,10 +95,11 @@ class Point:
         if self.graph: self.values[loss] = value
         params = [p for name in names for p in self.game.params(name)]
         grads = torch.autograd.grad(value, params, create_graph=self.graph, allow_unused=True)
-        if loss in names and all(g is None for g, p in zip(grads, params) if any(p is mine for mine in self.game.params(loss))):
-            raise ValueError(f"the loss of player {loss!r} does not depend on its own parameters")
-        grads = iter([torch.zeros_like(p) if g is None else g for g, p in zip(grads, params)])
-        return {name: [next(grads) for _ in self.game.params(name)] for name in names}
+        grads = iter(zip(grads, params))
+        found = {name: [next(grads) for _ in self.game.params(name)] for name in names}
+        for name, pairs in found.items():
+            if self.game.voice(name) == loss and all(g is None for g, _ in pairs): raise ValueError(f"the loss of player {name!r} does not depend on its own parameters")
+        return {name: [torch.zeros_like(p) if g is None else g for g, p in pairs] for name, pairs in found.items()}
 
     def field(self, names=None) -> Field:  # $v$ over `names`, by default over all players
         names = tuple(self.game.players if names is None else names)
@@ -119,7 +122,7 @@ class Point:
         out = {}
         for t, names in groups.values():
             self.grads([(loss, wrt) for loss, wrt, _ in t])
-            along = [(g, u) for loss, wrt, us in t for g, u in zip(self.local[loss, wrt], us) if g.requires_grad]
+            along = [(g, u) for loss, wrt, us in t for g, u in zip(self.local[self.game.voice(loss), wrt], us) if g.requires_grad]
             params = [p for name in names for p in self.game.params(name)]
             grads = iter(torch.autograd.grad([g for g, _ in along], params, [u for _, u in along], retain_graph=True, materialize_grads=True)
                          if along else [torch.zeros_like(p) for p in params])
@@ -224,6 +227,7 @@ class Game:
         self.rule.check(self); self.rule.join()
 
     def params(self, name: str) -> list: return list(self.players[name].params.values())
+    def voice(self, name: str) -> str: return next(n for n, player in self.players.items() if player.loss == self.players[name].loss)  # the first player of this loss: a shared loss is evaluated once
     def mean(self, tensors: list) -> list: return self.ranks.mean(tensors) if self.ranks else tensors
     def at(self, batch, move=None, graph: bool=False) -> Point: return Point(self, batch, move, graph)
 
@@ -261,7 +265,8 @@ class Game:
 
     def compile(self):  # from now on every loss runs through `torch.compile`; `ValueError` for a rule of second order
         if self.rule.second_order: raise ValueError(f"{type(self.rule).__name__} differentiates twice, which torch.compile can't: train without compile")
-        for player in self.players.values(): player.loss = torch.compile(player.loss, mode="max-autotune-no-cudagraphs")
+        compiled = {player.loss: torch.compile(player.loss, mode="max-autotune-no-cudagraphs") for player in self.players.values()}
+        for player in self.players.values(): player.loss = compiled[player.loss]
         return self
 
     def to(self, *args, **kwargs):  # moves parameters and the states of optimizers and rule, as `nn.Module.to`

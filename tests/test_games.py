@@ -51,6 +51,19 @@ def _pull(game, z, loss, wrt, u, to):
     return torch.cat([g.flatten() for g in torch.autograd.grad(sum((a * b).sum() for a, b in zip(grads, u)), game.params(to))])
 
 
+@pytest.mark.parametrize("rule", [lambda: None, lambda: Consensus(.1)])
+def test_players_with_one_loss_are_one_player(rule):
+    calls, games = [], []
+    for split in (True, False):
+        layers = net(2, 4, 1, seed=0)
+        loss = lambda z, layers=layers: (calls.append(split), layers(z).square().mean())[1]
+        parts = {"first": layers[0], "last": layers[2]} if split else {"all": layers}
+        games.append(Game(rule=rule(), **{k: Player(m, loss, torch.optim.SGD(m.parameters(), lr=.1)) for k, m in parts.items()}))
+        for t in range(5): losses = games[-1].step(batch(t))
+        assert losses.keys() == parts.keys()
+    assert calls == [True] * 5 + [False] * 5 and (flat(games[0].weights()) - flat(games[1].weights())).abs().max() < 1e-14
+
+
 def test_each_loss_is_evaluated_once_a_point():
     calls = []
     game = gan(rule=Consensus(.1))
