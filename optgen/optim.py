@@ -27,6 +27,12 @@ def penalised(group):
     r"Whether Eq. (gradient) has its $\lambda\theta$; decoupled decay, Eq. (adamw), has not."
     return present(group["weight_decay"]) and not group.get("decoupled_weight_decay")
 
+def square_root(group, v):
+    r"$\sqrt v$; where autograd goes through it, with a finite slope at 0, times which all that comes is 0."
+    if not group["differentiable"]: return v.sqrt()
+    zero = (v == 0).to(v.dtype)
+    return (v + zero).sqrt() - zero
+
 def listable(group):
     "Whether the foreach form can move a group: it is not differentiable, and takes no tensor for an option other than `lr`."
     options = [x for k, v in group.items() if k not in ("params", "lr") for x in (v if isinstance(v, (tuple, list)) else (v,))]
@@ -102,14 +108,18 @@ class Stateful(Optimizer):
         return [s.to(torch.promote_types(s.dtype, real(x).dtype)) for s, x in zip(steps, xs)]
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-4
-def move(opt, group, x, state):
-    "Move one tensor by the reference form, which also makes its memory where there is none yet."
-    theta, g = real(x.clone() if group["differentiable"] else x), real(x.grad)
+def moved(opt, group, theta, g, **memory):
+    "One tensor after a step by the reference form, and what to remember; nothing is written."
     if group["maximize"]: g = -g
     if penalised(group): g = g + group["weight_decay"] * theta
+    return opt.reference(group, theta, g, **memory)
+
+def move(opt, group, x, state):
+    "Move one tensor by the reference form, which also makes its memory where there is none yet."
+    g = real(x.grad)
     count = {"t": opt.count(group, [x], [state])[0]} if opt.counts else {}
     old = {symbol: real(state[name]) if name in state else opt.start(g) for name, symbol in opt.memory(group).items()}
-    new, kept = opt.reference(group, theta, g, **count, **old)
+    new, kept = moved(opt, group, real(x.clone() if group["differentiable"] else x), g, **count, **old)
     real(x).copy_(new)
     for name, symbol in opt.memory(group).items():
         if name not in state or group["differentiable"]: state[name] = torch.empty_like(x)
@@ -276,7 +286,7 @@ class RMSProp(Descent):
         if group["centered"]:
             mean = mean.lerp(g, 1 - alpha)
             square = torch.addcmul(v, mean, mean, value=-1).clamp(min=0)
-        m = group["momentum"] * m + g / (square.sqrt() + group["eps"])
+        m = group["momentum"] * m + g / (square_root(group, square) + group["eps"])
         return theta - group["lr"] * m, dict(v=v, m=m, mean=mean)
 
     foreach = staticmethod(rmsprop_)
@@ -333,7 +343,7 @@ class Adam(Descent):
         v = b2 * v + (1 - b2) * g * g
         if group["amsgrad"]: top = torch.maximum(top, v)
         m_hat, v_hat = m / weights(b1, t), (top if group["amsgrad"] else v) / weights(b2, t)
-        return theta - lr * m_hat / (v_hat.sqrt() + group["eps"]), dict(m=m, v=v, top=top)
+        return theta - lr * m_hat / (square_root(group, v_hat) + group["eps"]), dict(m=m, v=v, top=top)
 
     foreach = staticmethod(adam_)
 
