@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['rate', 'distortion', 'elbo', 'log_weights', 'Estimate', 'importance_nll', 'bits_per_dim', 'latent_variance',
-           'active_units', 'evaluate_vae', 'frechet_distance', 'FeatureStats', 'feature_stats', 'fid', 'frechet_floor',
-           'Coverage', 'mode_coverage', 'label_coverage', 'label_floor']
+           'active_units', 'mutual_information', 'evaluate_vae', 'frechet_distance', 'FeatureStats', 'feature_stats',
+           'fid', 'frechet_floor', 'Coverage', 'mode_coverage', 'label_coverage', 'label_floor']
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4
 import math
@@ -115,6 +115,27 @@ def active_units(
     r"Number of latents with $A_j$ above the threshold, Eq. (metrics-active)."
     return (latent_variance(means) > threshold).sum()
 
+# %% ../nbs/00_foundations/02_metrics.ipynb #6f480ee8
+@torch.no_grad()
+def mutual_information(
+    mean,           # posterior means (N, z_dim), of all images at once
+    log_var,        # log-variances (N, z_dim)
+    k=1,            # samples of z an image
+    chunk=256,      # samples compared with all N posteriors at once: this bounds the memory
+    generator=None, # random generator on the device of `mean`; torch's own if None
+):                  # 0-dim, nats, at most log N; float64, because the squares below cancel
+    r"$\hat I_N$, Eq. (information-mc). Waits for no device. Raises ValueError for a bad `k` or `chunk`, or no images."
+    if k < 1 or chunk < 1 or not len(mean): raise ValueError(f"k, chunk and the number of images must be at least 1, got {k}, {chunk} and {len(mean)}")
+    mean, log_var = mean.to(torch.float64), log_var.to(torch.float64)
+    m, precision = mean - mean.mean(0), (-log_var).exp()
+    weight, offset, total = torch.cat([m * precision, -precision / 2], 1).T, (m**2 * precision + log_var).sum(1) / -2, 0.
+    for _ in range(k):
+        z = m + (log_var / 2).exp() * torch.randn(m.shape, generator=generator, dtype=m.dtype, device=m.device)
+        for i, part in enumerate(z.split(chunk)):
+            log_q = torch.addmm(offset, torch.cat([part, part**2], 1), weight)  # log q(z_i | x_j) + (z_dim / 2) log 2 pi
+            total = total + log_q.log_softmax(1).diagonal(i * chunk).sum()
+    return math.log(len(m)) + total / (k * len(m))
+
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-7
 def evaluate_vae(
     model,         # has `encoder` and `log_likelihood`; put into evaluation mode meanwhile if it is a module
@@ -123,9 +144,10 @@ def evaluate_vae(
     chunk=1000,    # latents decoded at once
     seed=0,        # of a generator of its own: torch's streams are left as they were
     threshold=.01, # of an active unit
-):                 # dict of floats, nats an image: elbo, rate, distortion, nll, their errors, ess, bits_per_dim, active_units; k and n images
-    r"Bound, likelihood and active units over a data set. Raises ValueError if there is none."
-    found, means, generator = [], [], None
+    information=2048, # images that the mutual information is estimated from, the first ones; its cost grows with the square
+):                 # dict of floats, nats an image: elbo, rate, distortion, nll, their errors, ess, bits_per_dim, active_units, mutual_information and its ceiling; k and n images
+    r"Bound, likelihood and use of the latents over a data set. Raises ValueError if there is none."
+    found, posteriors, generator = [], [], None
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     try:
         for m, _ in modes: m.training = False
@@ -133,16 +155,18 @@ def evaluate_vae(
             if not isinstance(x, torch.Tensor): x = x[0]
             generator = generator or torch.Generator(device=x.device).manual_seed(seed)
             found.append(importance_nll(model, x, k, chunk, generator))
-            with torch.no_grad(): means.append(model.encoder(x)[0])
+            with torch.no_grad(): posteriors.append(model.encoder(x))
     finally:
         for m, mode in modes: m.training = mode
     if not found: raise ValueError("nothing to evaluate: there are no batches")
     nll, mc_se, ess, rate, distortion = (torch.cat(part) for part in zip(*found))
+    mean, log_var = (torch.cat(part)[:information] for part in zip(*posteriors))
     se = lambda t: (t.std() / len(t)**.5).item() if len(t) > 1 else math.nan
     return dict(n=len(nll), k=k, elbo=-(rate + distortion).mean().item(), elbo_se=se(rate + distortion),
                 rate=rate.mean().item(), distortion=distortion.mean().item(),
                 nll=nll.mean().item(), nll_se=se(nll), nll_mc_se=(mc_se.norm() / len(nll)).item(), ess=ess.mean().item(),
-                bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()), active_units=active_units(means, threshold).item())
+                bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()), active_units=active_units([mean for mean, _ in posteriors], threshold).item(),
+                mutual_information=mutual_information(mean, log_var, generator=generator).item(), mutual_information_ceiling=math.log(len(mean)))
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-8
 def frechet_distance(

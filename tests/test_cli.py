@@ -80,7 +80,7 @@ def test_list_and_version(capsys):
     assert run("list") == 0
     told = capsys.readouterr().out
     assert all(word in told for word in ("beta-vae", "fashion-mnist", "rmsprop"))
-    assert run("--version") == 0 and "0.2" in capsys.readouterr().out
+    assert run("--version") == 0 and "0.3" in capsys.readouterr().out
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):

@@ -10,7 +10,25 @@ import torch
 from PIL import Image
 
 from optgen import data
-from optgen.data import DataError, ImageFiles, Images, Loader, digits, fashion_mnist, image_folder, load, mnist, stacked
+from optgen.data import (
+    DataError,
+    ImageFiles,
+    Images,
+    Loader,
+    Sequences,
+    SyntheticSequences,
+    digits,
+    fashion_mnist,
+    image_folder,
+    load,
+    mnist,
+    stacked,
+    synthetic_sequences,
+)
+from optgen.games import Game, Player
+from optgen.optim import SGD
+from optgen.testing import assert_mean
+from optgen.trainer import fit
 
 SETS = {"MNIST": mnist, "FashionMNIST": fashion_mnist}
 
@@ -332,3 +350,97 @@ def test_only_grey_images_with_labels_are_stacked():
 def test_stacks_are_the_same_on_every_device():
     source = digits("test"); there = stacked(Images(source.images.cuda(), source.labels.cuda()), 99)
     assert there.images.is_cuda and torch.equal(there.images.cpu(), stacked(source, 99).images)
+
+
+# sequences
+
+def small_source(seed=0, dtype=torch.float64, **sizes): return SyntheticSequences(seed, **{"vocab": 4, "length": 3, "hidden": 8, "embed": 5, **sizes}, dtype=dtype)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_sequences_have_the_likelihood_they_are_drawn_with(seed):
+    source, every = small_source(seed), torch.cartesian_prod(*[torch.arange(4)] * 3)
+    log_p, mean, cov = source.posterior(every, points=41); p = log_p.exp(); assert abs(p.sum() - 1) < 1e-3
+    x, z = source.sample(5000, torch.Generator().manual_seed(seed)); assert x.shape == (5000, 3) and z.shape == (5000, 2) and 0 <= x.min() and x.max() < 4
+    which = x @ torch.tensor([16, 4, 1]); want = 5000 * p; often = want > 10; count = which.bincount(minlength=64)
+    assert abs(((count - want)[often]**2 / want[often]).sum() - often.sum()) < 5 * (2 * often.sum())**.5
+    off = z - mean[which]  # what is left of z once x is known
+    assert_mean(off, 0.); assert_mean(off[:, :, None] * off[:, None] - cov[which], 0.)
+
+
+def test_a_sequences_likelihood_is_the_sum_of_its_tokens():
+    source, (x, z) = small_source(), small_source().sample(7, torch.Generator().manual_seed(0))
+    state, before, total = None, torch.full((7, 1), source.vocab), 0.
+    for t in range(3):
+        logits, state = source(before, z, state)
+        before = x[:, t:t + 1]; total = total + logits[:, 0].log_softmax(-1).gather(1, before)[:, 0]
+    assert torch.allclose(source.log_likelihood(x, z), total, rtol=1e-12)
+    many = torch.stack([z, z.flip(0), 2 * z]); found = source.log_likelihood(x, many)
+    assert found.shape == (3, 7) and torch.allclose(found[2], source.log_likelihood(x, 2 * z), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_posterior_does_not_depend_on_the_chunk(dtype):
+    source = small_source(1, dtype); x, _ = source.sample(5, torch.Generator().manual_seed(1))
+    want = source.posterior(x, chunk=10**6)
+    for chunk in (1, 700, 1300): assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(source.posterior(x, chunk=chunk), want))
+    assert [tuple(t.shape) for t in want] == [(5,), (5, 2), (5, 2, 2)] and want[0].dtype == dtype and torch.equal(want[0], source.log_marginal(x, chunk=10**6))
+    assert source.posterior(x[:0].new_zeros(1, 3))[0].isfinite().all()
+
+
+def test_splits_of_sequences_repeat_and_differ():
+    before = torch.random.get_rng_state()
+    a, b, c = synthetic_sequences("test"), synthetic_sequences("valid"), synthetic_sequences("test", seed=1)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert len(a) == len(b) == 2000 and a.images.dtype == torch.int64 and a.shape == (10,) and 0 <= a.images.min() and a.images.max() < 1000 and len(a.images.unique()) > 500
+    assert len({s.fingerprint for s in (a, b, c)}) == 3 and a.fingerprint == synthetic_sequences("test").fingerprint
+    torch.set_default_dtype(torch.float64)
+    try: assert a.fingerprint == synthetic_sequences("test").fingerprint
+    finally: torch.set_default_dtype(torch.float32)
+    rest, held = data.hold_out(a, .25); assert len(rest) == 1500 and type(held) is Sequences and held.split == "test"
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: Sequences(torch.zeros(3, 4)), ("float32", "int64 (N, T)")), (lambda: Sequences(torch.zeros(3, 4, 1, dtype=torch.int64)), ("int64 (N, T)",)),
+    (lambda: Sequences(torch.tensor([[0, -7]])), ("-7",)), (lambda: Sequences(torch.tensor([[0]]), split="dev"), ("dev", "valid")),
+    (lambda: Loader(Sequences(torch.tensor([[0]])), 1, binarize="dynamic"), ("tokens",)), (lambda: synthetic_sequences("dev"), ("dev", "valid")),
+    (lambda: SyntheticSequences(length=0), ("length=0",)), (lambda: small_source().posterior(torch.zeros(1, 3, dtype=torch.int64), rounds=0), ("rounds=0",))])
+def test_bad_sequences_are_refused(call, words):
+    with pytest.raises(DataError) as e: call()
+    one_line(e, *words)
+
+
+class Unigram(torch.nn.Module):
+    def __init__(self, vocab):
+        super().__init__()
+        self.logits, self.drop = torch.nn.Parameter(torch.zeros(vocab)), torch.nn.Dropout(.1)
+
+    def forward(self, x): return -self.drop(self.logits).log_softmax(0)[x].sum(1)
+
+
+def unigram():
+    model = Unigram(1000)
+    game = Game(model=Player(model, lambda b: model(b.x).mean(), SGD(model.parameters(), lr=2.)))
+    game.evaluate = lambda batches: {"loss": torch.cat([model(b.x) for b in batches]).mean().item()}
+    return game, model
+
+
+def test_sequences_train_and_resume_bit_for_bit(tmp_path):
+    train, valid = synthetic_sequences("valid"), synthetic_sequences("test")
+    def run(out, epochs, resume=False):
+        game, model = unigram()
+        records = fit(game, train, epochs=epochs, valid=valid, out=tmp_path / out, resume=resume, seed=3, samples=0, progress="none")
+        return model.logits.detach(), [r["valid"]["loss"] for r in records]
+    want, losses = run("whole", 3)
+    run("parts", 2); got, again = run("parts", 3, resume=True)
+    assert torch.equal(got, want) and again == losses and losses[-1] < 69
+
+
+@pytest.mark.cuda
+def test_sequences_on_the_device():
+    here, there = small_source(2), small_source(2).cuda()
+    x, z = here.sample(9, torch.Generator().manual_seed(0))
+    assert torch.allclose(there.log_likelihood(x.cuda(), z.cuda()).cpu(), here.log_likelihood(x, z), rtol=1e-9)
+    assert torch.allclose(there.log_marginal(x.cuda()).cpu(), here.log_marginal(x), rtol=1e-7)
+    assert there.sample(5, torch.Generator("cuda").manual_seed(0))[0].is_cuda and torch.equal(SyntheticSequences(2, device="cuda").head.weight.cpu(), SyntheticSequences(2).head.weight)
+    held = synthetic_sequences("test"); batch = next(iter(Loader(held, 50, device="cuda", shuffle=False))); assert batch.x.is_cuda and torch.equal(batch.x.cpu(), held.images[:50])

@@ -21,6 +21,7 @@ from optgen.metrics import (
     latent_variance,
     log_weights,
     mode_coverage,
+    mutual_information,
     rate,
 )
 from optgen.models.vae import VAE, ConvVAE, elbo_terms
@@ -108,10 +109,66 @@ def test_active_units_do_not_depend_on_the_batches(size):
     assert active_units(means.split(size)) == 2
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spoil", [{}, dict(shift=.6), dict(stretch=2.), dict(shift=-1., stretch=.7)], ids=str)
+def test_information_of_the_linear_model(seed, spoil):
+    model, x, _ = known(seed, n=4000, **spoil); s2 = 1 / model.precision.diagonal(); t2 = model.stretch**2 * s2
+    exact, kl_of_aggregate = ((1 - s2 + t2) / t2).log().sum() / 2, (1 - s2 + t2 + model.shift**2 - 1 - (1 - s2 + t2).log()).sum() / 2
+    found = torch.stack([mutual_information(*model.encoder(part), generator=g) for g in [rng(seed)] for part in x.split(200)])
+    assert_mean(found + (2 * exact).expm1() / 400, exact)  # the bias is at most twice what is added
+    assert_mean(rate(model, x) - kl_of_aggregate, exact)   # the rate, less what it spends on the aggregate posterior
+    assert (found <= math.log(200)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spread, log_var", [(1., -2.), (30., -20.), (.1, 1.), (1e-3, -8.)])
+def test_information_is_bounded_and_is_the_direct_formula(dtype, spread, log_var):
+    mean, log_var = (spread * torch.randn(90, 3, generator=rng()) + 2 * spread).to(dtype), (log_var + torch.randn(90, 3, generator=rng(1))).to(dtype)
+    m, v = mean.double() - mean.double().mean(0), log_var.double()
+    z = m + (v / 2).exp() * torch.randn(90, 3, generator=rng(2), dtype=torch.float64)
+    log_q = -((z[:, None] - m)**2 / v.exp() + v).sum(-1) / 2
+    want = math.log(90) + (log_q.diagonal() - log_q.logsumexp(1)).mean()
+    for chunk in (1, 32, 90, 1000):
+        found = mutual_information(mean, log_var, chunk=chunk, generator=rng(2))
+        assert found <= math.log(90) and torch.allclose(found, want, rtol=1e-9, atol=1e-9)
+
+
+def test_information_of_groups():
+    for n, K in ((2, 1), (100, 1), (100, 4), (64, 64), (1, 1)):
+        mean = 1e3 * torch.arange(n)[:, None].remainder(K).float().expand(n, 7)
+        assert abs(mutual_information(mean, torch.zeros_like(mean), k=2, generator=rng()) - math.log(K)) < 1e-12
+
+
+class Tokens(torch.nn.Module):
+    "Sequences of tokens, independent given one latent; the encoder is linear in how often each occurs."
+    def __init__(self, vocab=5, length=4):
+        super().__init__()
+        self.q, self.p, self.length, self.z_dim = torch.nn.Linear(vocab, 2), torch.nn.Linear(1, length * vocab), length, 1
+
+    def encoder(self, x): return self.q(torch.nn.functional.one_hot(x, self.q.in_features).to(self.q.weight.dtype).mean(1)).split(1, 1)
+
+    def log_likelihood(self, x, z):
+        log_p = self.p(z).unflatten(-1, (self.length, -1)).log_softmax(-1)
+        return log_p.gather(-1, x.expand(*z.shape[:-1], -1).unsqueeze(-1)).sum((-1, -2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sequences_of_integers_are_evaluated(dtype):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, x = Tokens().to(dtype), torch.randint(5, (300, 4))
+    z = torch.linspace(-9, 9, 2001, dtype=dtype)[:, None, None].expand(-1, 300, 1)
+    with torch.no_grad(): exact = torch.trapezoid((model.log_likelihood(x, z) - z[..., 0]**2 / 2).exp() / (2 * math.pi)**.5, z[..., 0], dim=0).log()
+    found = evaluate_vae(model, x.split(70), k=500, information=100)
+    assert importance_nll(model, x, k=2).nll.dtype == dtype and abs(found["nll"] + exact.mean()) < 5 * found["nll_mc_se"] < .01
+    assert found["bits_per_dim"] == pytest.approx(found["nll"] / 4 / math.log(2)) and found["mutual_information_ceiling"] == math.log(100)
+    assert -.1 < found["mutual_information"] < found["rate"]
+
+
 def test_meta_device():
     with torch.device("meta"): model, x = VAE(784, 16, 16, 3), torch.rand(6, 1, 28, 28)
     assert all(t.is_meta and t.shape == (6,) for t in importance_nll(model, x, k=5, chunk=4))
-    assert elbo(model, x, k=3).is_meta and active_units([model.encoder(x)[0]]).is_meta
+    assert elbo(model, x, k=3).is_meta and active_units([model.encoder(x)[0]]).is_meta and mutual_information(*model.encoder(x)).is_meta
 
 
 def close_on(device, dtype):
@@ -123,6 +180,8 @@ def close_on(device, dtype):
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
         found = importance_nll(model, x, k=200, generator=torch.Generator(device).manual_seed(0))
         assert evaluate_vae(model, x.split(20), k=20)["n"] == 50
+        information = mutual_information(*(t.detach() for t in model.encoder(x)), k=20, generator=torch.Generator(device).manual_seed(0))
+    assert information.device == x.device and 0 < information <= math.log(50)
     assert all(t.dtype == torch.float32 and t.device == x.device for t in found)
     assert torch.allclose(found.nll.cpu(), exact.nll, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3)
 
@@ -140,6 +199,8 @@ def test_cuda(dtype): close_on("cuda", dtype)
     (lambda m, x: importance_nll(m, x, k=0), "k"), (lambda m, x: importance_nll(m, x, chunk=-1), "chunk"),
     (lambda m, x: importance_nll(m, x[:0]), "images"),
     (lambda m, x: importance_nll(m, x.where(x > x.min(), math.nan), k=2), "NaN"), (lambda m, x: evaluate_vae(m, []), "no batches"),
+    (lambda m, x: mutual_information(x, x, k=0), "k"), (lambda m, x: mutual_information(x, x, chunk=0), "chunk"),
+    (lambda m, x: mutual_information(x[:0], x[:0]), "images"), (lambda m, x: evaluate_vae(m, [x], k=2, information=0), "images"),
     (lambda m, x: bits_per_dim(1., 0), "dim"), (lambda m, x: active_units([]), "empty"),
     (lambda m, x: importance_nll(VAE(784, 4, 4, 2), x, k=2), "784 pixels")])
 def test_bad_input_is_one_clear_error(call, word):
@@ -189,6 +250,15 @@ def test_labels_of_a_perfect_sampler():
     (lambda: feature_stats([torch.full((9, 2), math.nan)]), "not finite")])
 def test_bad_samples_are_one_clear_error(call, word):
     with pytest.raises(ValueError, match=word): call()
+
+
+@pytest.mark.cuda
+def test_information_waits_for_no_device():
+    mean, log_var = torch.randn(2, 1000, 50, generator=rng()).cuda()
+    mutual_information(mean, log_var)
+    torch.cuda.set_sync_debug_mode("error")
+    try: mutual_information(mean, log_var, k=2)
+    finally: torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.cuda

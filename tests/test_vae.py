@@ -9,11 +9,13 @@ from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from optgen.data import digits
-from optgen.models.vae import VAE, ConvVAE, bernoulli_log_likelihood, elbo_terms, gaussian_kl, vae_loss
+from optgen.models.vae import VAE, ConvVAE, GaussianVAE, bernoulli_log_likelihood, elbo_terms, gaussian_kl, vae_loss
 from optgen.testing import check_gradient
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
+MORE = {**BUILD, "tanh": lambda: VAE(784, 32, 16, 3, activation=torch.nn.Tanh), "GaussianVAE": lambda: GaussianVAE(784, 32, 16, 3)}
+every = pytest.mark.parametrize("build", MORE.values(), ids=MORE.keys())
 
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
@@ -69,7 +71,7 @@ def test_both_losses_agree_in_float64_where_both_are_finite(build, seed):
     for a, b in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (article, ours))): assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
-@both
+@every
 def test_reparameterized_noise_is_the_encoders_gaussian(build):
     mean, log_var, eps = (torch.randn(4, 3, generator=rng(i), dtype=torch.float64) for i in range(3))
     z = build().reparameterize(mean, log_var, eps)
@@ -103,6 +105,29 @@ def test_gradient_of_the_bound(seed):
     check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, eps)), model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("variance", [1., .02, 7.])
+def test_gaussian_decoder_is_torchs(dtype, variance):
+    model = GaussianVAE(12, 5, 4, 2).to(dtype)
+    assert model.variance == 1 and model.variance.dtype == dtype and "variance" in model.state_dict()
+    model.variance.fill_(variance)
+    x, z = torch.rand(7, 3, 4, dtype=dtype), torch.randn(5, 7, 2, dtype=dtype)
+    known = Normal(model.decoder(z).double(), variance**.5).log_prob(x.double().flatten(1)).sum(-1)
+    assert torch.allclose(model.log_likelihood(x, z).double(), known, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+    assert model.log_likelihood(x.double(), z).dtype == torch.float64
+    if dtype == torch.float64: check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, z[0])), model.parameters())
+
+
+@pytest.mark.parametrize("kind, more", [(VAE, dict(activation=torch.nn.Tanh)), (GaussianVAE, {}), (GaussianVAE, dict(activation=torch.nn.Tanh))])
+def test_relatives_start_from_the_same_weights(kind, more):
+    def made(kind, **more): torch.manual_seed(3); return kind(20, 8, 6, 2, torch.full((20,), .2), **more), torch.get_rng_state()
+    (a, s), (b, t) = made(VAE), made(kind, **more)
+    assert torch.equal(s, t) and all(map(torch.equal, a.parameters(), b.parameters()))
+    assert sum(isinstance(m, torch.nn.Tanh) for m in b.modules()) == (4 if more else 0)
+    known = b.p_net[1](b.p_net[0](torch.ones(1, 2)))
+    assert torch.equal(known, torch.tanh(b.p_net[0](torch.ones(1, 2))) if more else torch.relu(b.p_net[0](torch.ones(1, 2))))
+
+
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 4, 4), (2, 5, 7), (4, 11, 30), (1, 64, 48)])
 def test_conv_gives_back_the_size_it_got(shape):
     model, x = ConvVAE(shape, 3, width=4), torch.rand(2, *shape)
@@ -111,7 +136,7 @@ def test_conv_gives_back_the_size_it_got(shape):
     assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape) and model.log_likelihood(x, torch.randn(5, 2, 3)).shape == (5, 2)
 
 
-@both
+@every
 def test_noise_can_be_drawn_first(build):
     model, x = build(), torch.rand(4, 1, 28, 28)
     eps = torch.randn(4, 3)
@@ -120,7 +145,7 @@ def test_noise_can_be_drawn_first(build):
     assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(s, t) for s, t in zip(a, b))
 
 
-@both
+@every
 def test_meta_device_and_whole_graph(build):
     with torch.device("meta"): model, x = build(), torch.rand(3, 1, 28, 28)
     assert all(t.is_meta and t.shape == (3,) for t in elbo_terms(model, x))
@@ -140,12 +165,12 @@ def same_on(model, x, eps, device, dtype):
         assert torch.allclose(a, b.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
 
 
-@both
+@every
 def test_bfloat16_autocast(build):
     same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cpu", torch.bfloat16)
 
 
-@both
+@every
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -153,7 +178,7 @@ def test_cuda(build, dtype):
     same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cuda", dtype)
 
 
-@both
+@every
 def test_state_dict_round_trip(build):
     a, b, x, eps = build(), build(), torch.rand(2, 784), torch.randn(2, 3)
     b.load_state_dict(a.state_dict())
