@@ -230,7 +230,7 @@ def measure(run) -> tuple:  # a `Run` at the end of an epoch -> its record, and 
         if run.valid:
             run.valid.load_state_dict(run.valid_start)
             record["valid"] = run.scheme.evaluate(run.valid)
-        if run.folder and run.samples and hasattr(run.scheme, "sample"): images = run.scheme.sample(run.samples)
+        if run.folder and run.samples and len(run.loader.data.shape) == 3 and hasattr(run.scheme, "sample"): images = run.scheme.sample(run.samples)
     return record, images
 
 def criterion(scheme: Game, record: dict) -> float:  # `ValueError` where the scheme's evaluation does not have it
@@ -394,7 +394,7 @@ def fit(
     patience: int|None=None,      # stop after so many epochs without a smaller `scheme.criterion`; the best is kept as best.pt and put back
     checkpoint_steps: int|None=None,    # also write a checkpoint every so many steps,
     checkpoint_seconds: float=300.,     # and every so many seconds, beside the one after each epoch
-    samples: int=64,              # images in each epoch's grid; 0 for none
+    samples: int=64,              # images in each epoch's grid; 0 for none, and none of data that are no images
     progress: str|None=None,      # "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines elsewhere
     config: dict|None=None,       # recorded in config.json beside the environment; on resumption it replaces what was there
 ) -> list:                        # of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train", "valid"}

@@ -26,7 +26,7 @@ class NoisyBatch(NamedTuple):
     r"A batch of a VAE with its noise, all of it fixed before any loss is evaluated."
     x: Tensor      # (B, ...): images in [0, 1], or what else the model takes
     eps: Tensor    # (B, k, z_dim) standard normal, of the estimate
-    u: Tensor      # (B,) uniform on [0, 1): picks the sample that is differentiated where one is
+    u: Tensor      # (B, 1) uniform on [0, 1): picks the sample that is differentiated; (B, 0) where none is picked
     inner: Tensor  # (B, K, z_dim) standard normal, of the inner optimizer's K steps
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-3
@@ -58,7 +58,7 @@ class BetaVAE(Game):
         self.calibrate()
         like = next(self.model.parameters())
         noise = lambda n: torch.randn(len(batch.x), n, self.model.z_dim, dtype=like.dtype, device=like.device)
-        return NoisyBatch(batch.x, noise(self.k), torch.rand(len(batch.x) if self.sampled else 0, dtype=like.dtype, device=like.device), noise(self.inner.steps if self.inner else 0))
+        return NoisyBatch(batch.x, noise(self.k), torch.rand(len(batch.x), int(self.sampled), dtype=like.dtype, device=like.device), noise(self.inner.steps if self.inner else 0))
 
     @torch.no_grad()
     def calibrate(self):  # a Gaussian decoder has the variance that the controller found
@@ -75,10 +75,11 @@ class BetaVAE(Game):
 
     def loss(self, batch: NoisyBatch) -> Tensor:  # 0-dim, nats an image
         q = self.inner.refine(self.model, batch.x, batch.inner.transpose(0, 1)) if self.inner else None
-        return estimate(self.model, batch.x, batch.eps.transpose(0, 1), self.estimator, self.multiplier, q, self.sampled, batch.u).mean()
+        return estimate(self.model, batch.x, batch.eps.transpose(0, 1), self.estimator, self.multiplier, q, self.sampled, batch.u.flatten()).mean()
 
     @property
     def inference(self):  # the model as it infers: where there is an inner optimizer, with its answer as the encoder's
+        self.calibrate()
         return self.inner.applied(self.model) if self.inner else self.model
 
     @torch.no_grad()
@@ -87,7 +88,6 @@ class BetaVAE(Game):
         return mutual_information(mean, log_var)
 
     def evaluate(self, batches, k: int=1, **kwargs) -> dict:  # floats of `optgen.metrics.evaluate_vae`, the loss at a constant β, else at 1, and β itself, its mean over the latents; at k=1 the bound only
-        self.calibrate()
         result = evaluate_vae(self.inference, batches, k=k, **kwargs)
         kept = result if k > 1 else {name: result[name] for name in ("elbo", "rate", "distortion", "mutual_information", "active_units")}
         beta = self.beta.value.mean().item()
@@ -102,6 +102,10 @@ class BetaVAE(Game):
     def reconstruct(self, x: Tensor) -> Tensor:  # like `x`: the decoder at the posterior's mean
         return self.model.decoder(self.inference.encoder(x)[0]).reshape(x.shape)
 
+    def to(self, *args, **kwargs):  # as `Game.to`; the model's buffers, too, where its parts are the players
+        self.model.to(*args, **kwargs)
+        return super().to(*args, **kwargs)
+
     def compile(self):  # as `Game.compile`; `ValueError` with an inner optimizer, too
         if self.inner: raise ValueError("an inner optimizer differentiates twice, which torch.compile can't: train without compile")
         return super().compile()
@@ -113,6 +117,7 @@ class BetaVAE(Game):
         self.beta.check_state(beta)
         super().load_state_dict(state)
         self.beta.load_state_dict(beta)
+        self.calibrate()
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #636a3c7d
 class Aggressive(Rule):
