@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'TUNING_SEEDS', 'SEEDS', 'STRONG_SEEDS', 'CURVE_SEEDS', 'BUDGET', 'TRIED',
            'DENSITY', 'INGREDIENTS', 'ALL', 'RATES', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'train_vae',
-           'measured', 'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_density', 'run_curve',
-           'trials', 'best', 'experiment', 'reproduce_elbo']
+           'measured', 'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_truth', 'run_density',
+           'run_curve', 'trials', 'best', 'experiment', 'reproduce_elbo']
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00003
 import contextlib
@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import controllers
-from ..data import Loader, hold_out, mnist, synthetic_sequences
+from ..data import Loader, SyntheticSequences, hold_out, mnist, synthetic_sequences
 from ..games import Game
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
@@ -97,6 +97,13 @@ def run_collapse(config: dict, seed: int) -> dict:
         return {"curve": seen, "test": measured(scheme, test, *config["final"], binarize) if config["final"] else None}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00009
+def run_truth(config: dict, seed: int) -> dict:
+    r"The source's own likelihood of the first test sequences."
+    source = SyntheticSequences(dtype=torch.float64)
+    nll = -source.log_marginal(synthetic_sequences("test").images[:config["n"]])
+    return {"nll": nll.mean().item(), "se": (nll.std() / len(nll)**.5).item()}
+
+# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00011
 SCHEDULES = {"constant": lambda t: 1., "linear": lambda t: 1 - t}
 
 def run_density(config: dict, seed: int) -> dict:
@@ -118,7 +125,7 @@ def run_density(config: dict, seed: int) -> dict:
         with ema.applied() if ema else contextlib.nullcontext(): end = measured(scheme, mnist("test"), *config["final"], "static") if config["final"] else None
     return {"curve": seen, "test": end}
 
-# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00011
+# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
 def run_curve(config: dict, seed: int) -> dict:
     r"One VAE on dynamically binarised MNIST; rate and distortion on the test set at each look."
     train, asked = hold_out(mnist("train"), 1 / 12)[0], config["asked"]
@@ -133,9 +140,9 @@ def run_curve(config: dict, seed: int) -> dict:
             return found
         return {"curve": train_vae(scheme, loader, config["epochs"], config["every"], look)}
 
-# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
+# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00015
 TUNING_SEEDS, SEEDS, STRONG_SEEDS, CURVE_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2), (0, 1, 2)
-BUDGET = {"toy": dict(problem="toy", z_dim=2, batch=50, epochs=12, every=2, look=[500, 50], final=[2000, 200], lr=1e-3, setting=None, inner=2),
+BUDGET = {"toy": dict(problem="toy", z_dim=2, batch=50, epochs=12, every=2, look=[500, 20], final=[2000, 50], lr=1e-3, setting=None, inner=2),
           "strong": dict(problem="strong", z_dim=16, batch=100, epochs=4, every=1, look=[500, 50], final=[2000, 200], lr=2e-3, setting=None, inner=2)}
 TRIED = {  # variant -> what its three trials change, by problem
     "plain": {"toy": ("lr", 5e-4, 1e-3, 2e-3), "strong": ("lr", 1e-3, 2e-3, 4e-3)},
@@ -166,8 +173,8 @@ def best(out, tuning: str, group: Callable) -> dict:  # group -> configuration
         if name not in found or nll < found[name][0]: found[name] = nll, r["config"]
     return {name: config for name, (_, config) in found.items()}
 
-# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00015
-STAGES = {"toy": ("tune-toy", "toy"), "strong": ("tune-strong", "strong"), "density": ("ablation", "tune-density", "density"), "curve": ("curve", "walk")}
+# %% ../../nbs/90_evidence/91_elbo.ipynb #91e00017
+STAGES = {"toy": ("tune-toy", "toy", "toy-truth"), "strong": ("tune-strong", "strong"), "density": ("ablation", "tune-density", "density"), "curve": ("curve", "walk")}
 
 def experiment(name: str, out) -> Experiment:
     r"The runs of one folder; those that follow a tuning read its results in `out`."
@@ -175,6 +182,7 @@ def experiment(name: str, out) -> Experiment:
     if name in PROBLEMS:
         chosen = best(out, f"tune-{name}", lambda config: config["variant"])
         return Experiment(name, run_collapse, {k: chosen[k] | {"final": BUDGET[name]["final"]} for k in TRIED}, SEEDS if name == "toy" else STRONG_SEEDS)
+    if name == "toy-truth": return Experiment(name, run_truth, {"source": {"n": 2000}}, (0,))
     if name == "ablation": return Experiment(name, run_density, {k: DENSITY | v for k, v in INGREDIENTS.items()}, TUNING_SEEDS)
     if name == "tune-density": return Experiment(name, run_density, {f"muon-{r:g}": DENSITY | ALL | {"muon": r} for r in RATES}, TUNING_SEEDS)
     if name == "density":
