@@ -426,7 +426,8 @@ def bench(out, repeats, data, only):
     click.echo(show_bench(result))
     if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
-CLAIMS = {"feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
+CLAIMS = {"elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
+          "feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
 
 @cli.command()
 @click.argument("claim", type=click.Choice(list(CLAIMS)))

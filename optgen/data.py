@@ -73,7 +73,7 @@ class Images:
         tensors = (self.images,) if self.labels is None else (self.images, self.labels)
         return zlib.crc32(repr(self.shape).encode() + b"".join(zlib.crc32(t.cpu().contiguous().numpy()).to_bytes(4) for t in tensors))
 
-# %% ../nbs/00_foundations/01_data.ipynb #173294ce
+# %% ../nbs/00_foundations/01_data.ipynb #967893a5
 SEQUENCE_SPLITS = "train", "valid", "test"
 
 class Sequences(Images):
@@ -436,7 +436,7 @@ def stacked(
     power = classes ** torch.arange(channels - 1, -1, -1, device=pick.device)
     return Images(data.images[:, 0][pick], (data.labels[pick] * power).sum(1), f"stacked {data.name}", data.split)
 
-# %% ../nbs/00_foundations/01_data.ipynb #571e6aba
+# %% ../nbs/00_foundations/01_data.ipynb #4bf77e09
 class SyntheticSequences(nn.Module):
     r"The source of Eq. (sequences): samples, and their exact likelihood. Its weights need no gradient."
     def __init__(self,

@@ -71,6 +71,7 @@ def estimate(
     if estimator == "elbo": return distortion + (beta * rate).sum(-1)
     log_w = weigh(eps, z, log_lik)
     if estimator == "stl": return -log_w.mean(0)
+    log_w = log_w.masked_fill(log_w < log_w.detach().amax(0) + 2 * math.log(torch.finfo(log_w.dtype).eps), -math.inf)
     loss, w = math.log(len(eps)) - log_w.logsumexp(0), log_w.detach().softmax(0)
     if sampled:  # Eq. (estimator-one)
         u = torch.rand_like(loss) if u is None else u

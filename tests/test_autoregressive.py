@@ -104,7 +104,7 @@ def test_encoder_and_decoder_are_torchs_lstm():
     c, before = p.start(z)[None], torch.cat([torch.full((7, 1), 11), x[:, :-1]], 1)
     inputs = torch.cat([p.embed(before), z[:, None].expand(-1, 5, -1)], -1)
     h, _ = lstm(inputs, p, torch.cat([p.token.weight, p.latent.weight], 1), (c.tanh(), c))
-    assert torch.allclose(model.log_likelihood(x, z), Categorical(logits=p.out(h)).log_prob(x).sum(-1), rtol=1e-12)
+    assert torch.allclose(model.log_likelihood(x, z), Categorical(logits=p.out(h) + p.direct(z)[:, None]).log_prob(x).sum(-1), rtol=1e-12)
 
 
 @tiny

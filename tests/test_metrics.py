@@ -133,6 +133,12 @@ def test_information_is_bounded_and_is_the_direct_formula(dtype, spread, log_var
         assert found <= math.log(90) and torch.allclose(found, want, rtol=1e-9, atol=1e-9)
 
 
+def test_information_does_not_depend_on_the_origin():
+    mean, log_var = torch.randn(2, 80, 3, generator=rng(), dtype=torch.float64)
+    found = [mutual_information(mean + far, log_var - 14, generator=rng(1)) for far in (0., 2.**13)]
+    assert abs(found[0] - found[1]) < 1e-9 and torch.allclose(*[mutual_information(2.**far * mean, log_var + 2 * far * math.log(2), generator=rng(1)) for far in (0, 9)], rtol=1e-9)
+
+
 def test_information_of_groups():
     for n, K in ((2, 1), (100, 1), (100, 4), (64, 64), (1, 1)):
         mean = 1e3 * torch.arange(n)[:, None].remainder(K).float().expand(n, 7)

@@ -117,7 +117,8 @@ class SequenceVAE(LatentModel):
         self.q_net = nn.ModuleDict(dict(embed=nn.Embedding(vocab, embed), token=nn.Linear(embed, 4 * hidden), state=nn.Linear(hidden, 4 * hidden, bias=False),
                                         out=nn.Linear(hidden, 2 * z_dim)))
         self.p_net = nn.ModuleDict(dict(embed=nn.Embedding(vocab + 1, embed), token=nn.Linear(embed, 4 * hidden), state=nn.Linear(hidden, 4 * hidden, bias=False),
-                                        latent=nn.Linear(z_dim, 4 * hidden, bias=False), start=nn.Linear(z_dim, hidden, bias=False), out=nn.Linear(hidden, vocab)))
+                                        latent=nn.Linear(z_dim, 4 * hidden, bias=False), start=nn.Linear(z_dim, hidden, bias=False), out=nn.Linear(hidden, vocab),
+                                        direct=nn.Linear(z_dim, vocab, bias=False)))
 
     def encoder(self, x):
         r"Mean and log-variance of $q(z\mid x)$, each (B, z_dim), in the dtype of the parameters. TypeError for tokens that aren't int64, ValueError for another length."
@@ -133,18 +134,18 @@ class SequenceVAE(LatentModel):
         if x.dim() != 2 or x.shape[1] != self.x_dim: raise ValueError(f"expected a batch of sequences of {self.x_dim} tokens, got shape {tuple(x.shape)}")
 
     def start(self, z):
-        r"$h_0$, $c_0$ and what $z$ adds to every step, Eq. (ar-tokens)."
+        r"$h_0$, $c_0$ and what $z$ adds to every step and to every output, Eq. (ar-tokens)."
         c = self.p_net.start(z)
-        return c.tanh(), c, self.p_net.latent(z)
+        return c.tanh(), c, self.p_net.latent(z), self.p_net.direct(z)
 
     def logits(self, x, z):
         r"Of every token given those before it, (..., B, length, vocab); `z` (..., B, z_dim) may carry leading sample dimensions."
         self.check(x)
-        p, (h, c, u), hs = self.p_net, self.start(z), []
+        p, (h, c, u, v), hs = self.p_net, self.start(z), []
         for a in p.token(p.embed(F.pad(x[:, :-1], (1, 0), value=self.vocab))).unbind(1):
             h, c = lstm_step(a + u + p.state(h), c)
             hs.append(h)
-        return p.out(torch.stack(hs, -2))
+        return p.out(torch.stack(hs, -2)) + v.unsqueeze(-2)
 
     def log_likelihood(self, x, z):
         r"$\log p(x\mid z)$, nats (..., B), Eq. (ar-chain), in the dtype of the parameters; `z` (..., B, z_dim) may carry leading sample dimensions."
@@ -158,9 +159,9 @@ class SequenceVAE(LatentModel):
         generator=None, # random generator on the device of `z`; torch's own if None
     ):                  # tokens (..., length), int64
         r"A draw from $p(x\mid z)$, token after token."
-        p, (h, c, u) = self.p_net, self.start(z.reshape(-1, self.z_dim))
+        p, (h, c, u, v) = self.p_net, self.start(z.reshape(-1, self.z_dim))
         x = [torch.full((len(h),), self.vocab, device=z.device)]
         for _ in range(self.x_dim):
             h, c = lstm_step(p.token(p.embed(x[-1])) + u + p.state(h), c)
-            x.append(torch.multinomial(p.out(h).to(p.out.weight.dtype).softmax(-1), 1, generator=generator)[:, 0])
+            x.append(torch.multinomial((p.out(h) + v).to(p.out.weight.dtype).softmax(-1), 1, generator=generator)[:, 0])
         return torch.stack(x[1:], -1).view(*z.shape[:-1], self.x_dim)

@@ -29,8 +29,7 @@ def bernoulli_log_likelihood(
     r"$\log p(x\mid z)$ from logits, Eq. (vae-bernoulli), in the wider of the two dtypes."
     dtype = torch.promote_types(x.dtype, logits.dtype)
     x, l = x.to(dtype), logits.to(dtype)
-    a = l.abs()
-    return ((x - .5) * l - a / 2 - (1 + (-a).exp()).log()).flatten(1 - x.dim()).sum(-1)
+    return -F.binary_cross_entropy_with_logits(l, x.expand_as(l), reduction="none").flatten(1 - x.dim()).sum(-1)
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-4
 class LatentModel(nn.Module):
