@@ -11,6 +11,7 @@ __all__ = ['DATA', 'OPTIMIZERS', 'RULES', 'BETAS', 'INFERENCE', 'SCHEMES', 'CLAI
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4
 import contextlib
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -66,10 +67,15 @@ def parse(flag: str, text: str, names, value: Callable) -> tuple:  # the name an
     r"Take NAME or NAME:KEY=VALUE,… apart."
     name, _, words = text.partition(":")
     if name not in names: raise click.UsageError(f"{flag} {name} is none of {', '.join(names)}")
-    return name, {key: value(word) for key, _, word in (word.partition("=") for word in words.split(",") if word)}
+    pairs = [word.partition("=") for word in words.split(",") if word]
+    if bare := [key for key, _, word in pairs if not word]: raise click.UsageError(f"{flag} {text}: {bare[0]!r} has no value, as in {name}:KEY=VALUE")
+    return name, {key: value(word) for key, _, word in pairs}
 
 def made(flag: str, name: str, kind: Callable, options: dict, given: dict):  # a usage error where it refuses what was given
     r"`kind(**options | given)`."
+    takes = inspect.signature(kind).parameters
+    if odd := [k for k in given if k not in takes]: raise click.UsageError(f"{flag} {name} takes no {odd[0]}, but {', '.join(takes) or 'nothing'}")
+    if missing := [k for k, p in takes.items() if p.default is p.empty and k not in options | given]: raise click.UsageError(f"{flag} {name} wants its {missing[0]}: {flag} {name}:{missing[0]}=…")
     try: return kind(**options | given)
     except (TypeError, ValueError) as e: raise click.UsageError(f"{flag} {name} can't be made with {', '.join(f'{k}={v}' for k, v in given.items()) or 'nothing'}: {e}") from None
 
@@ -92,17 +98,22 @@ def build_controller(text: str|float, options: dict, shape: tuple):  # a number,
     if name == "sigma":
         if options.get("likelihood") != "gaussian": raise click.UsageError("--beta sigma sets the variance of a Gaussian decoder: add --likelihood gaussian --binarize none")
         given["dim"] = math.prod(shape)
-    both = usual | given
-    if "epochs" in both and "steps" not in both: both["steps"] = options["steps"] if both["epochs"] is None else round(both["epochs"] * options["epoch_steps"])
-    both.pop("epochs", None)
-    return made("--beta", name, getattr(controllers, kind), {}, both)
+    if "epochs" in usual:
+        epochs = given.pop("epochs", usual["epochs"])
+        if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise click.UsageError(f"--beta {name}: epochs must be a number above 0, got {epochs}")
+        usual = {k: v for k, v in usual.items() if k != "epochs"} | {"steps": options["steps"] if epochs is None else max(1, round(epochs * options["epoch_steps"]))}
+    controller = made("--beta", name, getattr(controllers, kind), usual, given)
+    if name == "free-bits" and options["z_dim"] % (controller.groups or 1): raise click.UsageError(f"--beta free-bits: {controller.groups} groups can't share {options['z_dim']} latents equally: change groups or --z-dim")
+    return controller
 
 def build_inference(text: str, model, optimizer: Callable) -> dict:  # arguments of `BetaVAE`
     r"How the latents are inferred, with optimizers that `optimizer(params)` makes."
-    from optgen.inner import Refinement
+    from optgen.inner import PASSES, Refinement
     from optgen.schemes.elbo import Aggressive
-    name, given = parse("--inference", text, INFERENCE, number("--inference", text))
+    value = number("--inference", text)
+    name, given = parse("--inference", text, INFERENCE, lambda word: word if word in PASSES else value(word))
     usual = INFERENCE[name][1]
+    if name == "semi" and "optimizer" in given: raise click.UsageError("--inference semi takes no optimizer, but steps, beta, clip, mode")
     if name == "aggressive": return {"optimizer": tuple(optimizer(net.parameters()) for net in (model.q_net, model.p_net)), "rule": made("--inference", name, Aggressive, usual, given)}
     if name == "amortised" and given: raise click.UsageError(f"--inference amortised takes no arguments, got {', '.join(given)}")
     return {"optimizer": optimizer(model.parameters())} | ({"inner": made("--inference", name, Refinement, usual, given)} if name == "semi" else {})

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from optgen import rules
-from optgen.data import Images, digits
+from optgen.controllers import FreeBits, Geco, SigmaVae
+from optgen.data import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
-from optgen.models.vae import VAE
+from optgen.inner import Refinement
+from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import Adam, Momentum
 from optgen.parallel import init, together
-from optgen.schemes.elbo import BetaVAE
+from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.trainer import Interrupted, RunFolder, fit
 
 RULES = {
@@ -92,6 +94,35 @@ def every(ranks=None):
     return {case: train(ranks, rule=RULES[case[0]](), optimizer=case[1], dtype=getattr(torch, case[2])) for case in cases}
 
 
+ELBOS = {  # what a BetaVAE is made of
+    "geco": lambda: dict(beta=Geco(3., rate=.1, smoothing=.5)),
+    "free bits": lambda: dict(beta=FreeBits(.02)),
+    "sigma": lambda: dict(beta=SigmaVae(6)),
+    "iwae, sampled": lambda: dict(estimator="iwae", k=3, sampled=True),
+    "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(3., rate=.1)),
+    "semi": lambda: dict(inner=Refinement(2), beta=Geco(3., rate=.1)),
+    "semi, adjoint": lambda: dict(inner=Refinement(2, mode="adjoint")),
+    "alternating": lambda: dict(players=2, rule=rules.Alternating(), beta=Geco(3., rate=.1)),
+    "aggressive": lambda: dict(players=2, rule=Aggressive(2, 3), beta=FreeBits(.02)),
+    "aggressive to its end": lambda: dict(players=2, rule=Aggressive(2, 3, 1)),  # each rank measures information in its own rows
+}
+
+
+def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
+    "Weights, the last losses and beta of a BetaVAE after some steps on batches of changing size."
+    parts = ELBOS[name](); players = parts.pop("players", 1)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVae) else VAE)(6, 8, 5, 2, activation=nn.Tanh).to(dtype)
+        optimizer = Momentum(model.parameters(), lr=.02, momentum=.5) if players == 1 else tuple(Momentum(m.parameters(), lr=.02, momentum=.5) for m in (model.q_net, model.p_net))
+        game = BetaVAE(model, optimizer=optimizer, **parts); game.ranks = ranks
+        g = torch.Generator().manual_seed(seed + 1); start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        for i in range(steps): losses = game.step(Batch(torch.rand(SIZES[i % len(SIZES)], 6, generator=g, dtype=torch.float64).round().to(dtype)))
+    return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.stack([*losses.values(), game.beta.value.mean()]), start, game.rule.memory.get("waiting")
+
+
+def elbos(ranks=None): return {(name, dtype): vae(name, getattr(torch, dtype), ranks=ranks) for name in ELBOS for dtype in ("float32", "float64")}
+
+
 def own_norms(ranks=None):
     "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
     class Own(rules.Consensus):
@@ -108,7 +139,7 @@ def own_norms(ranks=None):
 def follow_one(out):
     ranks = init()
     with together(ranks):
-        torch.save({"every": every(ranks), "own": own_norms(ranks)}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
+        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks)}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
 
 
 def few(n=190): return Images(digits("train").images[:n])

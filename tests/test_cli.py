@@ -143,3 +143,106 @@ def test_mistakes_with_a_gan_are_one_line_and_leave_nothing(args, word, few_imag
     assert run(*gan(few_images, *args, "--out", tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    "To save time, a run leaves no pictures."
+    monkeypatch.setattr("optgen.trainer.RunFolder.draw", lambda *args: None)
+
+
+def vae(few_images, *args): return ["train", "beta-vae", "--data", few_images, "--image-size", 8, "--hidden", "16,8", "--z-dim", 2, "--batch-size", 10, "--epochs", 1, "--progress", "none", *args]
+
+GREY = ("--likelihood", "gaussian", "--binarize", "none")
+WAYS = {
+    **{beta: ("--beta", beta) for beta in ("0.5", "warmup", "warmup:epochs=2,start=0.5", "cyclical:cycles=2", "capacity:target=2", "free-bits", "free-bits:minimum=0.5,groups=1", "geco:target=40", "control:kl=1")},
+    "sigma": ("--beta", "sigma", *GREY), "gaussian": GREY,
+    **{f"{name} {k}": ("--estimator", name, "--k", k) for name, k in (("elbo", 2), ("stl", 1), ("iwae", 3), ("dreg", 3))},
+    **{f"{name} sampled": ("--estimator", name, "--k", 3, "--sampled") for name in ("iwae", "dreg")},
+    **{inference: ("--inference", inference) for inference in ("amortised", "aggressive:check=1,most=2,window=1", "semi", "semi:steps=2,mode=adjoint,clip=null")},
+    "conv": ("--model", "conv", "--beta", "geco:target=40"), "autoregressive": ("--model", "autoregressive", "--beta", "control:kl=1", "--estimator", "iwae", "--k", 2, "--inference", "aggressive:check=1,most=2,window=2"),
+    "all": ("--beta", "sigma", *GREY, "--inference", "semi:steps=1", "--estimator", "dreg", "--k", 2, "--sampled", "--ema", .9)}
+
+def state(folder): return torch.load(folder / "checkpoint.pt", weights_only=True)["state"]["scheme"]
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_vae_every_way(way, few_images, tmp_path, capsys, undrawn):
+    assert run(*vae(few_images, *WAYS[way], "--out", tmp_path / "run")) == 0
+    before = state(tmp_path / "run")["beta"]
+    assert before["t"] == 6  # 54 images, ten a step
+    assert run("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none") == 0
+    assert state(tmp_path / "run")["beta"]["t"] == 12 and state(tmp_path / "run")["beta"]["name"] == before["name"]
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", "--k", 5, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch"] == 2 and found["mutual_information"] <= found["mutual_information_ceiling"] and found["pixels"].startswith("grey" if "gaussian" in WAYS[way] else "binarised")
+    assert abs(found["beta"] - state(tmp_path / "run")["beta"]["value"].mean()) < 1e-6
+    assert run("evaluate", tmp_path / "run", "--k", 5) == 0 and "mutual information ceiling" in capsys.readouterr().out
+    assert run("sample", tmp_path / "run", "--n", 4) == 0 and Image.open(tmp_path / "run/samples.png").size == (22, 22)
+
+
+def test_every_name_is_tried():
+    from optgen.cli import BETAS, INFERENCE
+    tried = [str(word).partition(":")[0] for args in WAYS.values() for word in args]
+    assert {*BETAS, *INFERENCE, "conv", "autoregressive", "gaussian"} <= set(tried)
+
+
+def test_a_schedule_is_of_the_length_with_which_the_run_began(few_images, tmp_path, undrawn):
+    "Three epochs of six steps and a fourth: as four at once, but for the schedule, which is as long as was asked for at first."
+    for name, beta in (("warmup", "warmup:epochs=2"), ("cyclical", "cyclical:cycles=1"), ("capacity", "capacity:target=1e6")):
+        out = tmp_path / name
+        assert run(*vae(few_images, "--beta", beta, "--epochs", 3, "--out", out)) == 0
+        assert json.loads((out / "config.json").read_text())["options"]["steps"] == 18
+        assert run("train", "--resume", out, "--epochs", 4, "--progress", "none") == 0
+        config = json.loads((out / "config.json").read_text())
+        assert config["epochs"] == 4 and config["options"]["steps"] == 18 and config["options"]["epoch_steps"] == 6
+    from optgen.cli import open_run
+    betas = {name: open_run(tmp_path / name, "cpu")[1].beta for name in ("warmup", "cyclical", "capacity")}
+    assert betas["warmup"].steps == 12 and betas["cyclical"].steps == betas["capacity"].steps == 18
+    assert betas["warmup"].value == betas["cyclical"].value == 1 and betas["capacity"].value == -10
+
+
+def test_a_run_of_02_still_opens(few_images, tmp_path, undrawn):
+    assert run(*vae(few_images, "--out", tmp_path / "run")) == 0
+    whole = tmp_path / "whole"; assert run(*vae(few_images, "--epochs", 2, "--out", whole)) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    for key in ("estimator", "k", "sampled", "inference", "likelihood", "steps", "epoch_steps"): config["options"].pop(key)
+    config["options"]["beta"] = 1.0; (tmp_path / "run/config.json").write_text(json.dumps(config))
+    kept = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True); kept["state"]["scheme"].pop("beta"); torch.save(kept, tmp_path / "run/checkpoint.pt")
+    assert run("evaluate", tmp_path / "run", "--k", 5) == run("sample", tmp_path / "run") == 0
+    assert run("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none") == 0
+    a, b = (state(folder)["model"]["weights"] for folder in (whole, tmp_path / "run"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_another_controller_in_the_config_is_told(few_images, tmp_path, capsys, undrawn):
+    assert run(*vae(few_images, "--beta", "geco:target=40", "--out", tmp_path / "run")) == 0
+    config = json.loads((tmp_path / "run/config.json").read_text()); config["options"]["beta"] = "control:kl=2"; (tmp_path / "run/config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    for args in (("train", "--resume", tmp_path / "run", "--epochs", 2), ("evaluate", tmp_path / "run")):
+        assert run(*args) == 1
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "the controller Geco" in said and "this is ControlVae" in said
+
+
+@pytest.mark.parametrize("args, word", [
+    (("--beta", "dance"), "none of warmup, cyclical, capacity, free-bits, geco, control, sigma"), (("--beta", "geco"), "--beta geco wants its target: --beta geco:target=…"), (("--beta", "control"), "wants its target"),
+    (("--beta", "nan"), "finite"), (("--beta", "-1"), "at least 0"), (("--beta", "inf"), "finite"), (("--beta", "geco:target=NaN"), "got nan"), (("--beta", "geco:target=ten"), "'ten' is neither a number"),
+    (("--beta", "geco:90"), "'90' has no value"), (("--beta", "geco:target=40,speed=1"), "takes no speed, but target, rate"), (("--beta", "geco:target=40,epochs=3"), "takes no epochs"), (("--beta", "warmup:epochs=0"), "epochs must be a number above 0"),
+    (("--beta", "warmup:epochs=NaN"), "got nan"), (("--beta", "cyclical:cycles=99"), "can't hold 99 cycles"), (("--beta", "free-bits:groups=3"), "3 groups can't share 2 latents"), (("--beta", "control:kl=-1"), "at least 0"),
+    (("--beta", "sigma"), "--likelihood gaussian --binarize none"), (("--likelihood", "gaussian"), "--binarize none"), ((*GREY, "--model", "conv"), "--model mlp"), (("--estimator", "best"), "'iwae'"),
+    (("--sampled",), "'elbo' has no weights"), (("--estimator", "stl", "--sampled"), "'stl' has no weights"), (("--k", 0), "x>=1"), (("--inference", "dance"), "none of amortised, aggressive, semi"),
+    (("--inference", "amortised:steps=1"), "takes no arguments"), (("--inference", "semi:steps=0.5"), "steps must be an integer"), (("--inference", "semi:mode=best"), "'best' is neither"), (("--inference", "semi:optimizer=1"), "takes no optimizer"),
+    (("--inference", "aggressive:check=0"), "check must be an integer"), (("--inference", "semi", "--compile"), "without compile"), (("--model", "autoregressive", "--binarize", "none"), "--binarize dynamic or static")])
+def test_mistakes_with_a_vae_are_one_line_and_leave_nothing(args, word, few_images, tmp_path, capsys):
+    assert run(*vae(few_images, *args, "--out", tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_an_autoregressive_model_of_colours_is_refused(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    for i in range(20): Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(tmp_path / f"mine/{i:02}.png")
+    assert run(*vae(tmp_path / "mine", "--model", "autoregressive", "--out", tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert "one channel" in said and "3 channels" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()

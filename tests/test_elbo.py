@@ -88,7 +88,7 @@ def test_resumes_bit_for_bit_through_a_file(name, steps, tmp_path):
     assert torch.equal(train(one, 7, seed=1), train(other, 7, seed=1)) and same(one.state_dict(), other.state_dict())
 
 
-@pytest.mark.parametrize("steps", range(1, 24))
+@pytest.mark.parametrize("steps", [1, 2, 5, 7, 8, 13, 18, 19, 23])
 def test_aggressive_resumes_from_anywhere(steps, tmp_path):
     "In a window, after one, and after it has ended."
     name = "aggressive"
@@ -256,12 +256,6 @@ def test_compiles_once_and_trains_alike(name, monkeypatch):
     assert torch.allclose(eager.beta.value, scheme.beta.value, rtol=1e-9) and eager.beta.t == scheme.beta.t
 
 
-def test_compiled_as_users_compile(tmp_path):
-    eager, compiled = tiny("geco"), tiny("geco")
-    for scheme, how in ((eager, False), (compiled, True)): fit(scheme, Images(IMAGES), epochs=1, batch_size=20, binarize="dynamic", compile=how, progress="none")
-    assert torch.allclose(weights(eager), weights(compiled), rtol=1e-3, atol=1e-5) and torch.allclose(eager.beta.value, compiled.beta.value, rtol=1e-5)
-
-
 # By fit
 def run(scheme, data, epochs, out, **more):
     return fit(scheme, data, epochs=epochs, out=out, batch_size=20, seed=3, progress="none", samples=4, **more)
@@ -274,7 +268,7 @@ def resumed(make, data, tmp_path, **more):
     return whole, records
 
 
-@pytest.mark.parametrize("name", ["geco", "sigma", "free-bits", "iwae sampled", "semi adjoint", "aggressive", "free bits, aggressive, semi, iwae sampled"])
+@pytest.mark.parametrize("name", ["geco", "sigma", "free bits, aggressive, semi, iwae sampled"])
 def test_fits_and_resumes(name, tmp_path):
     data = Images(IMAGES); binarize = None if "sigma" in name else "dynamic"
     whole, records = resumed(lambda: tiny(name), data, tmp_path, valid=data.take(torch.arange(60)), binarize=binarize, ema=.9)

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import TINY, optgen
-from spread import FAULTS, RULES, gan
+from spread import ELBOS, FAULTS, RULES, gan
 
 from optgen import checkpoint, rules
 from optgen.games import Rule
@@ -58,6 +58,19 @@ def test_a_rule_follows_one_process(job, rule, world):
             assert torch.equal(w, ranks[0][case][0])
             assert (w - weights).abs().max() < tol and all(abs(values[k] - losses[k]) < tol for k in losses)
         assert (weights - start).abs().max() > .05
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("name", ELBOS)
+def test_a_vae_follows_one_process(job, name, world):
+    one, ranks = result(job, 0, 1)["elbos"], [result(job, r, world)["elbos"] for r in range(world)]
+    for dtype, tol in (("float32", 1e-6), ("float64", 1e-12)):
+        weights, numbers, start, waiting = one[name, dtype]
+        for w, values, _, theirs in (rank[name, dtype] for rank in ranks):
+            assert torch.equal(w, ranks[0][name, dtype][0]) and torch.equal(values, ranks[0][name, dtype][1]) and theirs == ranks[0][name, dtype][3]
+            if name != "aggressive to its end": assert (w - weights).abs().max() < tol and (values - numbers).abs().max() < 10 * tol and theirs == waiting
+            else: assert theirs is False
+        assert (weights - start).abs().max() > .02 and weights.isfinite().all()
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -5,6 +5,7 @@ from PIL import Image
 from torch import nn
 
 from optgen import checkpoint
+from optgen.controllers import Geco
 from optgen.data import Batch, ImageFiles, Images, digits, image_folder
 from optgen.games import Game, Player
 from optgen.models.vae import VAE, ConvVAE
@@ -16,20 +17,21 @@ from optgen.trainer import Watch, fit
 def few(n=400): return Images(digits("train").images[:n])
 
 
-def scheme(seed=0, make=lambda: VAE(784, 32, 16, 4), device=None):
+def scheme(seed=0, make=lambda: VAE(784, 32, 16, 4), device=None, beta=lambda: 1.):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().to(device)
-    return BetaVAE(model, optimizer=Adam(model.parameters(), lr=1e-3))
+    return BetaVAE(model, beta(), optimizer=Adam(model.parameters(), lr=1e-3))
 
 
 def weights(s): return torch.cat([p.detach().cpu().flatten() for p in s.model.parameters()])
 
 
 def test_compiled_is_eager():
-    eager, compiled = scheme(), scheme()
+    eager, compiled = (scheme(beta=lambda: Geco(200., smoothing=.9)) for _ in range(2))
     for s, c in ((eager, False), (compiled, True)): fit(s, few(), epochs=2, binarize="dynamic", compile=c, progress="none")
     assert torch.allclose(weights(eager), weights(compiled), rtol=1e-3, atol=1e-5)
+    assert torch.allclose(eager.beta.value, compiled.beta.value, rtol=1e-3) and eager.beta.value < .9
     assert (weights(eager) - weights(scheme())).norm() > 100 * (weights(eager) - weights(compiled)).norm()
 
 

@@ -85,7 +85,8 @@ class BetaVAE(Game):
     @torch.no_grad()
     def information(self, batch: NoisyBatch) -> Tensor:  # 0-dim, nats: of the encoder's latents about the images of the batch, at most log B
         mean, log_var = self.model.encoder(batch.x)
-        return mutual_information(mean, log_var)
+        rng = None if mean.is_meta else torch.Generator(mean.device).manual_seed(0)  # torch's own must stay the same on every rank, whatever part of the batch it has
+        return mutual_information(mean, log_var, generator=rng)
 
     def evaluate(self, batches, k: int=1, **kwargs) -> dict:  # floats of `optgen.metrics.evaluate_vae`, the loss at a constant β, else at 1, and β itself, its mean over the latents; at k=1 the bound only
         result = evaluate_vae(self.inference, batches, k=k, **kwargs)
