@@ -75,7 +75,8 @@ class BetaVAE(Game):
 
     def loss(self, batch: NoisyBatch) -> Tensor:  # 0-dim, nats an image
         q = self.inner.refine(self.model, batch.x, batch.inner.transpose(0, 1)) if self.inner else None
-        return estimate(self.model, batch.x, batch.eps.transpose(0, 1), self.estimator, self.multiplier, q, self.sampled, batch.u).mean()
+        beta = self.beta.beta if isinstance(self.beta, Constant) else self.multiplier  # a constant need not be told anything
+        return estimate(self.model, batch.x, batch.eps.transpose(0, 1), self.estimator, beta, q, self.sampled, batch.u).mean()
 
     @property
     def inference(self):  # the model as it infers: where there is an inner optimizer, with its answer as the encoder's
