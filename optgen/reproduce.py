@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'source_state', 'perform', 'Worker',
-           'missing', 'reproduce', 'load_results']
+           'missing', 'reproduce', 'load_results', 'reproduce_stages']
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
 import json
@@ -165,3 +165,19 @@ def load_results(
     found = sorted(Path(out, experiment).glob("[!.]*.json"))
     if not found: raise FileNotFoundError(f"no results in {Path(out, experiment)}: run the experiment first")
     return sorted(map(read_json, found), key=lambda r: (r["variant"], r["seed"]))
+
+# %% ../nbs/90_evidence/90_reproduce.ipynb #551f69b9
+def reproduce_stages(
+    stages: dict,          # stage -> names of its experiments, each after those whose results it reads
+    experiment: Callable,  # (name, out) -> `Experiment`
+    only,                  # stages to run, in this order; all where there is none. ValueError for another name
+    out,                   # folder of the results
+    jobs: int=2,           # processes of one thread each
+    progress: bool=True,   # show how many runs are done
+) -> dict:                 # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
+    r"The experiments of some stages, each once."
+    if unknown := [s for s in only if s not in stages]: raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(stages)}")
+    total = {"done": 0, "skipped": 0}
+    for name in dict.fromkeys(name for stage in only or stages for name in stages[stage]):
+        for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items(): total[k] += n
+    return total

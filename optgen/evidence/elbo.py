@@ -25,7 +25,7 @@ from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.vae import VAE
 from ..optim import Adam, Momentum, Together
-from ..reproduce import Experiment, load_results, reproduce
+from ..reproduce import Experiment, load_results, reproduce_stages
 from ..schemes.elbo import Aggressive, BetaVAE
 from ..trainer import Ema
 
@@ -198,8 +198,4 @@ def reproduce_elbo(
     progress: bool=True,            # show how many runs are done
 ) -> dict:                          # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
     r"All runs of this page, or some; what is in `out` is not run again."
-    if unknown := [s for s in only if s not in STAGES]: raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    total = {"done": 0, "skipped": 0}
-    for name in dict.fromkeys(name for stage in only or STAGES for name in STAGES[stage]):
-        for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items(): total[k] += n
-    return total
+    return reproduce_stages(STAGES, experiment, tuple(only), out, jobs, progress)

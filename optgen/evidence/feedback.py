@@ -27,7 +27,7 @@ from ..metrics import feature_stats, fid, label_coverage, mode_coverage
 from ..models.classifier import mnist_classifier, predict
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum
-from ..reproduce import Experiment, load_results, reproduce
+from ..reproduce import Experiment, load_results, reproduce_stages
 from ..schemes.feedback import FeedbackGAN
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-2
@@ -223,9 +223,4 @@ def reproduce_feedback(
     progress: bool=True,            # show how many runs are done
 ) -> dict:                          # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
     r"All runs of this page, or some; what is in `out` is not run again."
-    only = tuple(only) or ("ring", "mnist", "stacked", "grid")
-    if unknown := [s for s in only if s not in STAGES]: raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
-    total = {"done": 0, "skipped": 0}
-    for name in dict.fromkeys(name for stage in only for name in STAGES[stage]):
-        for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items(): total[k] += n
-    return total
+    return reproduce_stages(STAGES, experiment, tuple(only), out, jobs, progress)
