@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'BATCH', 'K', 'INNER', 'CONTROLLERS', 'PYTHAE', 'FIT', 'TRAINERS', 'BOUNDS', 'vae_scheme', 'time_in_turn',
-           'passes_step', 'time_trainers', 'bench_elbo', 'show_elbo']
+           'passes_step', 'fit_script', 'time_trainers', 'bench_elbo', 'show_elbo']
 
 # %% ../nbs/40_training/46_bench_elbo.ipynb #5e1b0002
 import importlib.util
@@ -30,12 +30,12 @@ SIZES, BATCH, K, INNER = (784, 512, 256, 20), 100, 50, 5
 CONTROLLERS = {"warmup": lambda: LinearWarmup(1000), "cyclical": lambda: Cyclical(1000), "capacity": lambda: Capacity(25., 1000, 10.), "free bits": lambda: FreeBits(.1),
                "geco": lambda: Geco(80.), "control": lambda: ControlVae(25.)}
 
-def vae_scheme(**options) -> BetaVAE:
+def vae_scheme(optimizer=Adam, **options) -> BetaVAE:
     r"The scheme, from a seed."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VAE(*SIZES)
-    return BetaVAE(model, optimizer=Adam(model.parameters(), lr=1e-3), **options)
+    return BetaVAE(model, optimizer=optimizer(model.parameters(), lr=1e-3), **options)
 
 def time_in_turn(steps: dict, rounds: int) -> dict:  # {name: function} -> {name: median milliseconds}
     r"All functions once a round, the order turned round each time; three rounds more are not counted."
@@ -89,16 +89,23 @@ print(json.dumps({"seconds": seconds[1:], "loss": float(loss)}))
 """
 FIT = """
 import json, sys, time
+from functools import partial
+import torch
 from optgen.bench_elbo import vae_scheme
 from optgen.data import load
 from optgen.trainer import fit
 name, batch, epochs, data = sys.argv[1], int(sys.argv[6]), int(sys.argv[7]), load(sys.argv[1])
-scheme, seconds = vae_scheme(), []
+scheme, seconds = vae_scheme({optimizer}), []
 if {compiled}: scheme.compile()
-for epoch in range(epochs + 1): start = time.perf_counter(); record, = fit(scheme, data, batch_size=batch, seed=epoch, progress="none"); seconds.append(time.perf_counter() - start)
+for epoch in range(epochs + 1): start = time.perf_counter(); record, = fit(scheme, data, batch_size=batch, seed=epoch, precision={precision!r}, progress="none"); seconds.append(time.perf_counter() - start)
 print(json.dumps({{"seconds": seconds[1:], "loss": record["train"]["loss"]}}))
 """
-TRAINERS = {"pythae": PYTHAE, "fit": FIT.format(compiled=False), "fit --compile": FIT.format(compiled=True)}
+def fit_script(compiled=False, fused=False, precision="float32"):
+    r"What a process runs to time `fit`."
+    return FIT.format(compiled=compiled, optimizer="partial(torch.optim.Adam, fused=True)" if fused else "", precision=precision)
+
+TRAINERS = {"pythae": PYTHAE, "fit": fit_script(), "fit --compile": fit_script(compiled=True), "fit, fused Adam": fit_script(fused=True),
+            "fit --compile, bfloat16, fused Adam": fit_script(compiled=True, fused=True, precision="bfloat16")}
 
 def time_trainers(data: str, repeats: int, epochs: int=2, names=tuple(TRAINERS)) -> dict:  # trainer -> {"seconds": median of an epoch, "loss": of the last}; without pythae where that is not installed
     r"Epochs of each trainer, each time in a process of its own, in turn."
