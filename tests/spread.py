@@ -95,14 +95,14 @@ def every(ranks=None):
 
 
 ELBOS = {  # what a BetaVAE is made of
-    "geco": lambda: dict(beta=Geco(3., rate=.1, smoothing=.5)),
+    "geco": lambda: dict(beta=Geco(4., rate=.02, smoothing=.5)),
     "free bits": lambda: dict(beta=FreeBits(.02)),
     "sigma": lambda: dict(beta=SigmaVae(6)),
     "iwae, sampled": lambda: dict(estimator="iwae", k=3, sampled=True),
-    "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(3., rate=.1)),
-    "semi": lambda: dict(inner=Refinement(2), beta=Geco(3., rate=.1)),
+    "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(4., rate=.02)),
+    "semi": lambda: dict(inner=Refinement(2), beta=Geco(4., rate=.02)),
     "semi, adjoint": lambda: dict(inner=Refinement(2, mode="adjoint")),
-    "alternating": lambda: dict(players=2, rule=rules.Alternating(), beta=Geco(3., rate=.1)),
+    "alternating": lambda: dict(players=2, rule=rules.Alternating(), beta=Geco(4., rate=.02)),
     "aggressive": lambda: dict(players=2, rule=Aggressive(2, 3), beta=FreeBits(.02)),
     "aggressive to its end": lambda: dict(players=2, rule=Aggressive(2, 3, 1)),  # each rank measures information in its own rows
 }

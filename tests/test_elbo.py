@@ -30,7 +30,7 @@ PARTS = {  # what a BetaVAE is made of, by name
     **{name: lambda make=make: dict(beta=make()) for name, make in CONTROLLERS.items()}, **{name: lambda kw=kw: kw for name, kw in ESTIMATES.items()},
     **{f"semi {mode}": lambda mode=mode: dict(inner=Refinement(2, mode=mode)) for mode in PASSES},
     "together": lambda: dict(optimizer=2), "alternating": lambda: dict(optimizer=2, rule=Alternating()), "aggressive": lambda: dict(optimizer=2, rule=Aggressive(2, 3, 4)),
-    "sigma, semi": lambda: dict(beta=SigmaVae(64), inner=Refinement(2)), "geco, alternating, dreg": lambda: dict(beta=Geco(40., rate=.01), optimizer=2, rule=Alternating(), estimator="dreg", k=2),
+    "sigma, alternating": lambda: dict(beta=SigmaVae(64), optimizer=2, rule=Alternating()), "sigma, semi": lambda: dict(beta=SigmaVae(64), inner=Refinement(2)), "geco, alternating, dreg": lambda: dict(beta=Geco(40., rate=.01), optimizer=2, rule=Alternating(), estimator="dreg", k=2),
     "free bits, aggressive, semi, iwae sampled": lambda: dict(beta=FreeBits(.05), optimizer=2, rule=Aggressive(2, 3, 4), inner=Refinement(1), estimator="iwae", k=2, sampled=True)}
 everyone = pytest.mark.parametrize("name", PARTS)
 calm = pytest.mark.parametrize("name", [name for name in PARTS if "aggressive" not in name])  # those that read nothing on the host
@@ -74,6 +74,13 @@ def test_every_part_is_tried():
     offered = {c for _, c in inspect.getmembers(controllers, inspect.isclass) if issubclass(c, controllers.Controller)} - {controllers.Controller}
     assert {type(make()) for make in CONTROLLERS.values()} == offered
     assert {tiny(name).estimator for name in PARTS} == set(ESTIMATORS) and {s.inner.mode for name in PARTS if (s := tiny(name)).inner} == set(PASSES)
+
+
+@everyone
+def test_the_controller_is_told_once_a_step(name):
+    "However often the loss is evaluated."
+    scheme = tiny(name)
+    for steps in (1, 2, 3): train(scheme, 1, seed=steps); assert scheme.beta.t == steps
 
 
 # State
@@ -159,6 +166,14 @@ def test_runs_on_meta(name):
     for _ in range(2): losses = scheme.step(Batch(x))
     assert losses.keys() == scheme.players.keys() and all(loss.is_meta and not loss.dim() for loss in losses.values())
     assert scheme.beta.value.is_meta and scheme.sample(3).is_meta and scheme.reconstruct(x).shape == x.shape
+
+
+@pytest.mark.parametrize("name", ["sigma", "sigma, semi", "sigma, alternating"])
+@pytest.mark.parametrize("where", [dict(dtype=F64), pytest.param(dict(device="cuda"), marks=pytest.mark.cuda)], ids=["float64", "cuda"])
+def test_the_variance_goes_where_the_model_goes(name, where):
+    scheme = tiny(name); train(scheme, 2); scheme.to(**where)
+    assert all(t.device.type == where.get("device", "cpu") and t.dtype == where.get("dtype", torch.float32) for t in (scheme.model.variance, *scheme.model.parameters()))
+    scheme.step(Batch((IMAGES[:16] / 255).to(**where)))
 
 
 @everyone
