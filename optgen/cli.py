@@ -94,9 +94,12 @@ def build_controller(text: str|float, options: dict, shape: tuple):  # a number,
     else: return made("--beta", f"{beta:g}", controllers.Constant, {}, {"beta": beta})
     name, given = parse("--beta", text, BETAS, number("--beta", text))
     kind, usual, _ = BETAS[name]
-    if name == "control" and "kl" in given: given["target"] = given.pop("kl")
+    if name == "control" and "kl" in given:
+        if "target" in given: raise click.UsageError("--beta control: kl and target are two names of one number; give one")
+        given["target"] = given.pop("kl")
     if name == "sigma":
         if options.get("likelihood") != "gaussian": raise click.UsageError("--beta sigma sets the variance of a Gaussian decoder: add --likelihood gaussian --binarize none")
+        if "dim" in given: raise click.UsageError("--beta sigma takes no dim: it is the number of pixels")
         given["dim"] = math.prod(shape)
     if "epochs" in usual:
         epochs = given.pop("epochs", usual["epochs"])
@@ -441,7 +444,9 @@ def reproduce(claim, only, jobs, out):
     """
     module, _, stages = CLAIMS[claim]
     if unknown := set(only) - set(stages): raise click.UsageError(f"--only {unknown.pop()} is none of {', '.join(stages)}")
-    found = getattr(importlib.import_module(module), f"reproduce_{claim}")(only, out or f"results/{claim}", jobs)
+    from optgen.reproduce import reproduce_stages
+    page = importlib.import_module(module)
+    found = reproduce_stages(page.STAGES, page.experiment, only, out or f"results/{claim}", jobs)
     click.echo(f"{found['done']} runs done, {found['skipped']} were there, in {out or f'results/{claim}'}")
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-13

@@ -25,6 +25,17 @@ def optgen(*args, **kwargs):
     return subprocess.run([sys.executable, "-c", "from optgen.cli import main; main()", *map(str, args)], capture_output=True, text=True, env=env, **kwargs)
 
 
+def rng(seed=0): return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def own_seed():
+    "Every test draws as if it were alone."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     "The folder of a small finished run of two epochs on the digits; not to be changed."

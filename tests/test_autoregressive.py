@@ -3,6 +3,7 @@ import itertools
 
 import pytest
 import torch
+from conftest import rng
 from torch.distributions import Bernoulli, Categorical
 
 from optgen.data import digits
@@ -11,16 +12,6 @@ from optgen.metrics import evaluate_vae, importance_nll
 from optgen.models.autoregressive import AutoregressiveVAE, SequenceVAE, causal_window, lstm_step
 from optgen.models.vae import VAE, elbo_terms
 from optgen.testing import assert_mean, check_gradient, jacobian
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def images(n, shape=(1, 8, 8)): return (torch.rand(n, *shape, generator=rng(n)) < .3).float()

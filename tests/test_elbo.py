@@ -11,6 +11,7 @@ from optgen import checkpoint
 from optgen.controllers import Capacity, Constant, ControlVae, Cyclical, FreeBits, Geco, LinearWarmup, SigmaVae
 from optgen.data import Batch, Images, digits, synthetic_sequences
 from optgen.estimators import ESTIMATORS
+from optgen.games import Game, Player
 from optgen.inner import PASSES, Refinement
 from optgen.models.autoregressive import AutoregressiveVAE, SequenceVAE
 from optgen.models.vae import VAE, GaussianVAE
@@ -204,6 +205,24 @@ def test_a_step_reads_nothing_on_the_host(name):
     scheme = tiny(name, make=plain); train(scheme, 2)
     with Ops() as ops: train(scheme, 3)
     assert len(ops.seen) > 100 and ops.reads == 0
+
+
+@pytest.mark.parametrize("losses, information, moved", [
+    ([2., 2., 9.], [1.], "eed"), ([2., 3., 9.], [1.], "eed"), ([4., 3., 2., 9.], [1.], "eeed"),
+    ([4., 3., 2., 9., 5., 5., 9.], [1., 2.], "eeedeed"),                  # three moves at most; a tie is no fall
+    ([1., 1., 9., 1., 1., 9., 7., 7.], [1., 1.], "eedeed**"),             # information that stays is no climb
+    ([1., 1., 9., 1., 1., 9., 1., 1., 9., 7.], [1., 2., 1.5], "eedeedeed*")])
+def test_aggressive_moves_as_written(losses, information, moved):
+    "Windows of one batch; `*` is a step of both, once the information no longer climbs."
+    who = {name: torch.nn.Parameter(torch.zeros(())) for name in ("encoder", "decoder")}
+    losses, told = iter(losses), iter(information)
+    class Script(Game):
+        def information(self, batch): return torch.tensor(next(told))
+    game = Script(**{name: Player([p], lambda batch: batch + 0 * sum(who.values()), SGD([p], lr=1.)) for name, p in who.items()}, draw=lambda b: next(losses), rule=Aggressive(check=1, most=3, window=1))
+    seen, apply = [], game.apply
+    game.apply = lambda u: (seen.append("*" if len(u) == 2 else next(iter(u))[0]), apply(u))
+    for _ in moved: game.step(None)
+    assert "".join(seen) == moved
 
 
 def test_aggressive_reads_seldom():

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import rng
 from torch.distributions import Normal, kl_divergence
 
 from optgen.estimators import ESTIMATORS, check_estimator, estimate
@@ -14,16 +15,6 @@ BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 
 KINDS = [(name, False) for name in ESTIMATORS] + [("iwae", True), ("dreg", True)]
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
 kinds = pytest.mark.parametrize("name, sampled", KINDS, ids=[n + "-one" * s for n, s in KINDS])
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def batch(k=3, n=4, seed=0, dtype=torch.float32):

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import rng
 from torch import nn
 
 from optgen.data import digits
@@ -13,16 +14,6 @@ KINDS = {"mlp": lambda: (MLPGenerator(6, (32, 32), (1, 12, 12), "sigmoid"), MLPD
          "conv": lambda: (ConvGenerator((1, 12, 12), 6, 8), ConvDiscriminator((1, 12, 12), 8))}
 both = pytest.mark.parametrize("build", KINDS.values(), ids=KINDS.keys())
 losses = pytest.mark.parametrize("loss", GAN_LOSSES)
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 def test_the_five_losses_are_there(): assert set(GAN_LOSSES) == {"saturating", "non-saturating", "hinge", "wasserstein", "relativistic"}

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import rng
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,9 +28,6 @@ METHODS = {"sgd": partial(SGD, lr=.05), "decay": partial(SGD, lr=.05, weight_dec
 methods = pytest.mark.parametrize("optimizer", METHODS.values(), ids=METHODS)
 modes = pytest.mark.parametrize("mode", MODES)
 seeds = pytest.mark.parametrize("seed", range(2))
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
 def randn(*shape, seed=0, dtype=F64): return torch.randn(shape, generator=rng(seed), dtype=dtype)
 def flat(tensors): return torch.cat([t.flatten() for t in tensors])
 def off(found, true): return ((flat(found) - flat(true)).norm() / flat(true).norm()).item()

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import rng
 
 from optgen.data import Loader, digits, grid, grid_centers
 from optgen.metrics import (
@@ -26,9 +27,6 @@ from optgen.metrics import (
 )
 from optgen.models.vae import VAE, ConvVAE, elbo_terms
 from optgen.testing import LinearGaussian, assert_mean
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def known(seed=0, n=100, dtype=torch.float64, **spoil):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from optgen.evidence import feedback
-from optgen.reproduce import Experiment, ReproduceError, load_results, missing, perform, read_json, reproduce, source_state, tasks_of, write_json
+from optgen.reproduce import Experiment, ReproduceError, load_results, missing, perform, read_json, reproduce, reproduce_stages, source_state, tasks_of, write_json
 
 
 def draw(config, seed): return {"mean": torch.randn(config["n"], generator=torch.Generator().manual_seed(seed)).mean().item(), "threads": torch.get_num_threads()}
@@ -105,7 +105,7 @@ def test_source_state(): assert {"commit", "modified"} == source_state().keys() 
 
 
 def test_stages_of_the_feedback_table(tmp_path):
-    with pytest.raises(ValueError, match="no stage rings; there are tune, ring"): feedback.reproduce_feedback(["rings"], tmp_path)
+    with pytest.raises(ValueError, match="no stage rings; there are tune, ring"): reproduce_stages(feedback.STAGES, feedback.experiment, ["rings"], tmp_path)
     with pytest.raises(FileNotFoundError, match="tune"): feedback.experiment("ring", tmp_path)
     tuned = feedback.experiment("tune", tmp_path)
     assert tuned.variants.keys() == feedback.settings("ring").keys() and {c["rule"] for c in tuned.variants.values()} == set(feedback.RULES)

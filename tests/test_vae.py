@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from conftest import rng
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
@@ -16,16 +17,6 @@ BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
 MORE = {**BUILD, "tanh": lambda: VAE(784, 32, 16, 3, activation=torch.nn.Tanh), "GaussianVAE": lambda: GaussianVAE(784, 32, 16, 3)}
 every = pytest.mark.parametrize("build", MORE.values(), ids=MORE.keys())
-
-
-def rng(seed=0): return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(autouse=True)
-def own_seed():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
 
 
 class PILDigits(torch.utils.data.Dataset):

@@ -6,13 +6,14 @@
 __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'TUNING_SEEDS', 'SEEDS', 'STRONG_SEEDS', 'CURVE_SEEDS', 'BUDGET', 'TRIED',
            'DENSITY', 'INGREDIENTS', 'ALL', 'RATES', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'train_vae',
            'measured', 'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_truth', 'run_density',
-           'run_curve', 'trials', 'best', 'experiment', 'reproduce_elbo']
+           'run_curve', 'trials', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00003
 import contextlib
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import chain, repeat
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.vae import VAE
 from ..optim import Adam, Momentum, Together
-from ..reproduce import Experiment, load_results, reproduce_stages
+from ..reproduce import Experiment, load_results
 from ..schemes.elbo import Aggressive, BetaVAE
 from ..trainer import Ema
 
@@ -34,23 +35,23 @@ def train_vae(
     scheme: Game,         # steps
     loader: Iterable,     # its batches are an epoch
     epochs: int,
-    every: int,           # epochs between two looks; the last epoch is looked at too
-    look: Callable,       # epoch -> dict of numbers
-    rate: Callable=lambda t: 1., # share of the run done -> factor on every learning rate
+    every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
+    look: Callable,       # epochs done -> dict of numbers
+    rate: Callable|None=None, # share of the run done -> factor on every learning rate
     ema: Ema|None=None,   # looked at in the place of the weights
 ) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
     r"Train and watch."
-    total, seen, cpu, wall = epochs * len(loader), [], 0., 0.
-    rates = [LambdaLR(p.optimizer, lambda t: rate(t / total)) for p in scheme.players.values()]
-    for epoch in range(1, epochs + 1):
-        cpu0, wall0 = time.process_time(), time.perf_counter()
-        for batch in loader:
-            scheme.step(batch)
-            for r in rates: r.step()
-            if ema: ema.update()
+    n, seen, cpu, wall = len(loader), [], 0., 0.
+    rates = [LambdaLR(p.optimizer, lambda t: rate(t / (epochs * n))) for p in scheme.players.values() if rate]
+    batches, cpu0, wall0 = chain.from_iterable(repeat(loader, epochs)), time.process_time(), time.perf_counter()
+    for t, batch in enumerate(batches, 1):
+        scheme.step(batch)
+        for r in rates: r.step()
+        if ema: ema.update()
+        if t % max(1, round(every * n)) and t < epochs * n: continue
         cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
-        if epoch % every == 0 or epoch == epochs:
-            with ema.applied() if ema else contextlib.nullcontext(): seen.append({"epoch": epoch, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(epoch)})
+        with ema.applied() if ema else contextlib.nullcontext(): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
+        cpu0, wall0 = time.process_time(), time.perf_counter()
     return seen
 
 def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:  # k = 1: the bound only
@@ -104,7 +105,7 @@ def run_truth(config: dict, seed: int) -> dict:
     return {"nll": nll.mean().item(), "se": (nll.std() / len(nll)**.5).item()}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00011
-SCHEDULES = {"constant": lambda t: 1., "linear": lambda t: 1 - t}
+SCHEDULES = {"constant": None, "linear": lambda t: 1 - t}
 
 def run_density(config: dict, seed: int) -> dict:
     r"One VAE 784-200-200-50 of tanh on dynamically binarised MNIST, as Burda et al. (2016) start it."
@@ -136,14 +137,14 @@ def run_curve(config: dict, seed: int) -> dict:
         scheme = BetaVAE(model, CONTROLLERS["geco"](asked[0], None) if asked else config["beta"], Adam(model.parameters(), config["lr"]))
         def look(epoch):
             found = measured(scheme, mnist("test"), 10_000, 1, "static")
-            if asked: scheme.beta.target = asked[min(epoch // config["every"], len(asked) - 1)]
+            if asked: scheme.beta.target = asked[min(round(epoch / config["every"]), len(asked) - 1)]
             return found
         return {"curve": train_vae(scheme, loader, config["epochs"], config["every"], look)}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00015
 TUNING_SEEDS, SEEDS, STRONG_SEEDS, CURVE_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2), (0, 1, 2)
 BUDGET = {"toy": dict(problem="toy", z_dim=2, batch=50, epochs=12, every=2, look=[500, 20], final=[2000, 50], lr=1e-3, setting=None, inner=2),
-          "strong": dict(problem="strong", z_dim=16, batch=100, epochs=4, every=1, look=[500, 50], final=[2000, 200], lr=2e-3, setting=None, inner=2)}
+          "strong": dict(problem="strong", z_dim=16, batch=50, epochs=2, every=.25, look=[500, 20], final=[1000, 100], lr=2e-3, setting=None, inner=2)}
 TRIED = {  # variant -> what its three trials change, by problem
     "plain": {"toy": ("lr", 5e-4, 1e-3, 2e-3), "strong": ("lr", 1e-3, 2e-3, 4e-3)},
     "warm-up": {"toy": ("setting", .25, .5, .9), "strong": ("setting", .25, .5, .9)},
@@ -190,12 +191,3 @@ def experiment(name: str, out) -> Experiment:
         return Experiment(name, run_density, {k: chosen | {"held": False, "final": [10_000, 5000]} | v for k, v in FINAL.items()}, (0,))
     if name == "curve": return Experiment(name, run_curve, {f"beta-{b:g}": CURVE | {"beta": b} for b in BETAS} | {f"asked-{d:g}": CURVE | {"asked": [d]} for d in ASKED}, CURVE_SEEDS)
     return Experiment(name, run_curve, {"walk": CURVE | {"asked": list(ASKED), "every": 4, "epochs": 4 * len(ASKED)}}, CURVE_SEEDS)
-
-def reproduce_elbo(
-    only: Iterable[str]=(),         # of `STAGES`, in the order in which they are to run; all of them by default. ValueError for another name
-    out="results/elbo",             # folder of the results, one file a run
-    jobs: int=2,                    # processes of one thread each
-    progress: bool=True,            # show how many runs are done
-) -> dict:                          # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
-    r"All runs of this page, or some; what is in `out` is not run again."
-    return reproduce_stages(STAGES, experiment, tuple(only), out, jobs, progress)

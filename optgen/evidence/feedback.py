@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'MIXTURES', 'TUNING_SEEDS', 'SEEDS', 'IMAGE_SEEDS', 'MIXTURE', 'STEPS', 'IMAGE', 'BUDGET', 'FINAL', 'RATES',
            'MOMENTUM_RATE', 'LOSSES', 'STACKED', 'STAGES', 'make_gan', 'train_gan', 'endless', 'relu_mlp',
            'run_mixture', 'affordable', 'run_images', 'read_stack', 'run_floor', 'settings', 'chosen', 'fourth',
-           'experiment', 'reproduce_feedback']
+           'experiment']
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4
 import copy
@@ -27,7 +27,7 @@ from ..metrics import feature_stats, fid, label_coverage, mode_coverage
 from ..models.classifier import mnist_classifier, predict
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum
-from ..reproduce import Experiment, load_results, reproduce_stages
+from ..reproduce import Experiment, load_results
 from ..schemes.feedback import FeedbackGAN
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-2
@@ -215,12 +215,3 @@ def experiment(name: str, out) -> Experiment:
         return Experiment(name, run_floor, {"real": {"problem": "stacked", "n": 26_000} if stack else {"problem": "mnist", "n": 10_000}}, IMAGE_SEEDS)
     best = chosen(out, "tune-mnist")
     return Experiment(name, run_images, {k: image(name, best[k]) for k in ((*STACKED, fourth(out)) if name == "stacked" else RULES)}, IMAGE_SEEDS)
-
-def reproduce_feedback(
-    only: Iterable[str]=(),         # of `STAGES`, in the order in which they are to run; all of them by default. ValueError for another name
-    out="results/feedback",         # folder of the results, one file a run
-    jobs: int=2,                    # processes of one thread each
-    progress: bool=True,            # show how many runs are done
-) -> dict:                          # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
-    r"All runs of this page, or some; what is in `out` is not run again."
-    return reproduce_stages(STAGES, experiment, tuple(only), out, jobs, progress)
