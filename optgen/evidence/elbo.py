@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'TUNING_SEEDS', 'SEEDS', 'STRONG_SEEDS', 'CURVE_SEEDS', 'BUDGET', 'TRIED',
-           'DENSITY', 'INGREDIENTS', 'ALL', 'RATES', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'train_vae',
+           'DENSITY', 'INGREDIENTS', 'ALL', 'TOGETHER', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'train_vae',
            'measured', 'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_truth', 'run_density',
            'run_curve', 'trials', 'best', 'experiment']
 
@@ -25,6 +25,7 @@ from ..games import Game
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.vae import VAE
+from ..muon import Muon
 from ..optim import Adam, Momentum, Together
 from ..reproduce import Experiment, load_results
 from ..schemes.elbo import Aggressive, BetaVAE
@@ -117,7 +118,7 @@ def run_density(config: dict, seed: int) -> dict:
         for layer in model.modules():
             if isinstance(layer, nn.Linear): nn.init.xavier_uniform_(layer.weight)
         matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is flat] for flat in (True, False))
-        optimizer = Together(torch.optim.Muon(matrices, config["muon"], weight_decay=0.), Adam(vectors, config["lr"])) if config["muon"] else Adam(model.parameters(), config["lr"])
+        optimizer = Together(Muon(matrices, config["muon"]), Adam(vectors, config["lr"])) if config["muon"] else Adam(model.parameters(), config["lr"])
         beta = controllers.LinearWarmup(config["warmup"] * len(loader)) if config["warmup"] else 1.
         scheme = BetaVAE(model, beta, optimizer, config["estimator"], config["k"], config["sampled"])
         ema = Ema(scheme, config["ema"]) if config["ema"] else None
@@ -157,7 +158,7 @@ TRIED = {  # variant -> what its three trials change, by problem
 DENSITY = dict(lr=1e-3, muon=None, batch=100, schedule="constant", ema=None, warmup=0, estimator="elbo", k=1, sampled=False, epochs=40, every=4, held=True, look=[1000, 100], final=None)
 INGREDIENTS = {"plain": {}, "schedule": {"schedule": "linear", "lr": 2e-3}, "averaging": {"ema": .9995}, "estimator": {"estimator": "stl"}, "batch of 20": {"batch": 20}, "warm-up": {"warmup": 5}, "muon": {"muon": 7e-3}}
 ALL = {"schedule": "linear", "ema": .9995, "estimator": "stl", "warmup": 5}
-RATES = (3e-3, 7e-3, 1.5e-2)  # of Muon
+TOGETHER = ({"muon": 7e-3}, {"muon": 1.5e-2}, {"muon": 1.5e-2, "batch": 200}, {"muon": 3e-2, "batch": 200})  # what is tried beside `ALL`
 FINAL = {"vae": {"epochs": 328}, "iwae-50": {"epochs": 120, "estimator": "dreg", "k": 50, "sampled": True, "warmup": 0}}
 CURVE = dict(hidden=[400, 200], z_dim=20, batch=100, epochs=12, every=12, lr=1e-3, beta=None, asked=None)
 BETAS, ASKED = (.1, .25, .5, 1., 2., 4., 8.), (60., 75., 90., 105., 120., 135., 150.)
@@ -185,7 +186,7 @@ def experiment(name: str, out) -> Experiment:
         return Experiment(name, run_collapse, {k: chosen[k] | {"final": BUDGET[name]["final"]} for k in TRIED}, SEEDS if name == "toy" else STRONG_SEEDS)
     if name == "toy-truth": return Experiment(name, run_truth, {"source": {"n": 2000}}, (0,))
     if name == "ablation": return Experiment(name, run_density, {k: DENSITY | v for k, v in INGREDIENTS.items()}, TUNING_SEEDS)
-    if name == "tune-density": return Experiment(name, run_density, {f"muon-{r:g}": DENSITY | ALL | {"muon": r} for r in RATES}, TUNING_SEEDS)
+    if name == "tune-density": return Experiment(name, run_density, {"-".join(f"{k}-{v:g}" for k, v in tried.items()): DENSITY | ALL | tried for tried in TOGETHER}, TUNING_SEEDS)
     if name == "density":
         chosen = best(out, "tune-density", lambda config: "all")["all"]
         return Experiment(name, run_density, {k: chosen | {"held": False, "final": [10_000, 5000]} | v for k, v in FINAL.items()}, (0,))
