@@ -22,11 +22,11 @@ def orthogonal(
     Y = G.to(torch.promote_types(G.dtype, torch.float32))
     Y = Y / Y.norm().clamp(min=1e-7)
     tall = len(Y) > Y.shape[1]
-    A = Y.T @ Y if tall else Y @ Y.T
+    A, Q = Y.T @ Y if tall else Y @ Y.T, None
     for k in range(steps):
         P = torch.addmm(A, A, A, beta=b, alpha=c)
         P.diagonal().add_(a)
-        Q = P @ Q if k else P
+        Q = P if Q is None else P @ Q
         if k < steps - 1: A = P @ A @ P
     return Y @ Q if tall else Q @ Y
 
