@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['rate', 'distortion', 'elbo', 'log_weights', 'Estimate', 'importance_nll', 'bits_per_dim', 'latent_variance',
            'active_units', 'mutual_information', 'evaluate_vae', 'frechet_distance', 'FeatureStats', 'feature_stats',
-           'fid', 'frechet_floor', 'Coverage', 'mode_coverage', 'label_coverage', 'label_floor']
+           'fid', 'frechet_floor', 'Coverage', 'mode_coverage', 'label_coverage', 'label_floor', 'wilson',
+           'Calibration', 'calibration', 'auroc']
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4
 import math
@@ -256,3 +257,42 @@ def label_coverage(
 def label_floor(n: int, classes: int):  # expected classes reached, expected nats
     r"What `label_coverage` finds of a perfect sampler, Eq. (label-floor); the second to first order in K/n."
     return classes * (1 - (1 - 1 / classes)**n), (classes - 1) / (2 * n)
+
+# %% ../nbs/00_foundations/02_metrics.ipynb #bb0e1a14
+def wilson(
+    right,         # $k$, a number or tensor
+    n,             # $n\ge1$; `ValueError` below
+    z: float=1.96, # standard deviations, 1.96 for 95 %
+) -> tuple:        # lower and upper end, in [0, 1]
+    r"An interval of a probability from a count, Eq. (wilson)."
+    if n < 1: raise ValueError(f"an interval needs at least one trial, got {n}")
+    p, a = right / n, z**2 / n
+    half = z * (p * (1 - p) / n + a / (4 * n))**.5
+    return (p + a / 2 - half) / (1 + a), (p + a / 2 + half) / (1 + a)
+
+class Calibration(NamedTuple):
+    r"What Eq. (ece) comes to, and its bins."
+    ece: torch.Tensor        # 0-dim
+    confidence: torch.Tensor # mean of each bin, (bins,); nan where a bin is empty
+    accuracy: torch.Tensor   # share that is right of each bin, (bins,)
+    counts: torch.Tensor     # (bins,)
+
+def calibration(
+    probabilities, # (N, K), rows that sum to 1
+    labels,        # (N,) int64
+    bins: int=15,  # of equal width
+) -> Calibration:
+    r"Expected calibration error and what a reliability diagram shows, Eq. (ece)."
+    confidence, named = probabilities.max(-1)
+    b = (confidence * bins).long().clamp(max=bins - 1)
+    count, right, sure = (torch.zeros(bins, dtype=confidence.dtype, device=b.device).index_add_(0, b, t.to(confidence)) for t in (torch.ones_like(confidence), named == labels, confidence))
+    return Calibration((right - sure).abs().sum() / len(labels), sure / count, right / count, count)
+
+def auroc(
+    inside,  # (N,) scores of images like the training set's
+    outside, # (M,) scores of others
+):           # 0-dim, float64
+    r"The probability that a pair is in order, Eq. (auroc)."
+    outside = outside.sort().values
+    below = torch.searchsorted(outside, inside, right=False) + torch.searchsorted(outside, inside, right=True)
+    return below.double().mean() / (2 * len(outside))

@@ -131,7 +131,7 @@ class Ranks(Averaging):
 
     def warn_of(self, module):  # where parts of a batch are not the batch
         for name, m in [] if self.rank or module is None else module.named_modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "normalises_batch", False):
                 warnings.warn(f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: the run is not that of one "
                               "process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch", stacklevel=2)
 

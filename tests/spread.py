@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from optgen import rules
-from optgen.controllers import FreeBits, Geco, SigmaVae
+from optgen.controllers import ControlVae, FreeBits, Geco, SigmaVae
 from optgen.data import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
 from optgen.inner import Refinement
+from optgen.models.conditional import ConditionalVAE
 from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import Adam, Momentum
 from optgen.parallel import init, together
+from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.trainer import Interrupted, RunFolder, fit
 
@@ -123,6 +125,32 @@ def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
 def elbos(ranks=None): return {(name, dtype): vae(name, getattr(torch, dtype), ranks=ranks) for name in ELBOS for dtype in ("float32", "float64")}
 
 
+ASSISTED = {  # generator, coupling, and more
+    "agreement": lambda: (ConditionalVAE(6, 3, 2, 5), Agreement(), dict(weight=ControlVae(.1, ki=.05))),
+    "reconstruction": lambda: (nn.Linear(5, 6), Reconstruction(to="classifier"), {}),
+    "balanced": lambda: (nn.Linear(5, 6), Reconstruction(), dict(rule=Balanced(project=True))),
+    "m1+m2": lambda: (ConditionalVAE(2, 3, 2, 5, "gaussian"), Agreement("jensen-shannon"), dict(features=VAE(6, 8, 5, 2, activation=nn.Tanh)))}
+
+
+class Net(nn.Module):
+    def __init__(self, inputs): super().__init__(); self.body, self.head = nn.Sequential(nn.Linear(inputs, 5), nn.Tanh()), nn.Linear(5, 3)
+    def features(self, x): return self.body(x)
+    def forward(self, x): return self.head(self.features(x))
+
+
+def assisted(name, ranks=None, steps=20):
+    "Weights, the last losses and lambda of an Assisted after some steps on batches of changing size."
+    with torch.random.fork_rng():
+        torch.manual_seed(0); generator, coupling, more = ASSISTED[name](); classifier = Net(2 if "features" in more else 6)
+        modules = {"classifier": classifier, "generator": generator} | {k: m for k, m in more.items() if k == "features"}
+        game = Assisted(classifier, generator, coupling, optimizers={k: Momentum(m.double().parameters(), lr=.02, momentum=.5) for k, m in modules.items()}, **more); game.ranks = ranks
+        start, g = torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), torch.Generator().manual_seed(1)
+        for i in range(steps):
+            n = SIZES[i % len(SIZES)]
+            losses = game.step(Batch(torch.rand(n, 6, generator=g, dtype=torch.float64).round(), torch.randint(3, (n,), generator=g)))
+    return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), torch.stack([*losses.values(), game.weight.value]), start
+
+
 def own_norms(ranks=None):
     "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
     class Own(rules.Consensus):
@@ -139,7 +167,7 @@ def own_norms(ranks=None):
 def follow_one(out):
     ranks = init()
     with together(ranks):
-        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks)}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
+        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks), "assisted": {name: assisted(name, ranks) for name in ASSISTED}}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
 
 
 def few(n=190): return Images(digits("train").images[:n])
