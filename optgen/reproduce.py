@@ -213,6 +213,7 @@ def markdown_table(
 def hours(
     out,     # folder of the results
     *names,  # of experiments
+    clock: str="wall", # or "cpu", which other work on the machine does not touch
 ) -> float:
-    r"Wall clock that their runs took, one after the other."
-    return sum(r["wall_seconds"] for name in names for r in load_results(out, name)) / 3600
+    r"What their runs took, one after the other."
+    return sum(r[f"{clock}_seconds"] for name in names for r in load_results(out, name)) / 3600
