@@ -208,7 +208,8 @@ def markdown_table(
     lines,   # a sequence of cells each
 ) -> str:
     r"A table as pages show it."
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *lines))
+    cell = lambda x: str(x).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in (head, ["---"] * len(head), *lines))
 
 def hours(
     out,     # folder of the results
