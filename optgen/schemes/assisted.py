@@ -54,7 +54,8 @@ def divergence(
     m = torch.stack([d, g]).logsumexp(0) - math.log(2)
     return (kl(d, m) + kl(g, m)) / 2
 
-def check_divergence(kind: str):
+def check_divergence(kind: str):  # ValueError
+    r"Refuse what is none of `DIVERGENCES`."
     if kind not in DIVERGENCES: raise ValueError(f"a divergence is one of {', '.join(map(repr, DIVERGENCES))}; got {kind!r}")
 
 RECEIVERS = ("both", "classifier", "generator")
