@@ -120,20 +120,6 @@ def test_every_label_is_seen_once_before_any_twice():
     assert (counts >= 0).all() and counts.sum() == 20
 
 
-def test_few_labels_and_many_images_beat_few_labels():
-    "The ladder, of the digits that come with the package, against the same perceptron without its decoder, a hundred labels."
-    data, test = digits("train"), digits("test")
-    few = data.take(torch.cat([(data.labels == c).nonzero()[:10, 0] for c in range(10)]))
-    error = {}
-    for prices in ((100., 10., .1, .1), (0., 0., 0., 1e-9)):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            encoder, decoder = LadderEncoder((784, 200, 100, 10)), LadderDecoder((784, 200, 100, 10), prices)
-            scheme = Assisted(encoder, decoder, Denoising(), labelled=few, optimizers={k: Adam(m.parameters(), lr=3e-3) for k, m in (("classifier", encoder), ("generator", decoder))})
-            error[max(prices)] = fit(scheme, data, valid=test, epochs=4, batch_size=100, progress="none")[-1]["valid"]["error"]
-    assert error[100.] < error[1e-9] - .02, error
-
-
 @pytest.mark.cuda
 @everyone
 def test_cuda_as_on_the_cpu(name):
