@@ -8,6 +8,7 @@ __all__ = ['DIVERGENCES', 'RECEIVERS', 'AssistedBatch', 'Terms', 'divergence', '
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510002
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from ..controllers import Constant, Controller
 from ..data import Batch, DataError, Images, bernoulli
 from ..games import Field, Game, Player, Rule
-from ..metrics import calibration, wilson
+from ..metrics import auroc, calibration, log_weights, wilson
 from ..models.vae import elbo_terms
 from ..optim import Adam
 from .feedback import evaluating
@@ -70,6 +71,7 @@ class Coupling:
 
     def noise(self, classifier, generator) -> int: return 0 # standard normal numbers an image
     def terms(self, classifier, generator, batch: AssistedBatch) -> Terms: raise NotImplementedError
+    def typicality(self, classifier, generator, x, eps) -> Tensor|None: return None # (B,), the larger the more usual
     def decode(self, generator, *given, cost) -> tuple:  # 0-dim each: $L_{rec}$, and the generator's own loss where it gets no gradient of that
         r"What `cost` makes of the generator's answer, with the gradient going where `to` lets it."
         still = lambda x: x.detach() if isinstance(x, Tensor) else type(x)(*map(still, x)) if isinstance(x, tuple) else [*map(still, x)] if isinstance(x, list) else x
@@ -104,6 +106,8 @@ class Agreement(Coupling):
         C = divergence(self.kind, self.wire(d, "classifier"), self.wire(J, "generator")).mean()
         return Terms(F.cross_entropy(classifier(batch.labelled), batch.y), C, own)
 
+    def typicality(self, classifier, generator, x, eps): return generator.bound(x, eps=eps).logsumexp(-1)
+
 class Reconstruction(Coupling):
     r"The generator decodes the classifier's features, Eq. (supervised-autoencoder). Le, Patterson & White (2018)."
     def __init__(self,
@@ -121,6 +125,8 @@ class Reconstruction(Coupling):
     def terms(self, classifier, generator, batch):
         C, own = self.decode(generator, classifier.features(batch.x), cost=lambda out: self.error(out, batch.x).mean())
         return Terms(F.cross_entropy(classifier(batch.labelled), batch.y), C, own)
+
+    def typicality(self, classifier, generator, x, eps): return -self.error(generator(classifier.features(x)), x)
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510008
 class Denoising(Coupling):
@@ -157,7 +163,7 @@ class Assisted(Game):
     ):                                     # ValueError for parts that do not fit together, DataError for a labelled set without labels
         if not 0 <= alpha < math.inf: raise ValueError(f"alpha must be a finite number >= 0, got {alpha}")
         if coupling and generator is None: raise ValueError(f"{type(coupling).__name__} couples the classifier to a generator, and there is none: pass generator=")
-        if labelled is not None and labelled.labels is None: raise DataError(f"{labelled.name}: the labelled images have no labels. To mend it: put the images of each class in a folder of its own")
+        if labelled is not None and (labelled.labels is None or (labelled.labels < 0).any()): raise DataError(f"{labelled.name}: labelled images have no labels. To mend it: put the images of each class in a folder of its own, and choose with few_labels")
         self.classifier, self.generator, self.features, self.alpha, self.labelled, self.binarize, self.due = classifier, generator, features, alpha, labelled, binarize, False
         self.coupling = coupling or (Agreement() if generator is not None else Alone())
         self.weight = weight if isinstance(weight, Controller) else Constant(weight)
@@ -212,12 +218,53 @@ class Assisted(Game):
         with evaluating(self.classifier): return self.classifier(self.encoded(x)).softmax(-1)
 
     @torch.no_grad()
-    def evaluate(self, batches) -> dict:  # floats: "error" of held-out labelled images and its 95 % interval, "nll", "ece"
-        found = [(self.predict(batch.x), batch.y) for batch in batches]
-        p, y = torch.cat([p for p, _ in found]).double(), torch.cat([y for _, y in found])
+    def typicality(self,
+        x: Tensor,      # (B, ...)
+        generator=None, # of random numbers, on the device of `x`; torch's own if None
+    ) -> Tensor|None:   # (B,), the larger the more usual; None where the coupling has none
+        r"How usual the generative half finds an image, Eq. (typicality), with one sample."
+        noise = lambda n: torch.randn(len(x), n, generator=generator, dtype=x.dtype, device=x.device)
+        count = self.coupling.noise(self.classifier, self.generator)
+        if self.features is None: return self.coupling.typicality(self.classifier, self.generator, x, noise(count))
+        (mean, log_var), eps = self.features.encoder(x), noise(self.features.z_dim)
+        (found,), _ = log_weights(self.features, x, eps[None], (mean, log_var))
+        if self.generator is None: return found
+        z = self.features.reparameterize(mean, log_var, eps)
+        return found + (z**2 + math.log(2 * math.pi)).sum(-1) / 2 + self.coupling.typicality(self.classifier, self.generator, z, noise(count))
+
+    @torch.no_grad()
+    def judge(self, batches, seed: int=0) -> tuple:  # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None, in evaluation mode
+        r"What the two halves say of images."
+        found, rng = [], None
+        with evaluating(self.classifier):
+            for batch in batches:
+                rng = rng or torch.Generator(batch.x.device).manual_seed(seed)
+                found.append((self.classifier(self.encoded(batch.x)).double(), batch.y, self.typicality(batch.x, rng)))
+        return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
+
+    def evaluate(self,
+        batches,       # of held-out images, those without a class passed over; DataError where none has one
+        outside=None,  # batches of images of another kind
+        seed: int=0,   # of the typicality's sample
+    ) -> dict:         # floats: "error" and its 95 % interval, "nll", "ece"; "auroc" of the typicality and "auroc_confidence" of the class's probability, where there is an outside
+        r"How good the classifier is, how well it knows it, and how well the two tell what is unlike the training images."
+        logits, y, usual = self.judge(batches, seed)
+        if y is None or not (known := y >= 0).any(): raise DataError("the images to be measured on have no labels. To mend it: put the images of each class in a folder of its own")
+        p, y = logits[known].softmax(-1), y[known]
         wrong = (p.argmax(-1) != y).sum().item()
         low, high = wilson(wrong, len(y))
-        return {"error": wrong / len(y), "error_low": low, "error_high": high, "nll": F.nll_loss(p.log().clamp(min=-100.), y).item(), "ece": calibration(p, y).ece.item(), "weight": self.weight.value.item()}
+        result = {"error": wrong / len(y), "error_low": low, "error_high": high, "nll": F.cross_entropy(logits[known], y).item(), "ece": calibration(p, y).ece.item(), "weight": self.weight.value.item()}
+        if outside is not None:
+            others, _, unusual = self.judge(outside, seed)
+            if usual is not None: result["auroc"] = auroc(usual, unusual).item()
+            result["auroc_confidence"] = auroc(*(x.log_softmax(-1).max(-1).values for x in (logits, others))).item()
+        return result
+
+    def to(self, *args, **kwargs):  # as `Game.to`; the labelled images' device too
+        super().to(*args, **kwargs)
+        device = next(self.classifier.parameters()).device
+        if self.labelled is not None: self.labelled = replace(self.labelled, images=self.labelled.images.to(device), labels=self.labelled.labels.to(device))
+        return self
 
     def state_dict(self) -> dict: return super().state_dict() | {"weight": self.weight.state_dict()}
 
