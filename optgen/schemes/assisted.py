@@ -72,6 +72,7 @@ class Coupling:
     def noise(self, classifier, generator) -> int: return 0 # standard normal numbers an image
     def terms(self, classifier, generator, batch: AssistedBatch) -> Terms: raise NotImplementedError
     def typicality(self, classifier, generator, x, eps) -> Tensor|None: return None # (B,), the larger the more usual
+    def sample(self, generator, n: int) -> Tensor|None: return None # (n, ...) from the generator, class after class
     def decode(self, generator, *given, cost) -> tuple:  # 0-dim each: $L_{rec}$, and the generator's own loss where it gets no gradient of that
         r"What `cost` makes of the generator's answer, with the gradient going where `to` lets it."
         still = lambda x: x.detach() if isinstance(x, Tensor) else type(x)(*map(still, x)) if isinstance(x, tuple) else [*map(still, x)] if isinstance(x, list) else x
@@ -107,6 +108,10 @@ class Agreement(Coupling):
         return Terms(F.cross_entropy(classifier(batch.labelled), batch.y), C, own)
 
     def typicality(self, classifier, generator, x, eps): return generator.bound(x, eps=eps).logsumexp(-1)
+
+    def sample(self, generator, n):
+        like = generator.log_prior
+        return generator.decoder(torch.randn(n, generator.z_dim, dtype=like.dtype, device=like.device), torch.arange(n, device=like.device) % len(like))
 
 class Reconstruction(Coupling):
     r"The generator decodes the classifier's features, Eq. (supervised-autoencoder). Le, Patterson & White (2018)."
@@ -231,6 +236,14 @@ class Assisted(Game):
         if self.generator is None: return found
         z = self.features.reparameterize(mean, log_var, eps)
         return found + (z**2 + math.log(2 * math.pi)).sum(-1) / 2 + self.coupling.typicality(self.classifier, self.generator, z, noise(count))
+
+    @torch.no_grad()
+    def sample(self, n: int) -> Tensor|None:  # (n, ...), as the generative half shows them, class after class where it knows classes; None where it can't
+        r"New images."
+        found = self.coupling.sample(self.generator, n)
+        if self.features is None: return found
+        like = next(self.features.parameters())
+        return self.features.decoder(torch.randn(n, self.features.z_dim, dtype=like.dtype, device=like.device) if found is None else found)
 
     @torch.no_grad()
     def judge(self, batches, seed: int=0) -> tuple:  # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None, in evaluation mode
