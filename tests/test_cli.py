@@ -246,3 +246,72 @@ def test_an_autoregressive_model_of_colours_is_refused(tmp_path, capsys):
     assert run(*vae(tmp_path / "mine", "--model", "autoregressive", "--out", tmp_path / "run")) == 2
     said = capsys.readouterr().err
     assert "one channel" in said and "3 channels" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def few_labelled(tmp_path_factory):
+    "Grey images of 8 x 8, dark and light ones in a folder each, and as many without a class."
+    folder, g = tmp_path_factory.mktemp("images") / "mine", torch.Generator().manual_seed(0)
+    for i in range(90):
+        kind = ("dark", "light", "unlabelled")[i % 3]; (folder / kind).mkdir(parents=True, exist_ok=True)
+        low = 0 if kind == "dark" or (kind == "unlabelled" and i % 2) else 120
+        Image.fromarray(torch.randint(low, low + 130, (8, 8), dtype=torch.uint8, generator=g).numpy()).save(folder / kind / f"{i:02}.png")
+    return folder
+
+
+def assisted(folder, *args): return ["train", "assisted", "--data", folder, "--image-size", 8, "--hidden", "16,8", "--z-dim", 2, "--batch-size", 10, "--epochs", 1, "--labels", 12, "--progress", "none", *args]
+
+METHODS = {
+    "plain": ("--method", "plain", "--dropout", .2), "conv": ("--method", "plain", "--model", "conv", "--labels", "all"), "reconstruction": ("--method", "reconstruction:loss=squared,to=classifier", "--weight", "control:target=3"),
+    "conv reconstruction": ("--method", "reconstruction", "--model", "conv", "--weight", "balanced:project=true"), "agreement": ("--method", "agreement:divergence=jensen-shannon", "--weight", "warmup:epochs=1", "--binarize", "dynamic"),
+    "geco": ("--weight", "geco:target=0.5", "--alpha", 2), "m1": ("--method", "m1", "--ema", .9), "m1+m2": ("--method", "m1+m2", "--weight", "cyclical:cycles=1"),
+    "ladder": ("--method", "ladder:noise=0.2", "--patience", 3), "gamma": ("--method", "gamma", "--weight", .5)}
+
+@pytest.mark.parametrize("way", METHODS)
+def test_a_classifier_every_way(way, few_labelled, tmp_path, capsys, undrawn):
+    assert run(*assisted(few_labelled, *METHODS[way], "--out", tmp_path / "run")) == 0
+    assert run("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none") == 0
+    config = json.loads((tmp_path / "run/config.json").read_text())["options"]
+    assert config["classes"] == ["dark", "light"] and (config["labelled"] == "all" if way == "conv" else len(set(config["labelled"])) == 12)
+    capsys.readouterr()
+    assert run("evaluate", tmp_path / "run", "--outside", few_labelled, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch"] == 2 and found["error_low"] <= found["error"] <= found["error_high"] and Image.open(found["diagram"]).size[0] > 200
+    assert 0 <= found["auroc_confidence"] <= 1 and ("auroc" in found) == (way in ("reconstruction", "conv reconstruction", "agreement", "geco", "m1", "m1+m2"))
+    draws = way in ("agreement", "geco", "m1", "m1+m2")
+    assert run("sample", tmp_path / "run", "--n", 4) == (0 if draws else 1) and (tmp_path / "run/samples.png").exists() == draws
+
+
+def test_the_labelled_images_are_balanced_seeded_and_apart_from_the_validation(few_labelled, tmp_path, undrawn, monkeypatch):
+    from optgen import cli, data
+    images = data.load(str(few_labelled), size=8)
+    options = lambda **kw: dict(labels="12", seed=0, holdout=.1) | kw
+    places = {}
+    for seed in (0, 1, 2):
+        o = options(seed=seed); train, valid, more = cli.few_of(o, images); places[seed] = o["labelled"]
+        assert images.labels[o["labelled"]].bincount().tolist() == [6, 6] and torch.equal(more["labelled"].images, images.images[o["labelled"]]) and len(valid) <= 12 and (valid.labels >= 0).all()
+        pixels = lambda d: {x.numpy().tobytes() for x in d.images}
+        assert not pixels(valid) & pixels(train) and pixels(more["labelled"]) < pixels(train) and len(train) + len(valid) == len(images)
+        again = options(seed=seed); cli.few_of(again, images); assert again == o
+    assert places[0] != places[1] != places[2]
+    known = images.take((images.labels >= 0).nonzero().flatten()); _, valid, more = cli.few_of(options(labels="all"), known)
+    assert more == {} and len(valid) == -(-len(known) // 10)  # every batch brings its own classes
+    assert run(*assisted(few_labelled, "--out", tmp_path / "run")) == 0
+    assert json.loads((tmp_path / "run/config.json").read_text())["options"]["labelled"] == places[0]
+
+
+@pytest.mark.parametrize("args, code, word", [
+    (("--method", "dance"), 2, "none of plain, reconstruction, agreement"), (("--method", "plain:to=both"), 2, "takes no arguments"), (("--method", "ladder", "--model", "conv"), 2, "leave out --model conv"), (("--method", "m1", "--weight", "balanced"), 2, "generator"),
+    (("--method", "reconstruction:loss=hinge"), 2, "'bernoulli' or 'squared'"), (("--method", "agreement:to=everyone"), 2, "'everyone'"), (("--weight", "dance"), 2, "none of warmup, cyclical, geco, control, balanced"), (("--weight", "-1"), 2, "at least 0"), (("--weight", "geco"), 2, "wants its target"),
+    (("--labels", "some"), 2, "a whole number or all"), (("--labels", 1), 1, "one label a class"), (("--labels", 1000), 1, "ask for fewer"), (("--alpha", -1), 2, "--alpha"), (("--hidden", "0"), 2, "--hidden")])
+def test_mistakes_with_a_classifier_are_one_line_and_leave_nothing(args, code, word, few_labelled, tmp_path, capsys):
+    assert run(*assisted(few_labelled, *args, "--out", tmp_path / "run")) == code
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_images_without_classes_and_foreign_outsiders_are_refused(few_images, few_labelled, tiny_run, tmp_path, capsys):
+    assert run(*assisted(few_images, "--out", tmp_path / "run")) == 1 and "has no labels" in capsys.readouterr().err
+    assert run(*assisted(few_labelled, "--method", "plain", "--out", tmp_path / "run")) == 0
+    assert run("evaluate", tmp_path / "run", "--outside", "digits") == 2 and "the run's are (1, 8, 8)" in capsys.readouterr().err
+    assert run("evaluate", tiny_run, "--outside", "digits") == 2 and "which beta-vae has not" in capsys.readouterr().err

@@ -28,13 +28,15 @@ def assert_same(a, b):
     assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
 
 
-# Trains in children that the parent forks, so that twenty kills do not import PyTorch twenty times.
+# Trains in children that the parent forks, so that twenty kills do not import PyTorch and what a run needs twenty times.
 KILLER = """
 import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
-from optgen import checkpoint
+from optgen import checkpoint, controllers, data, inner, trainer
 from optgen.cli import main
+from optgen.models import autoregressive, vae
+from optgen.schemes import elbo
 out, seed, tiny = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
 random.seed(seed)
 kills, inside = 0, 0
