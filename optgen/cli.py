@@ -531,12 +531,12 @@ def list_():
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write the result as JSON to this file.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each variant, in turn; medians are reported.")
 @click.option("--data", type=click.Choice(["digits", "mnist"]), help="[default: mnist where it is found, else digits]")
-@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers", "rules", "elbo", "scaling"]), help="Part to run; may be repeated.  [default: all]")
+@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers", "rules", "elbo", "assisted", "scaling"]), help="Part to run; may be repeated.  [default: all]")
 def bench(out, repeats, data, only):
     """Measure speed on this machine.
 
     Side by side, each in turn: an epoch of the article's loop, of a loop by hand, of fit and of fit --compile; the steps of the optimizers; those of the update rules, with their memory;
-    those of a VAE under controllers, with many samples and with inner steps, and its training beside pythae's where that is installed; two processes against one.
+    those of a VAE under controllers, with many samples and with inner steps, and its training beside pythae's where that is installed; those of assisted classifiers; two processes against one.
     """
     from optgen.bench import run_bench, show_bench
     result = run_bench(repeats=repeats, data=data, only=only)
