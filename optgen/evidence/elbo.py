@@ -161,7 +161,7 @@ TRIED = {  # variant -> what its three trials change, by problem
 DENSITY = dict(lr=1e-3, muon=None, batch=100, schedule="constant", ema=None, warmup=0, estimator="elbo", k=1, sampled=False, epochs=40, every=4, held=True, look=[1000, 100], final=None)
 INGREDIENTS = {"plain": {}, "schedule": {"schedule": "linear", "lr": 2e-3}, "averaging": {"ema": .9995}, "estimator": {"estimator": "stl"}, "batch of 20": {"batch": 20}, "warm-up": {"warmup": 5}, "muon": {"muon": 7e-3}}
 ALL = {"schedule": "linear", "ema": .9995, "estimator": "stl", "warmup": 5}
-TOGETHER = ({"lr": 2e-3}, {"muon": 1e-2, "batch": 200}, {"muon": 2e-2, "batch": 200})  # what is tried beside `ALL`
+TOGETHER = ({"lr": 2e-3}, {"muon": 1e-2, "batch": 200}, {"muon": 2e-2, "batch": 200, "warmup": 0})  # what is tried beside `ALL`
 FINAL = {"vae": {"epochs": 200}, "iwae-50": {"epochs": 130, "estimator": "dreg", "k": [[0, 5], [100, 50]], "sampled": True, "warmup": 0}}
 CURVE = dict(hidden=[400, 200], z_dim=20, batch=100, epochs=8, every=8, lr=1e-3, beta=None, asked=None)
 BETAS, ASKED = (.1, .3, 1., 3., 8.), (60., 80., 100., 120., 140.)
