@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'source_state', 'perform',
-           'Worker', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'interval', 'pm', 'markdown_table',
-           'hours']
+           'Worker', 'terminable', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'interval', 'pm',
+           'markdown_table', 'hours']
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
+import contextlib
 import json
 import math
 import multiprocessing
 import os
 import signal
 import subprocess
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -117,6 +119,15 @@ class Worker:
     def stop(self): self.pipe.close(); self.process.terminate(); self.process.join()
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-5
+@contextlib.contextmanager
+def terminable():
+    r"Inside, SIGTERM raises SystemExit, so that what is to be tidied up is; not in other threads than the main one, whose signals are not theirs."
+    if threading.current_thread() is not threading.main_thread(): yield; return
+    def leave(signum, frame): raise SystemExit(128 + signum)
+    before = signal.signal(signal.SIGTERM, leave)
+    try: yield
+    finally: signal.signal(signal.SIGTERM, before)
+
 def missing(tasks: list[Task]) -> list[Task]:  # those without a result, errors among them; `ReproduceError` for a result of another configuration
     r"What is left to do."
     left = []
@@ -134,14 +145,14 @@ def reproduce(
     threads: int=1,                # of each
     progress: bool=True,           # show a line with the number of runs done
 ) -> dict:                         # {"done", "skipped"}: numbers of runs
-    r"Do the runs that have no result yet. `ReproduceError` at the end names those that failed; ctrl-C loses at most the runs that were under way."
+    r"Do the runs that have no result yet. `ReproduceError` at the end names those that failed; ctrl-C and SIGTERM (SystemExit) lose at most the runs that were under way."
     tasks = [task for e in experiments for task in tasks_of(e, out)]
     left, failed, done = missing(tasks), [], 0
     if jobs < 1 or threads < 1: raise ValueError(f"jobs and threads must be at least 1, got {jobs} and {threads}")
     queue, workers = iter(left), []
     from optgen.trainer import environment  # here, since the workers, who import this module, need nothing of it
     about = {"environment": environment() | {"threads": threads, "cpus": os.cpu_count()}, **source_state()}
-    with tqdm(total=len(left), unit="run", disable=not progress) as bar:
+    with terminable(), tqdm(total=len(left), unit="run", disable=not progress) as bar:
         try:
             for _, task in zip(range(jobs), queue): workers.append(Worker(threads)); workers[-1].give(task)
             while busy := {w.pipe: w for w in workers}:
