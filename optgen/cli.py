@@ -6,8 +6,8 @@
 __all__ = ['DATA', 'OPTIMIZERS', 'RULES', 'BETAS', 'METHODS', 'WEIGHTS', 'INFERENCE', 'SCHEMES', 'CLAIMS', 'build_optimizer',
            'parse', 'made', 'number', 'build_controller', 'build_beta', 'build_weight', 'build_inference', 'build_rule',
            'apart', 'Scheme', 'common', 'add_scheme', 'pick_device', 'open_run', 'cli', 'Train', 'train', 'start',
-           'go_on', 'free_folder', 'run', 'widths', 'build_beta_vae', 'build_feedback_gan', 'few_of', 'build_assisted',
-           'draw_reliability', 'sample', 'evaluate', 'list_', 'bench', 'reproduce', 'as_one', 'main']
+           'go_on', 'free_folder', 'run', 'widths', 'build_beta_vae', 'build_feedback_gan', 'class_names', 'few_of',
+           'build_assisted', 'sample', 'evaluate', 'list_', 'bench', 'reproduce', 'as_one', 'main']
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4
 import contextlib
@@ -390,21 +390,30 @@ add_scheme("feedback-gan", Scheme(build_feedback_gan, "generative adversarial ne
     click.option("--z-dim", type=click.IntRange(1), default=64, show_default=True, help="Latent dimensions.")], ema=.999)
 
 # %% ../nbs/40_training/43_cli.ipynb #8ad92d1b
+def class_names(images) -> list:
+    r"Of the labels 0, 1, …"
+    return list(images.classes) or [str(c) for c in range(0 if images.labels is None else int(images.labels.max()) + 1)]
+
 def few_of(options: dict, images) -> tuple:
-    r"Some labelled images, at most as many as the classifier is given, are kept for validation; of the others it is given as many as were asked for, of every class alike many, and all of them without their classes."
+    r"As many labelled images as were asked for, of every class alike many, and all of the set without their classes; of the other labelled images some, at most as many, are kept for validation. Where all labels are asked for, a part of every class is kept."
     import torch
     from optgen.data import ImageFiles, few_labels
-    asked, seed = options["labels"], options["seed"]
+    asked, part, seed = options["labels"], options["holdout"], options["seed"]
     if asked != "all" and not asked.isdecimal(): raise click.UsageError(f"--labels takes a whole number or all, got {asked!r}")
-    part = math.ceil(options["holdout"] * (0 if images.labels is None else (images.labels >= 0).sum().item()))
-    held = few_labels(images, part if asked == "all" else min(part, int(asked)), -1 - seed)
+    options["classes"], order = class_names(images), torch.Generator().manual_seed(seed)
+    chosen = few_labels(images, int(asked) if asked != "all" else len(options["classes"]), seed)  # which tells of missing labels
+    known = (images.labels >= 0).nonzero().flatten()
+    some = lambda places, n: places[torch.randperm(len(places), generator=order)[:n]]
+    if asked == "all": held = torch.cat([some(p, min(math.ceil(part * len(p)), len(p) - 1)) for c in range(len(options["classes"])) for p in [known[images.labels[known] == c]]])
+    else: held = some(known[~torch.isin(known, chosen)], min(math.ceil(part * len(known)), int(asked)))
+    if len(held) < 2: raise click.UsageError(f"--labels {asked} leaves {len(held)} of {len(known)} labelled images for validation, which needs two at least")
+    held = held.sort().values
     rest = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
-    images, valid = images.take(rest), images.take(held)
-    chosen = (images.labels >= 0).nonzero().flatten() if asked == "all" else few_labels(images, int(asked), seed)
-    options["classes"] = list(images.classes) or [str(c) for c in range(int(images.labels.max()) + 1)]
-    options["labelled"] = rest[chosen].tolist() if asked != "all" else "all"
-    if len(chosen) == len(images): return images, valid, {}
-    few = images.take(chosen)
+    if asked == "all": chosen = known[~torch.isin(known, held)]
+    options["labelled"] = chosen.tolist() if asked != "all" else "all"
+    images, valid, few = images.take(rest), images.take(held), images.take(chosen)
+    if len(few) == len(images): return images, valid, {}  # every batch brings its own classes
+    if isinstance(few, ImageFiles) and len(few) * math.prod(few.shape) > 2**31: raise click.UsageError(f"--labels {asked}: {len(few)} labelled images of shape {few.shape} do not go into 2 GiB of memory, where those beside unlabelled ones must lie: ask for fewer")
     return images, valid, {"labelled": few.read() if isinstance(few, ImageFiles) else few}
 
 def build_assisted(options: dict, shape: tuple, labelled=None):
@@ -420,6 +429,8 @@ def build_assisted(options: dict, shape: tuple, labelled=None):
     kind, usual, _ = METHODS[method]
     if options["model"] == "conv" and method in ("m1", "m1+m2", "ladder", "gamma"): raise click.UsageError(f"--method {method} has a classifier of its own: leave out --model conv")
     if given and not kind: raise click.UsageError(f"--method {method} takes no arguments, got {', '.join(given)}")
+    if options["weight"] is not None and method in ("plain", "m1"): raise click.UsageError(f"--weight weighs an assistance, and --method {method} has none")
+    if options["dropout"] and method in ("ladder", "gamma"): raise click.UsageError(f"--dropout: the {method} has noise of its own: leave it out, or take --method {method}:noise=…")
     x_dim, classes, z_dim, hidden = math.prod(shape), len(options["classes"]), options["z_dim"], widths(options["hidden"])
     sizes, of_vectors = (x_dim, *hidden, classes), lambda n: Perceptron(n, classes, hidden, options["dropout"])
     classifier = Classifier(shape, classes, dropout=options["dropout"]) if options["model"] == "conv" else of_vectors(z_dim if method in ("m1", "m1+m2") else x_dim)
@@ -436,7 +447,7 @@ def build_assisted(options: dict, shape: tuple, labelled=None):
                              optimizers=optimizers, **build_weight(usual if options["weight"] is None else options["weight"], options))
 
 add_scheme("assisted", Scheme(build_assisted, "classifier with few labels, assisted by a generative model", classifies=True, divide=few_of), [
-    click.option("--labels", default="100", show_default=True, metavar="N|all", help="Labelled images to learn from, of every class alike many. The rest serves without its classes, as does a folder unlabelled/."),
+    click.option("--labels", default="100", show_default=True, metavar="N|all", help="Labelled images to learn from, of every class alike many. The rest serves without its classes, as does a folder unlabelled/; of it at most as many, with their classes, for validation."),
     click.option("--method", default="agreement", show_default=True, metavar="NAME[:KEY=VALUE,…]", help="How the generator assists; optgen list names the methods."),
     click.option("--weight", metavar="NUMBER|NAME[:KEY=VALUE,…]", help="Weight of the assistance, or what sets it, such as balanced.  [default: the method's usual]"),
     click.option("--alpha", type=click.FloatRange(0), default=1., show_default=True, help="Weight of the classification loss."),
@@ -445,14 +456,6 @@ add_scheme("assisted", Scheme(build_assisted, "classifier with few labels, assis
     click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True, help="Share of the classifier's units that are dropped in training."),
     click.option("--z-dim", type=click.IntRange(1), default=50, show_default=True, help="Latent dimensions of the generator."),
     click.option("--binarize", type=click.Choice(["none", "dynamic"]), default="none", show_default=True, help="Draw black or white for each grey pixel, anew at each visit: then a generator's bound is a likelihood.")])
-
-def draw_reliability(scheme, batches, path: Path):
-    r"The diagram of the probabilities that a classifier gives."
-    from optgen.metrics import calibration
-    from optgen.viz import reliability
-    logits, y, _ = scheme.judge(batches)
-    p, y = logits[y >= 0].softmax(-1), y[y >= 0]
-    reliability(calibration(p, y), error=(p.argmax(-1) != y).double().mean()).savefig(path, dpi=110)
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-10
 @cli.command()
@@ -490,8 +493,8 @@ def evaluate(folder, k, limit, outside, split, seed, device, as_json):
     A VAE: the bound and its parts, rate and distortion, the negative log-likelihood by k importance samples an image, its standard errors, the mutual information of latents and images with the ceiling of its estimate,
     and the active units. A GAN: its losses, and the Fréchet distance of as many samples
     to the images, in the features of the classifier of digits that comes with the package (for images of another shape than 1 x 28 x 28, in their 8 x 8 means), beside the distance that real images would have.
-    A classifier: its error with a 95 % interval, the negative log-likelihood of the classes, its calibration error and the diagram of it, reliability.png; and how well images from outside are told, by the generator's
-    likelihood and by the classifier's confidence: the area under the ROC curve.
+    A classifier: its error with a 95 % interval, the negative log-likelihood of the classes, its calibration error and the diagram of it; and how well test images (or all those of a folder) from outside are told, by the
+    generator's likelihood and by the classifier's confidence: the area under the ROC curve.
     """
     from optgen import data
     config, scheme, state = open_run(folder, device)
@@ -499,16 +502,18 @@ def evaluate(folder, k, limit, outside, split, seed, device, as_json):
     if k and not likelihood: raise click.UsageError(f"--k counts importance samples of a likelihood, which {config['scheme']} has not")
     if outside and not classifies: raise click.UsageError(f"--outside is told from the run's images by a classifier, which {config['scheme']} has not")
     grey = options.get("binarize", "none") == "none"
-    def batches(name, split):
-        images = data.load(name, split, size=options["image_size"])
+    def batches(name, split, part=.1):
+        images = data.image_folder(name, split, options["image_size"], holdout=part) if Path(name).is_dir() else data.load(name, split)
         if list(images.shape) != config["shape"]: raise click.UsageError(f"{images.name} has images of shape {tuple(images.shape)}, and the run's are {tuple(config['shape'])}")
         loader = data.Loader(images, 100, device=pick_device(device), shuffle=False, binarize=None if grey else "static" if isinstance(images, data.Images) else "dynamic")
         return images, lambda: itertools.islice(loader, limit and math.ceil(limit / 100))
     images, inside = batches(options["data"], split)
-    result = scheme.evaluate(inside(), seed=seed, **({"k": k or 1000} if likelihood else {}), **({"outside": batches(outside, "test")[1]()} if outside else {}))
+    more = {"k": k or 1000} if likelihood else {}
     if classifies:
-        diagram = Path(folder) / "reliability.png"
-        draw_reliability(scheme, inside(), diagram); result["diagram"] = str(diagram)
+        if images.labels is not None and class_names(images) != options["classes"]: raise click.ClickException(f"{images.name} has the classes {', '.join(class_names(images))}, and the run learnt {', '.join(options['classes'])}")
+        more = {"diagram": Path(folder) / f"reliability-{split}.png"} | ({"outside": batches(outside, "test", part=1.)[1]()} if outside else {})
+    result = scheme.evaluate(inside(), seed=seed, **more)
+    if classifies: result["diagram"] = str(more["diagram"])
     pixels = {"pixels": "grey" if options.get("likelihood") == "gaussian" else "grey: a score, not a likelihood" if grey else "binarised once"} if likelihood else {}
     result = {"run": str(folder), "scheme": config["scheme"], "data": images.name, "split": split, "epoch": state["epoch"], **pixels, **result}
     if as_json: return click.echo(json.dumps(result))

@@ -301,8 +301,8 @@ def few_labels(
     seed: int=0,             # of the choice
 ) -> torch.Tensor:           # (n,) int64, places in `data`, ascending; DataError without labels, and where a class has too few images
     r"A class-balanced choice of labelled images, Eq. (few-labels)."
-    if data.labels is None: raise _bad(data.name, "has no labels", "put the images of each class in a folder of its own")
-    classes, rng = int(data.labels.max()) + 1, torch.Generator().manual_seed(_hash("few labels", seed))
+    if data.labels is None or not (data.labels >= 0).any(): raise _bad(data.name, "has no labels", "put the images of each class in a folder of its own")
+    classes, rng = max(len(data.classes), int(data.labels.max()) + 1), torch.Generator().manual_seed(_hash("few labels", seed))
     if n < classes: raise _bad(f"few_labels(n={n})", f"{data.name} has {classes} classes", "ask for one label a class at least")
     more, chosen = torch.randperm(classes, generator=rng)[:n % classes].tolist(), []
     for c in range(classes):

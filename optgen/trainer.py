@@ -369,9 +369,10 @@ def place(scheme: Game, device, ranks):  # the device; of several of a kind, the
     if device is not None or ranks: scheme.to(here)
     return next(p for player in scheme.players.values() for p in player.params.values()).device
 
-def loaders(data, valid, batch_size: int, device, binarize, seed: int) -> tuple:
-    r"Loaders of the training and the validation data, those that are none yet."
-    if not isinstance(data, Loader): data = Loader(data, batch_size, device=device, binarize=binarize, seed=seed)
+def loaders(scheme, data, valid, batch_size: int, device, binarize, seed: int) -> tuple:
+    r"Loaders of the training and the validation data, those that are none yet. Where a module says that it normalises over the batch, what is left of an epoch makes none."
+    whole = any(getattr(m, "normalises_batch", False) for player in scheme.players.values() if player.module for m in player.module.modules())
+    if not isinstance(data, Loader): data = Loader(data, batch_size, device=device, binarize=binarize, seed=seed, drop_last=whole)
     if valid is None or isinstance(valid, Loader): return data, valid
     binarize = binarize and ("static" if isinstance(valid, Images) else "dynamic")
     return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize)
@@ -402,7 +403,7 @@ def fit(
     with together(ranks := init()):
         check_request(scheme, valid, out, resume, patience, precision, progress)
         first, device = not (ranks and ranks.rank), place(scheme, device, ranks)
-        loader, valid = loaders(data, valid, batch_size, device, binarize, seed)
+        loader, valid = loaders(scheme, data, valid, batch_size, device, binarize, seed)
         average = Ema(scheme, ema) if ema else None
         folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None and first else None
         run = Run(scheme, loader, average, ranks, folder, valid, patience, samples, checkpoint_steps=checkpoint_steps,

@@ -91,12 +91,14 @@ def reliability(
     error=None,  # share that is wrong, for the title
 ) -> Figure:
     r"How often a classifier is right, by how sure it is, Eq. (ece)."
+    sure = found.confidence.tolist()
     accuracy, share = found.accuracy.nan_to_num(0.).tolist(), (found.counts / found.counts.sum()).tolist()
     width = 1 / len(share); middle = [(i + .5) * width for i in range(len(share))]
     fig = Figure(figsize=(3.2, 3.8), layout="constrained")
     top, below = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
-    top.bar(middle, accuracy, width, edgecolor="white"); top.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    top.bar(middle, accuracy, width, edgecolor="white"); top.hlines(sure, [m - width / 2 for m in middle], [m + width / 2 for m in middle], color="k", lw=1.2)
+    top.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
     top.set_title(", ".join([*([f"error {error:.2%}"] if error is not None else []), f"calibration error {found.ece:.2%}"]), fontsize=9)
     below.bar(middle, share, width, color="0.6", edgecolor="white"); below.set(xlabel="probability of the named class", ylabel="share")
     return fig

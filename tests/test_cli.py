@@ -268,42 +268,53 @@ METHODS = {
     "ladder": ("--method", "ladder:noise=0.2", "--patience", 3), "gamma": ("--method", "gamma", "--weight", .5)}
 
 @pytest.mark.parametrize("way", METHODS)
-def test_a_classifier_every_way(way, few_labelled, tmp_path, capsys, undrawn):
+def test_a_classifier_every_way(way, few_labelled, few_images, tmp_path, capsys, undrawn):
     assert run(*assisted(few_labelled, *METHODS[way], "--out", tmp_path / "run")) == 0
     assert run("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none") == 0
     config = json.loads((tmp_path / "run/config.json").read_text())["options"]
     assert config["classes"] == ["dark", "light"] and (config["labelled"] == "all" if way == "conv" else len(set(config["labelled"])) == 12)
     capsys.readouterr()
-    assert run("evaluate", tmp_path / "run", "--outside", few_labelled, "--json") == 0
+    assert run("evaluate", tmp_path / "run", "--outside", few_images, "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["epoch"] == 2 and found["error_low"] <= found["error"] <= found["error_high"] and Image.open(found["diagram"]).size[0] > 200
+    assert found["epoch"] == 2 and found["n_outside"] == 60 and found["n"] > 2 and found["error_low"] <= found["error"] <= found["error_high"] and Image.open(found["diagram"]).size[0] > 200
     assert 0 <= found["auroc_confidence"] <= 1 and ("auroc" in found) == (way in ("reconstruction", "conv reconstruction", "agreement", "geco", "m1", "m1+m2"))
     draws = way in ("agreement", "geco", "m1", "m1+m2")
     assert run("sample", tmp_path / "run", "--n", 4) == (0 if draws else 1) and (tmp_path / "run/samples.png").exists() == draws
 
 
-def test_the_labelled_images_are_balanced_seeded_and_apart_from_the_validation(few_labelled, tmp_path, undrawn, monkeypatch):
+def test_the_labelled_images_are_balanced_seeded_and_apart_from_the_validation(few_labelled, tmp_path, undrawn):
     from optgen import cli, data
     images = data.load(str(few_labelled), size=8)
     options = lambda **kw: dict(labels="12", seed=0, holdout=.1) | kw
+    pixels = lambda d: {x.numpy().tobytes() for x in d.images}
     places = {}
     for seed in (0, 1, 2):
         o = options(seed=seed); train, valid, more = cli.few_of(o, images); places[seed] = o["labelled"]
-        assert images.labels[o["labelled"]].bincount().tolist() == [6, 6] and torch.equal(more["labelled"].images, images.images[o["labelled"]]) and len(valid) <= 12 and (valid.labels >= 0).all()
-        pixels = lambda d: {x.numpy().tobytes() for x in d.images}
+        assert images.labels[o["labelled"]].bincount().tolist() == [6, 6] and torch.equal(more["labelled"].images, images.images[o["labelled"]]) and 2 <= len(valid) <= 12 and (valid.labels >= 0).all()
         assert not pixels(valid) & pixels(train) and pixels(more["labelled"]) < pixels(train) and len(train) + len(valid) == len(images)
         again = options(seed=seed); cli.few_of(again, images); assert again == o
     assert places[0] != places[1] != places[2]
-    known = images.take((images.labels >= 0).nonzero().flatten()); _, valid, more = cli.few_of(options(labels="all"), known)
-    assert more == {} and len(valid) == -(-len(known) // 10)  # every batch brings its own classes
+    known = images.take((images.labels >= 0).nonzero().flatten()); train, valid, more = cli.few_of(options(labels="all"), known)
+    assert more == {} and (train.labels.bincount() >= 9 * valid.labels.bincount() - 10).all()  # every batch brings its own classes
     assert run(*assisted(few_labelled, "--out", tmp_path / "run")) == 0
     assert json.loads((tmp_path / "run/config.json").read_text())["options"]["labelled"] == places[0]
 
 
+def test_rare_classes_are_not_lost_to_validation():
+    from optgen import cli, data
+    labels = torch.cat([torch.zeros(1000), torch.ones(5), -torch.ones(7)]).long(); rare = data.Images(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)
+    train, valid, more = cli.few_of(dict(labels="all", seed=0, holdout=.1), rare)
+    assert valid.labels.bincount().tolist() == [100, 1] and more["labelled"].labels.bincount().tolist() == [900, 4] and len(train) == 911
+    train, valid, more = cli.few_of(dict(labels="10", seed=0, holdout=.1), rare)
+    assert more["labelled"].labels.bincount().tolist() == [5, 5] and len(valid) == 10
+    few = rare.take(torch.tensor([0, 1, 2, 3, 1000, 1001, 1002, 1003, *range(1005, 1012)])); _, valid, more = cli.few_of(dict(labels="all", seed=0, holdout=.1), few)
+    assert valid.labels.tolist() == [0, 1] and more["labelled"].labels.bincount().tolist() == [3, 3]
+
+
 @pytest.mark.parametrize("args, code, word", [
-    (("--method", "dance"), 2, "none of plain, reconstruction, agreement"), (("--method", "plain:to=both"), 2, "takes no arguments"), (("--method", "ladder", "--model", "conv"), 2, "leave out --model conv"), (("--method", "m1", "--weight", "balanced"), 2, "generator"),
+    (("--method", "dance"), 2, "none of plain, reconstruction, agreement"), (("--method", "plain:to=both"), 2, "takes no arguments"), (("--method", "ladder", "--model", "conv"), 2, "leave out --model conv"), (("--method", "m1", "--weight", "balanced"), 2, "has none"),
     (("--method", "reconstruction:loss=hinge"), 2, "'bernoulli' or 'squared'"), (("--method", "agreement:to=everyone"), 2, "'everyone'"), (("--weight", "dance"), 2, "none of warmup, cyclical, geco, control, balanced"), (("--weight", "-1"), 2, "at least 0"), (("--weight", "geco"), 2, "wants its target"),
-    (("--labels", "some"), 2, "a whole number or all"), (("--labels", 1), 1, "one label a class"), (("--labels", 1000), 1, "ask for fewer"), (("--alpha", -1), 2, "--alpha"), (("--hidden", "0"), 2, "--hidden")])
+    (("--labels", "some"), 2, "a whole number or all"), (("--labels", 1), 1, "one label a class"), (("--labels", 1000), 1, "ask for fewer"), (("--labels", 20, "--holdout", .01), 2, "for validation"), (("--method", "plain", "--weight", 1), 2, "has none"), (("--method", "gamma", "--dropout", .1), 2, "noise=…"), (("--method", "ladder:noise=-1"), 2, "at least 0"), (("--method", "ladder:noise=high"), 2, "at least 0"), (("--alpha", -1), 2, "--alpha"), (("--hidden", "0"), 2, "--hidden")])
 def test_mistakes_with_a_classifier_are_one_line_and_leave_nothing(args, code, word, few_labelled, tmp_path, capsys):
     assert run(*assisted(few_labelled, *args, "--out", tmp_path / "run")) == code
     said = capsys.readouterr().err
@@ -314,4 +325,6 @@ def test_images_without_classes_and_foreign_outsiders_are_refused(few_images, fe
     assert run(*assisted(few_images, "--out", tmp_path / "run")) == 1 and "has no labels" in capsys.readouterr().err
     assert run(*assisted(few_labelled, "--method", "plain", "--out", tmp_path / "run")) == 0
     assert run("evaluate", tmp_path / "run", "--outside", "digits") == 2 and "the run's are (1, 8, 8)" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run/config.json").read_text()); config["options"]["classes"] = ["dark", "bright"]; (tmp_path / "run/config.json").write_text(json.dumps(config))
+    assert run("evaluate", tmp_path / "run") == 1 and "the run learnt dark, bright" in capsys.readouterr().err
     assert run("evaluate", tiny_run, "--outside", "digits") == 2 and "which beta-vae has not" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from .vae import LatentModel, _check_sizes, bernoulli_log_likelihood, gaussian_kl
+from .vae import LatentModel, _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/27_conditional.ipynb #c27a0006
 class ConditionalVAE(LatentModel):
@@ -64,11 +64,12 @@ class ConditionalVAE(LatentModel):
         y=None,   # (B,) int64, 0 ... K - 1; None: every class
         eps=None, # standard normal, (B, z_dim), the same for every class; or (B, K, z_dim) where y is None; drawn here if None
     ):            # nats, (B,), or (B, K) where y is None
-        r"An estimate of $J(x,y)$ with one sample of $z$, Eq. (joint-bound)."
+        r"An estimate of $J(x,y)$ with one sample of $z$, Eq. (joint-sample)."
         mean, log_var = self.encoder(x, y)
         if eps is None: eps = torch.randn_like(mean if y is not None else mean[:, 0])
-        z = self.reparameterize(mean, log_var, eps[:, None].expand_as(mean) if eps.dim() < mean.dim() else eps)
-        return self.log_likelihood(x, z, y) - gaussian_kl(mean, log_var).sum(-1) + (self.log_prior if y is None else self.log_prior[y])
+        eps = eps[:, None].expand_as(mean) if eps.dim() < mean.dim() else eps
+        z = self.reparameterize(mean, log_var, eps)
+        return self.log_likelihood(x, z, y) + (eps**2 + log_var - z**2).sum(-1) / 2 + (self.log_prior if y is None else self.log_prior[y])
 
     def forward(self, x, eps=None):
         r"$J(x,\cdot)$, (B, K): logits of the classifier that the model is, Eq. (class-posterior)."

@@ -20,8 +20,8 @@ class Path(NamedTuple):
     var: list      # the same, 1.0 at the input
 
 class LadderEncoder(nn.Module):
-    r"A perceptron with batch normalisation and noise at every layer, Eq. (ladder-clean), Eq. (ladder-noisy). Raises ValueError for fewer than one layer or a size below 1."
-    normalises_batch = True # for who spreads batches over processes
+    r"A perceptron with batch normalisation and noise at every layer, Eq. (ladder-clean), Eq. (ladder-noisy). Raises ValueError for fewer than one layer, a size below 1, a noise or a decay that is none."
+    normalises_batch = True # for who spreads batches over processes, or makes a last one of what is left
     def __init__(self,
         sizes=(784, 1000, 500, 250, 250, 250, 10), # $m_0,\dots,m_L$: numbers in an image, units, classes
         noise: float=.3,      # standard deviation $s$
@@ -30,6 +30,8 @@ class LadderEncoder(nn.Module):
     ):
         super().__init__()
         if len(sizes) < 2 or min(sizes) < 1: raise ValueError(f"a ladder needs sizes of at least 1, two of them or more, got {tuple(sizes)}")
+        if not (isinstance(noise, (int, float)) and 0 <= noise < float("inf")): raise ValueError(f"noise is a finite number of at least 0, got {noise!r}")
+        if not 0 <= decay < 1: raise ValueError(f"decay lies in [0, 1), got {decay!r}")
         self.sizes, self.noise, self.decay, self.eps = tuple(sizes), noise, decay, eps
         self.maps = nn.ModuleList(nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:]))
         for layer in self.maps: nn.init.normal_(layer.weight, std=layer.in_features**-.5)
@@ -37,6 +39,7 @@ class LadderEncoder(nn.Module):
         self.scale = nn.Parameter(torch.ones(sizes[-1]))
         for name, value in (("mean", 0.), ("var", 1.)):
             for l, n in enumerate(sizes[1:], 1): self.register_buffer(f"{name}{l}", torch.full((n,), value))
+        self.register_buffer("followed", torch.zeros((), dtype=torch.int64))
 
     def path(self,
         x,              # (B, ...) of m_0 numbers each; ValueError for others
@@ -45,6 +48,7 @@ class LadderEncoder(nn.Module):
     ) -> Path:          # means and variances are those of the last part
         r"A pass with the statistics of the batch, Eq. (ladder-clean) or Eq. (ladder-noisy)."
         if x.shape[1:].numel() != self.sizes[0]: raise ValueError(f"expected a batch of examples of {self.sizes[0]} numbers, got shape {tuple(x.shape)}")
+        if parts != () and min(parts or [len(x)]) < 2: raise ValueError("the ladder normalises over the batch, and one example has no spread: take batches of two at least, or evaluation mode")
         noise = [0.] * len(self.sizes) if eps is None else (self.noise * eps).split(self.sizes, -1)
         h = x.flatten(1) + noise[0]
         zs, means, variances = [h], [0.], [1.]
@@ -54,7 +58,7 @@ class LadderEncoder(nn.Module):
             else: normal = a.split(parts or [len(a)])
             out = []
             for part in normal:
-                if parts != (): var, mean = torch.var_mean(part, 0, correction=0)
+                if parts != (): var, mean = torch.var_mean(part.to(torch.promote_types(part.dtype, torch.float32)), 0, correction=0)
                 out.append((part - mean) * (var + self.eps).rsqrt())
             z = torch.cat(out) + noise[l]
             zs.append(z); means.append(mean); variances.append(var)
@@ -63,9 +67,10 @@ class LadderEncoder(nn.Module):
         return Path(zs, h, means, variances)
 
     @torch.no_grad()
-    def follow(self, path: Path):  # the running statistics take a step towards those of a clean path
+    def follow(self, path: Path):  # the running statistics take a step towards those of a clean path: to their mean at first, later as far as `decay` lets them
+        self.followed += 1
         for l in range(1, len(self.sizes)):
-            for name, found in (("mean", path.mean[l]), ("var", path.var[l])): getattr(self, f"{name}{l}").lerp_(found.detach().to(getattr(self, f"{name}{l}")), 1 - self.decay)
+            for name, found in (("mean", path.mean[l]), ("var", path.var[l])): (kept := getattr(self, f"{name}{l}")).lerp_(found.detach().to(kept), (1 / self.followed.to(kept.dtype)).clamp(min=1 - self.decay))
 
     def forward(self, x):
         r"Logits (B, classes) of the clean path: by the batch's statistics in training mode, by the running ones in evaluation mode."

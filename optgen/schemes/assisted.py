@@ -15,13 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..controllers import Constant, Controller
-from ..data import Batch, DataError, Images, bernoulli
+from ..controllers import Constant, Controller, FreeBits, SigmaVae
+from ..data import Batch, DataError, ImageFiles, Images, bernoulli
 from ..games import Field, Game, Player, Rule
 from ..metrics import auroc, calibration, log_weights, wilson
 from ..models.vae import elbo_terms
 from ..optim import Adam
 from .feedback import evaluating
+from ..viz import reliability
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510006
 class AssistedBatch(NamedTuple):
@@ -159,7 +160,7 @@ class Assisted(Game):
         generator: nn.Module|None=None,    # what the coupling wants
         coupling: Coupling|None=None,      # by default `Agreement()` where there is a generator
         weight: float|Controller=1.,       # $\lambda\ge0$, or what sets it from $L_{rec}$ (its rate) and $L_{cls}$ (its distortion)
-        labelled: Images|None=None,        # images of known class; by default every batch brings the classes of its own
+        labelled: Images|None=None,        # images of known class; by default every batch brings the classes of its own, none of them -1
         alpha: float=1.,                   # $\alpha\ge0$, weight of $L_{cls}$
         features: nn.Module|None=None,     # a VAE
         binarize: bool=False,              # draw the labelled images' pixels, as the batches' are
@@ -167,7 +168,10 @@ class Assisted(Game):
         rule=None,                         # how the players step, by default together
     ):                                     # ValueError for parts that do not fit together, DataError for a labelled set without labels
         if not 0 <= alpha < math.inf: raise ValueError(f"alpha must be a finite number >= 0, got {alpha}")
-        if coupling and generator is None: raise ValueError(f"{type(coupling).__name__} couples the classifier to a generator, and there is none: pass generator=")
+        if coupling and generator is None and not isinstance(coupling, Alone): raise ValueError(f"{type(coupling).__name__} couples the classifier to a generator, and there is none: pass generator=")
+        if isinstance(labelled, ImageFiles): raise DataError(f"{labelled.name}: the labelled images lie on disk. To mend it: pass labelled.read()")
+        if labelled is not None and not len(labelled): raise DataError(f"{labelled.name}: no labelled images. To mend it: choose one a class at least")
+        if isinstance(weight, (FreeBits, SigmaVae)): raise ValueError(f"{type(weight).__name__} is of the latents or the variance of a VAE, and no weight of an assistance")
         if labelled is not None and (labelled.labels is None or (labelled.labels < 0).any()): raise DataError(f"{labelled.name}: labelled images have no labels. To mend it: put the images of each class in a folder of its own, and choose with few_labels")
         self.classifier, self.generator, self.features, self.alpha, self.labelled, self.binarize, self.due = classifier, generator, features, alpha, labelled, binarize, False
         self.coupling = coupling or (Agreement() if generator is not None else Alone())
@@ -220,7 +224,7 @@ class Assisted(Game):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:  # (B, ...) -> (B, K) probabilities, in evaluation mode
-        with evaluating(self.classifier): return self.classifier(self.encoded(x)).softmax(-1)
+        with evaluating(*(player.module for player in self.players.values())): return self.classifier(self.encoded(x)).softmax(-1)
 
     @torch.no_grad()
     def typicality(self,
@@ -246,29 +250,36 @@ class Assisted(Game):
         return self.features.decoder(torch.randn(n, self.features.z_dim, dtype=like.dtype, device=like.device) if found is None else found)
 
     @torch.no_grad()
-    def judge(self, batches, seed: int=0) -> tuple:  # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None, in evaluation mode
-        r"What the two halves say of images."
+    def judge(self,
+        batches,
+        seed: int=0,           # of the typicality's sample
+        typical: bool=True,    # is it asked for?
+    ) -> tuple:                # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None
+        r"What the two halves say of images, in evaluation mode."
         found, rng = [], None
-        with evaluating(self.classifier):
+        with evaluating(*(player.module for player in self.players.values())):
             for batch in batches:
                 rng = rng or torch.Generator(batch.x.device).manual_seed(seed)
-                found.append((self.classifier(self.encoded(batch.x)).double(), batch.y, self.typicality(batch.x, rng)))
+                found.append((self.classifier(self.encoded(batch.x)).double(), batch.y, self.typicality(batch.x, rng) if typical else None))
         return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
 
     def evaluate(self,
         batches,       # of held-out images, those without a class passed over; DataError where none has one
         outside=None,  # batches of images of another kind
         seed: int=0,   # of the typicality's sample
-    ) -> dict:         # floats: "error" and its 95 % interval, "nll", "ece"; "auroc" of the typicality and "auroc_confidence" of the class's probability, where there is an outside
+        diagram=None,  # path of a PNG, where the reliability diagram is drawn
+    ) -> dict:         # "error" of `n` images and its 95 % interval, "nll", "ece"; of `n_outside` more "auroc" of the typicality and "auroc_confidence" of the class's probability
         r"How good the classifier is, how well it knows it, and how well the two tell what is unlike the training images."
-        logits, y, usual = self.judge(batches, seed)
+        logits, y, usual = self.judge(batches, seed, outside is not None)
         if y is None or not (known := y >= 0).any(): raise DataError("the images to be measured on have no labels. To mend it: put the images of each class in a folder of its own")
-        p, y = logits[known].softmax(-1), y[known]
-        wrong = (p.argmax(-1) != y).sum().item()
+        log_p, y = logits[known].log_softmax(-1), y[known]
+        wrong, sure = (log_p.argmax(-1) != y).sum().item(), calibration(log_p.exp(), y)
         low, high = wilson(wrong, len(y))
-        result = {"error": wrong / len(y), "error_low": low, "error_high": high, "nll": F.cross_entropy(logits[known], y).item(), "ece": calibration(p, y).ece.item(), "weight": self.weight.value.item()}
+        result = {"n": len(y), "error": wrong / len(y), "error_low": low, "error_high": high, "nll": F.nll_loss(log_p, y).item(), "ece": sure.ece.item(), "weight": self.weight.value.item()}
+        if diagram is not None: reliability(sure, result["error"]).savefig(diagram, dpi=110)
         if outside is not None:
             others, _, unusual = self.judge(outside, seed)
+            result["n_outside"] = len(others)
             if usual is not None: result["auroc"] = auroc(usual, unusual).item()
             result["auroc_confidence"] = auroc(*(x.log_softmax(-1).max(-1).values for x in (logits, others))).item()
         return result
@@ -282,14 +293,15 @@ class Assisted(Game):
     def state_dict(self) -> dict: return super().state_dict() | {"weight": self.weight.state_dict()}
 
     def load_state_dict(self, state: dict):  # as `Game.load_state_dict`
-        state = dict(state); weight = state.pop("weight")
+        state = dict(state); weight = state.pop("weight", None)
+        if weight is None: raise ValueError("the state has no weight of an assistance: it is of another scheme")
         self.weight.check_state(weight)
         super().load_state_dict(state)
         self.weight.load_state_dict(weight)
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510010
 class Balanced(Rule):
-    r"λ from the gradients, Eq. (balanced), for an `Assisted`. Both parts are measured on means over ranks."
+    r"λ from the gradients, Eq. (balanced), for the classifier of an `Assisted`; the generator has λ itself. Both parts are measured on means over ranks. Other players descend their own losses."
     def __init__(self,
         norms: bool=True,    # give the two gradients of the classifier the same length
         project: bool=False, # take away what undoes the other (Yu et al., 2020)
@@ -311,8 +323,9 @@ class Balanced(Rule):
         found = Terms(*fresh)
         weight, inner = game.multiplier(found), lambda u, v: torch.stack([(x * y).sum() for x, y in zip(u, v)]).sum()
         length = inner(a, a)
-        if self.norms: weight = weight * (length / inner(r, r).clamp(min=torch.finfo(length.dtype).tiny)).sqrt()
+        if self.norms: other = inner(r, r); r = [x * torch.where(other > 0, length / other, 1.).sqrt() for x in r]
         if self.project: part = (inner(a, r) / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=0); r = [y - part * x for x, y in zip(a, r)]
-        game.apply(Field(classifier=[game.alpha * x + weight * y for x, y in zip(a, r)], generator=[weight * y + z for y, z in zip(rg, own)]))
+        rest = game.at(batch, move=[name for name in game.players if name not in ("classifier", "generator")])
+        game.apply(Field(classifier=[game.alpha * x + weight * y for x, y in zip(a, r)], generator=[weight * y + z for y, z in zip(rg, own)], **(rest.v if rest.move else {})))
         value = game.alpha * found.classification + weight * found.coupling + found.generation
-        return {"classifier": value, "generator": value}
+        return {"classifier": value, "generator": value} | rest.losses
