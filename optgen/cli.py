@@ -418,11 +418,7 @@ def few_of(options: dict, images) -> tuple:
 
 def build_assisted(options: dict, shape: tuple, labelled=None):
     r"The scheme `assisted`."
-    from torch import nn
-    from optgen.models.classifier import Classifier, Perceptron
-    from optgen.models.conditional import ConditionalVAE
-    from optgen.models.ladder import LadderDecoder, LadderEncoder
-    from optgen.models.vae import VAE
+    from optgen.models.classifier import Classifier
     from optgen.schemes import assisted
     word = lambda w: w if w.replace("-", "").isalpha() else number("--method", options["method"])(w)
     method, given = parse("--method", options["method"], METHODS, word)
@@ -431,19 +427,12 @@ def build_assisted(options: dict, shape: tuple, labelled=None):
     if given and not kind: raise click.UsageError(f"--method {method} takes no arguments, got {', '.join(given)}")
     if options["weight"] is not None and method in ("plain", "m1"): raise click.UsageError(f"--weight weighs an assistance, and --method {method} has none")
     if options["dropout"] and method in ("ladder", "gamma"): raise click.UsageError(f"--dropout: the {method} has noise of its own: leave it out, or take --method {method}:noise=…")
-    x_dim, classes, z_dim, hidden = math.prod(shape), len(options["classes"]), options["z_dim"], widths(options["hidden"])
-    sizes, of_vectors = (x_dim, *hidden, classes), lambda n: Perceptron(n, classes, hidden, options["dropout"])
-    classifier = Classifier(shape, classes, dropout=options["dropout"]) if options["model"] == "conv" else of_vectors(z_dim if method in ("m1", "m1+m2") else x_dim)
-    generator, features = None, VAE(x_dim, hidden[0], hidden[-1], z_dim) if method in ("m1", "m1+m2") else None
-    if method in ("ladder", "gamma"):
-        prices = (1000., 10., *[.1] * len(hidden)) if method == "ladder" else (*[0.] * (len(hidden) + 1), 1.)
-        classifier, generator = LadderEncoder(sizes, **{k: given.pop(k) for k in ("noise",) if k in given}), LadderDecoder(sizes, prices)
-    elif method == "reconstruction": generator = nn.Sequential(nn.Linear(classifier.dim, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], x_dim))
-    elif method == "agreement": generator = ConditionalVAE(x_dim, classes, z_dim, hidden[0])
-    elif method == "m1+m2": generator = ConditionalVAE(z_dim, classes, z_dim, hidden[0], "gaussian")
-    coupling = made("--method", method, getattr(assisted, kind), {}, given) if kind else None
-    optimizers = {name: build_optimizer(options["optimizer"], m.parameters(), options["lr"]) for name, m in (("classifier", classifier), ("generator", generator), ("features", features)) if m is not None}
-    return assisted.Assisted(classifier, generator, coupling, labelled=labelled, alpha=options["alpha"], features=features, binarize=options["binarize"] == "dynamic",
+    classes, noise = len(options["classes"]), {"noise": given.pop("noise")} if method in ("ladder", "gamma") and "noise" in given else {}
+    classifier = Classifier(shape, classes, dropout=options["dropout"]) if options["model"] == "conv" else None
+    parts = assisted.networks(method, (math.prod(shape), *widths(options["hidden"]), classes), options["z_dim"], classifier, options["dropout"], **noise)
+    if given: parts["coupling"] = made("--method", method, getattr(assisted, kind), {}, given)
+    optimizers = {name: build_optimizer(options["optimizer"], m.parameters(), options["lr"]) for name in ("classifier", "generator", "features") if (m := parts[name]) is not None}
+    return assisted.Assisted(**parts, labelled=labelled, alpha=options["alpha"], binarize=options["binarize"] == "dynamic",
                              optimizers=optimizers, **build_weight(usual if options["weight"] is None else options["weight"], options))
 
 add_scheme("assisted", Scheme(build_assisted, "classifier with few labels, assisted by a generative model", classifies=True, divide=few_of), [

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIVERGENCES', 'RECEIVERS', 'AssistedBatch', 'Terms', 'divergence', 'check_divergence', 'Coupling', 'Alone',
-           'Agreement', 'Reconstruction', 'Denoising', 'Assisted', 'Balanced']
+           'Agreement', 'Reconstruction', 'Denoising', 'Assisted', 'Balanced', 'networks']
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510002
 import math
@@ -19,7 +19,10 @@ from ..controllers import Constant, Controller, FreeBits, SigmaVae
 from ..data import Batch, DataError, ImageFiles, Images, bernoulli
 from ..games import Field, Game, Player, Rule
 from ..metrics import auroc, calibration, log_weights, wilson
-from ..models.vae import elbo_terms
+from ..models.classifier import Perceptron
+from ..models.conditional import ConditionalVAE
+from ..models.ladder import LadderDecoder, LadderEncoder
+from ..models.vae import VAE, elbo_terms
 from ..optim import Adam
 from .feedback import evaluating
 from ..viz import reliability
@@ -329,3 +332,30 @@ class Balanced(Rule):
         game.apply(Field(classifier=[game.alpha * x + weight * y for x, y in zip(a, r)], generator=[weight * y + z for y, z in zip(rg, own)], **(rest.v if rest.move else {})))
         value = game.alpha * found.classification + weight * found.coupling + found.generation
         return {"classifier": value, "generator": value} | rest.losses
+
+# %% ../../nbs/30_schemes/31_assisted.ipynb #a5510032
+def networks(
+    method: str,          # "plain", "reconstruction", "agreement" (as M2), "m1", "m1+m2", "ladder" or "gamma"; ValueError for another
+    sizes,                # numbers in an image, units of each layer, classes
+    z_dim: int=50,        # latents of the VAEs
+    classifier: nn.Module|None=None, # of plain, reconstruction and agreement, where it is no perceptron; reconstruction asks for its `features` and how many they are, `dim`
+    dropout: float=0.,    # of the perceptron
+    noise: float=.3,      # of the ladder
+    prices=None,          # of the ladder's layers; by default 1000, 10 and .1 for all others, of gamma 1 for the last
+    x_mean=None,          # mean training image, where the decoders of agreement, m1 and m1+m2 start
+) -> dict:                # "classifier", "generator", "features" and "coupling", as `Assisted` takes them
+    r"The parts of a method."
+    x_dim, *hidden, classes = sizes
+    perceptron = lambda n: Perceptron(n, classes, hidden, dropout)
+    vae = lambda: VAE(x_dim, hidden[0], hidden[-1], z_dim, x_mean=x_mean)
+    if method == "m1": return dict(classifier=perceptron(z_dim), generator=None, features=vae(), coupling=Alone())
+    if method == "m1+m2": return dict(classifier=perceptron(z_dim), generator=ConditionalVAE(z_dim, classes, z_dim, hidden[0], "gaussian"), features=vae(), coupling=Agreement())
+    if method in ("ladder", "gamma"):
+        prices = prices or ((1000., 10., *[.1] * len(hidden)) if method == "ladder" else (*[0.] * (len(sizes) - 1), 1.))
+        return dict(classifier=LadderEncoder(sizes, noise), generator=LadderDecoder(sizes, prices), features=None, coupling=Denoising())
+    classifier = perceptron(x_dim) if classifier is None else classifier
+    if method == "plain": generator, coupling = None, Alone()
+    elif method == "reconstruction": generator, coupling = nn.Sequential(nn.Linear(classifier.dim, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], x_dim)), Reconstruction()
+    elif method == "agreement": generator, coupling = ConditionalVAE(x_dim, classes, z_dim, hidden[0], x_mean=x_mean), Agreement()
+    else: raise ValueError(f"a method is one of plain, reconstruction, agreement, m1, m1+m2, ladder and gamma; got {method!r}")
+    return dict(classifier=classifier, generator=generator, features=None, coupling=coupling)
