@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'source_state', 'perform',
-           'Worker', 'terminable', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'interval', 'pm',
-           'markdown_table', 'hours']
+           'Worker', 'terminable', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'train_watched',
+           'interval', 'pm', 'markdown_table', 'hours']
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
 import contextlib
@@ -19,12 +19,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from itertools import chain, repeat
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 import optgen
@@ -195,6 +197,30 @@ def reproduce_stages(
     for name in dict.fromkeys(name for stage in only or stages for name in stages[stage]):
         for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items(): total[k] += n
     return total
+
+# %% ../nbs/90_evidence/90_reproduce.ipynb #90e00002
+def train_watched(
+    scheme,               # a `Game`
+    loader,               # its batches are an epoch
+    epochs: int,
+    every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
+    look: Callable,       # epochs done -> dict of numbers
+    rate: Callable|None=None, # share of the run done -> factor on every learning rate
+    ema=None,             # an `Ema` of the scheme, looked at in the place of the weights
+) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
+    r"Train and watch."
+    n, seen, cpu, wall = len(loader), [], 0., 0.
+    rates = [LambdaLR(p.optimizer, lambda t: rate(t / (epochs * n))) for p in scheme.players.values() if rate]
+    batches, cpu0, wall0 = chain.from_iterable(repeat(loader, epochs)), time.process_time(), time.perf_counter()
+    for t, batch in enumerate(batches, 1):
+        scheme.step(batch)
+        for r in rates: r.step()
+        if ema: ema.update()
+        if t % max(1, round(every * n)) and t < epochs * n: continue
+        cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
+        with ema.applied() if ema else contextlib.nullcontext(): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
+        cpu0, wall0 = time.process_time(), time.perf_counter()
+    return seen
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #e9764d4f
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # n -> quantile 0.975 at n - 1 degrees of freedom

@@ -4,57 +4,30 @@
 
 # %% auto #0
 __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'TUNING_SEEDS', 'SEEDS', 'STRONG_SEEDS', 'CURVE_SEEDS', 'BUDGET', 'TRIED',
-           'DENSITY', 'INGREDIENTS', 'ALL', 'TOGETHER', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'train_vae',
-           'measured', 'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_truth', 'run_density',
-           'run_curve', 'trials', 'best', 'experiment']
+           'DENSITY', 'INGREDIENTS', 'ALL', 'TOGETHER', 'FINAL', 'CURVE', 'BETAS', 'ASKED', 'STAGES', 'measured',
+           'make_scheme', 'toy_problem', 'strong_problem', 'run_collapse', 'run_truth', 'run_density', 'run_curve',
+           'trials', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00003
 import contextlib
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from itertools import chain, repeat
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from .. import controllers
 from ..data import Loader, SyntheticSequences, hold_out, mnist, synthetic_sequences
-from ..games import Game
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.vae import VAE
 from ..muon import Muon
 from ..optim import Adam, Momentum, Together
-from ..reproduce import Experiment, load_results
+from ..reproduce import Experiment, load_results, train_watched
 from ..schemes.elbo import Aggressive, BetaVAE
 from ..trainer import Ema
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005
-def train_vae(
-    scheme: Game,         # steps
-    loader: Iterable,     # its batches are an epoch
-    epochs: int,
-    every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
-    look: Callable,       # epochs done -> dict of numbers
-    rate: Callable|None=None, # share of the run done -> factor on every learning rate
-    ema: Ema|None=None,   # looked at in the place of the weights
-) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
-    r"Train and watch."
-    n, seen, cpu, wall = len(loader), [], 0., 0.
-    rates = [LambdaLR(p.optimizer, lambda t: rate(t / (epochs * n))) for p in scheme.players.values() if rate]
-    batches, cpu0, wall0 = chain.from_iterable(repeat(loader, epochs)), time.process_time(), time.perf_counter()
-    for t, batch in enumerate(batches, 1):
-        scheme.step(batch)
-        for r in rates: r.step()
-        if ema: ema.update()
-        if t % max(1, round(every * n)) and t < epochs * n: continue
-        cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
-        with ema.applied() if ema else contextlib.nullcontext(): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
-        cpu0, wall0 = time.process_time(), time.perf_counter()
-    return seen
-
 def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:  # k = 1: the bound only
     r"Figures of the first n examples, rounded."
     found = scheme.evaluate(Loader(data.take(torch.arange(min(n, len(data)))), 100, shuffle=False, binarize=binarize), k=k)
@@ -95,7 +68,7 @@ def run_collapse(config: dict, seed: int) -> dict:
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True, binarize=binarize)
         scheme = make_scheme(make(), config, config["epochs"] * len(loader))
-        seen = train_vae(scheme, loader, config["epochs"], config["every"], lambda epoch: measured(scheme, valid, *config["look"], binarize))
+        seen = train_watched(scheme, loader, config["epochs"], config["every"], lambda epoch: measured(scheme, valid, *config["look"], binarize))
         return {"curve": seen, "test": measured(scheme, test, *config["final"], binarize) if config["final"] else None}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00009
@@ -126,7 +99,7 @@ def run_density(config: dict, seed: int) -> dict:
         def look(epoch):
             scheme.k = [k for start, k in grows if start <= epoch][-1]
             return measured(scheme, valid, *config["look"], "static") if valid else {}
-        seen = train_vae(scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]], ema)
+        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]], ema)
         with ema.applied() if ema else contextlib.nullcontext(): end = measured(scheme, mnist("test"), *config["final"], "static") if config["final"] else None
     return {"curve": seen, "test": end}
 
@@ -143,7 +116,7 @@ def run_curve(config: dict, seed: int) -> dict:
             found = measured(scheme, mnist("test"), 10_000, 1, "static")
             if asked: scheme.beta.target = asked[min(round(epoch / config["every"]), len(asked) - 1)]
             return found
-        return {"curve": train_vae(scheme, loader, config["epochs"], config["every"], look)}
+        return {"curve": train_watched(scheme, loader, config["epochs"], config["every"], look)}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00015
 TUNING_SEEDS, SEEDS, STRONG_SEEDS, CURVE_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)
