@@ -429,7 +429,7 @@ def build_assisted(options: dict, shape: tuple, labelled=None):
     if options["dropout"] and method in ("ladder", "gamma"): raise click.UsageError(f"--dropout: the {method} has noise of its own: leave it out, or take --method {method}:noise=…")
     classes, noise = len(options["classes"]), {"noise": given.pop("noise")} if method in ("ladder", "gamma") and "noise" in given else {}
     classifier = Classifier(shape, classes, dropout=options["dropout"]) if options["model"] == "conv" else None
-    parts = assisted.networks(method, (math.prod(shape), *widths(options["hidden"]), classes), options["z_dim"], classifier, options["dropout"], **noise)
+    parts = assisted.networks(method, (math.prod(shape), *widths(options["hidden"]), classes), options["z_dim"], classifier=classifier, dropout=options["dropout"], **noise)
     if given: parts["coupling"] = made("--method", method, getattr(assisted, kind), {}, given)
     optimizers = {name: build_optimizer(options["optimizer"], m.parameters(), options["lr"]) for name in ("classifier", "generator", "features") if (m := parts[name]) is not None}
     return assisted.Assisted(**parts, labelled=labelled, alpha=options["alpha"], binarize=options["binarize"] == "dynamic",
@@ -537,7 +537,8 @@ def bench(out, repeats, data, only):
     click.echo(show_bench(result))
     if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
-CLAIMS = {"elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
+CLAIMS = {"assisted": ("optgen.evidence.assisted", "a generative model that assists a classifier: few labels and all, MNIST and Fashion-MNIST", ("hundred", "ladder", "weights", "mnist-labels", "fashion-labels")),
+          "elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
           "feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
 
 @cli.command()

@@ -338,6 +338,7 @@ def networks(
     method: str,          # "plain", "reconstruction", "agreement" (as M2), "m1", "m1+m2", "ladder" or "gamma"; ValueError for another
     sizes,                # numbers in an image, units of each layer, classes
     z_dim: int=50,        # latents of the VAEs
+    units: int|None=None, # of the layers of the generators of agreement and m1+m2; by default as many as the first of the sizes
     classifier: nn.Module|None=None, # of plain, reconstruction and agreement, where it is no perceptron; reconstruction asks for its `features` and how many they are, `dim`
     dropout: float=0.,    # of the perceptron
     noise: float=.3,      # of the ladder
@@ -346,16 +347,17 @@ def networks(
 ) -> dict:                # "classifier", "generator", "features" and "coupling", as `Assisted` takes them
     r"The parts of a method."
     x_dim, *hidden, classes = sizes
+    units = units or hidden[0]
     perceptron = lambda n: Perceptron(n, classes, hidden, dropout)
     vae = lambda: VAE(x_dim, hidden[0], hidden[-1], z_dim, x_mean=x_mean)
     if method == "m1": return dict(classifier=perceptron(z_dim), generator=None, features=vae(), coupling=Alone())
-    if method == "m1+m2": return dict(classifier=perceptron(z_dim), generator=ConditionalVAE(z_dim, classes, z_dim, hidden[0], "gaussian"), features=vae(), coupling=Agreement())
+    if method == "m1+m2": return dict(classifier=perceptron(z_dim), generator=ConditionalVAE(z_dim, classes, z_dim, units, "gaussian"), features=vae(), coupling=Agreement())
     if method in ("ladder", "gamma"):
         prices = prices or ((1000., 10., *[.1] * len(hidden)) if method == "ladder" else (*[0.] * (len(sizes) - 1), 1.))
         return dict(classifier=LadderEncoder(sizes, noise), generator=LadderDecoder(sizes, prices), features=None, coupling=Denoising())
     classifier = perceptron(x_dim) if classifier is None else classifier
     if method == "plain": generator, coupling = None, Alone()
     elif method == "reconstruction": generator, coupling = nn.Sequential(nn.Linear(classifier.dim, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], x_dim)), Reconstruction()
-    elif method == "agreement": generator, coupling = ConditionalVAE(x_dim, classes, z_dim, hidden[0], x_mean=x_mean), Agreement()
+    elif method == "agreement": generator, coupling = ConditionalVAE(x_dim, classes, z_dim, units, x_mean=x_mean), Agreement()
     else: raise ValueError(f"a method is one of plain, reconstruction, agreement, m1, m1+m2, ladder and gamma; got {method!r}")
     return dict(classifier=classifier, generator=generator, features=None, coupling=coupling)
