@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import rng
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from optgen import checkpoint
 from optgen.controllers import ControlVae, Geco
@@ -99,6 +100,20 @@ def test_on_meta(name):
     scheme = tiny(name, device="meta", labelled=None)
     losses = scheme.step(Batch(torch.empty(6, 1, 8, 8, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")))
     assert all(x.is_meta and x.shape == () for x in losses.values())
+
+
+@everyone
+def test_compiles_once_and_trains_alike(name, monkeypatch):
+    eager, scheme, counter, real = tiny(name, dtype=torch.float64), tiny(name, dtype=torch.float64), CompileCounter(), torch.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda loss, mode: real(loss, backend=counter))
+    scheme.compile()
+    train(eager, 3), train(scheme, 3); once = counter.frame_count
+    a, b = train(eager, 8, seed=1), train(scheme, 8, seed=1)
+    assert counter.frame_count == once and (once or name == "balanced")  # Balanced takes the losses apart itself
+    for k in a: assert torch.allclose(a[k], b[k], rtol=1e-9), k
+    for one, other in zip(eager.players.values(), scheme.players.values()):
+        for p, q in zip(one.params.values(), other.params.values()): assert torch.allclose(p, q, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["agreement, geco", "reconstruction to generator", "balanced", "ladder", "m1+m2"])

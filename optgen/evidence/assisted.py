@@ -35,8 +35,8 @@ def split(config: dict, seed: int) -> tuple:  # images to learn from; labelled o
 WEIGHTS = {  # how lambda is set -> (lambda, setting, steps of the run) -> arguments of `Assisted`
     "number": lambda w, s, steps: {"weight": w},
     "warm-up": lambda w, s, steps: {"weight": controllers.LinearWarmup(round(s * steps), beta=w)},
-    "control": lambda w, s, steps: {"weight": controllers.ControlVae(s, ki=1e-4)},
-    "geco": lambda w, s, steps: {"weight": controllers.Geco(s, rate=2e-3, smoothing=.9, clip=.02, low=1e-4)},
+    "control": lambda w, s, steps: {"weight": controllers.ControlVae(s, kp=0., ki=1e-6)},
+    "geco": lambda w, s, steps: {"weight": controllers.Geco(s, rate=.05, smoothing=.9, clip=.02, low=1e-4)},
     "balanced": lambda w, s, steps: {"weight": w, "rule": Balanced()},
     "projected": lambda w, s, steps: {"weight": w, "rule": Balanced(norms=False, project=True)}}
 
