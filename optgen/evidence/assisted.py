@@ -80,7 +80,7 @@ def early(curve: list) -> dict:  # the look, Eq. (early)
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00011
 TUNING_SEEDS, SEEDS, SLOW_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2)
 ALWAYS = dict(data="mnist", labels=100, valid=100, method="plain", hidden=[500, 250, 250, 250], z_dim=50, units=200, set="number", weight=1., setting=None, alpha=1., coupling={}, dropout=0., decay=0., noise=.3, prices=None,
-              lr=1e-3, batch=100, epochs=12, every=1, outside=True, compile=False)
+              lr=1e-3, batch=100, epochs=8, every=1, outside=True, compile=False)
 LADDER = {"lr": 5e-3, "compile": True}
 OWN = {
     "plain": {}, "noise": {"method": "gamma", "weight": 0.} | LADDER, "reconstruction": {"method": "reconstruction"}, "agreement": {"method": "agreement", "alpha": 10., "z_dim": 10},
@@ -97,13 +97,13 @@ TRIED = {
 WAYS = {
     "warm-up": tuple({"setting": s} for s in (.25, .5, .9)), "control": tuple({"setting": s} for s in (90., 110., 140.)), "geco": tuple({"setting": s} for s in (.003, .03, .3)),
     "balanced": tuple({"weight": w} for w in (.3, 1., 3.)), "projected": tuple({"weight": w} for w in (.003, .03, .3))}
-FAST, SLOW = ("plain", "reconstruction"), ("agreement", "m1+m2", "ladder")  # of all numbers of labels, with five seeds and with three
-LABELS = {"mnist": (600, 1000, 3000, "all"), "fashion": (100, 1000, "all")}
-TRIAL, LONG, SHORT = {"epochs": 6, "valid": 1000, "outside": False}, {"epochs": 48, "every": 4}, {"epochs": 4}
+FAST, SLOW = ("plain", "reconstruction"), ("agreement", "m1+m2", "ladder")  # with every number of labels, of five seeds and of three
+LABELS = {"mnist": (100, 600, 1000, 3000, "all"), "fashion": (100, 1000, "all")}
+TRIAL, LONG, SHORT = {"epochs": 6, "valid": 1000, "outside": False}, {"epochs": 48, "every": 4}, {"epochs": 3}
 
-def tried(own: dict, changes: dict) -> dict:  # name-number -> configuration
+def tried(own: dict, changes: dict, **more) -> dict:  # name-number -> configuration
     r"The configurations of all trials."
-    return {f"{name}-{i}": ALWAYS | TRIAL | own[name] | change for name, several in changes.items() for i, change in enumerate(several, 1)}
+    return {f"{name}-{i}": ALWAYS | TRIAL | own[name] | change | more for name, several in changes.items() for i, change in enumerate(several, 1)}
 
 def best(out, tuning: str) -> dict:  # name -> configuration
     r"Of each name's trials, the one of least error on validation images, of several the one of least loss."
@@ -114,19 +114,19 @@ def best(out, tuning: str) -> dict:  # name -> configuration
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00013
 STAGES = {
-    "hundred": ("tune", "mnist-100"), "ladder": ("tune", "ladder"), "weights": ("tune", "tune-weights", "weights"),
+    "hundred": ("tune", "hundred"), "ladder": ("tune", "ladder"), "weights": ("tune", "tune-weights", "weights"),
     **{f"{data}-labels": ("tune", *(f"{data}-{n}{part}" for n in some for part in ("", "-slow"))) for data, some in LABELS.items()}}
 
 def experiment(name: str, out) -> Experiment:
     r"The runs of one folder; those that follow a tuning read its results in `out`."
     if name == "tune": return Experiment(name, run_assisted, tried(OWN, TRIED), TUNING_SEEDS)
     chosen = {method: config | {key: ALWAYS[key] for key in TRIAL} for method, config in best(out, "tune").items()}
-    if name == "mnist-100": return Experiment(name, run_assisted, {method: chosen[method] for method in OWN}, SEEDS)
+    if name == "hundred": return Experiment(name, run_assisted, {method: chosen[method] for method in OWN}, SEEDS)
     if name == "ladder": return Experiment(name, run_assisted, {name: chosen[name] | LONG}, SEEDS)
-    if name == "tune-weights": return Experiment(name, run_assisted, tried({way: chosen["reconstruction"] | TRIAL | {"set": way} for way in WAYS}, WAYS), TUNING_SEEDS)
+    if name == "tune-weights": return Experiment(name, run_assisted, tried({way: chosen["reconstruction"] | {"set": way} for way in WAYS}, WAYS, **TRIAL | SHORT), TUNING_SEEDS)
     if name == "weights":
         ways = best(out, "tune-weights")
-        return Experiment(name, run_assisted, {way: ways[way] | {key: ALWAYS[key] for key in TRIAL} for way in WAYS}, SEEDS)
+        return Experiment(name, run_assisted, {way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT for way, config in [("number", chosen["reconstruction"]), *ways.items()]}, SEEDS)
     data, n, *slow = name.split("-")
     images = {"data": data, "labels": n if n == "all" else int(n), "valid": 10_000 if n == "all" else int(n)}
-    return Experiment(name, run_assisted, {method: chosen[method] | SHORT | images for method in (SLOW if slow else FAST)}, SLOW_SEEDS if slow else SEEDS)
+    return Experiment(name, run_assisted, {method: chosen[method] | ({} if n == "all" else SHORT) | images for method in (SLOW if slow else FAST)}, SLOW_SEEDS if slow else SEEDS)
