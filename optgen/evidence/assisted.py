@@ -8,7 +8,6 @@ __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'A
            'falling', 'run_assisted', 'early', 'tried', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00003
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -55,7 +54,9 @@ def disturbed(batches, kind: str):  # "noise" or "moved"
         rng = torch.Generator().manual_seed(t)
         yield Batch((batch.x + .3 * torch.randn(batch.x.shape, generator=rng)).clamp(0, 1) if kind == "noise" else shifted(batch.x, 2, rng), batch.y)
 
-def falling(t: float) -> float: return min(1., 2 * (1 - t)) # factor of the step at a share t of the run: constant, from the middle on linearly to 0
+def falling(t: float) -> float:  # factor of the step at a share `t` of the run
+    r"Constant for half of the run, then linearly to 0."
+    return min(1., 2 * (1 - t))
 
 def run_assisted(config: dict, seed: int) -> dict:
     r"One classifier: errors on validation and test images as it trains; all measures at the end."
