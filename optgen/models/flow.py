@@ -28,7 +28,7 @@ class Coupling(nn.Module):
         most: float=2.,  # $c>0$
     ):
         super().__init__()
-        self.register_buffer("mask", mask)
+        self.register_buffer("mask", mask.clone(memory_format=torch.contiguous_format))
         self.net, self.most = net, most
 
     def parts(self, kept):
