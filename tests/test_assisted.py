@@ -116,7 +116,7 @@ def test_compiles_once_and_trains_alike(name, monkeypatch):
         for p, q in zip(one.params.values(), other.params.values()): assert torch.allclose(p, q, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["agreement, geco", "reconstruction to generator", "balanced", "ladder", "m1+m2"])
+@pytest.mark.parametrize("name", ["agreement, geco", "balanced", "ladder"])
 def test_fit_goes_on_where_it_stopped_and_measures(name, tmp_path):
     kw = dict(valid=IMAGES.take(torch.arange(200, 300)), batch_size=50, progress="none", samples=0)
     whole, half, rest = (tiny(name) for _ in range(3))

@@ -9,7 +9,8 @@ from optgen.models.flow import Logit, dequantise, image_flow, maf, realnvp
 from optgen.optim import Adam
 
 KINDS = {"realnvp": ((49,), lambda: realnvp(49, 3, (40,), before=[Logit(.05)])), "maf": ((49,), lambda: maf(49, 2, (60,), before=[Logit(.05)])),
-         "image_flow": ((1, 8, 8), lambda: image_flow((1, 8, 8), 2, 2, 8, 1, before=[Logit(.05)]))}
+         "image_flow": ((1, 8, 8), lambda: image_flow((1, 8, 8), 2, 1, 8, 1, before=[Logit(.05)]))}
+GREY = digits("train").images[:2000]
 everyone = pytest.mark.parametrize("name", KINDS)
 
 
@@ -18,12 +19,12 @@ def make(name, seed=0):
 
 
 def batch(name, seed, n=60):
-    grey = digits("train").images[torch.randint(2000, (n,), generator=rng(seed))]
+    grey = GREY[torch.randint(2000, (n,), generator=rng(seed))]
     x = grey[:, :, ::4, ::4].reshape(n, 49) if name != "image_flow" else grey[:, :, 2:26:3, 2:26:3]
     return dequantise(x / 255, torch.rand(x.shape, generator=rng(seed + 1)))
 
 
-def learn(model, name, steps=60, bfloat16=False):
+def learn(model, name, steps=30, bfloat16=False):
     like, seen = next(model.parameters()), []
     optimizer = Adam(model.parameters(), lr=3e-3); model.calibrate(batch(name, 1).to(like))
     for t in range(steps):
@@ -35,7 +36,7 @@ def learn(model, name, steps=60, bfloat16=False):
 @everyone
 def test_it_learns_and_is_undone(name, tmp_path):
     for seed in (0, 1):
-        model = make(name, seed); losses = learn(model, name); assert losses[-10:].mean() < losses[:5].mean() - 5
+        model = make(name, seed); losses = learn(model, name); assert losses[-5:].mean() < losses[:5].mean() - 5
         x = batch(name, 7); z, _ = model(x); assert (model.inverse(z) - x).abs().max() < 1e-3
         drawn = model.sample(50, rng(seed)); assert drawn.shape == x[:50].shape and -.06 < drawn.min() and drawn.max() < 1.06  # beyond [0, 1] by alpha
     checkpoint.save(tmp_path / "flow.pt", model.state_dict()); other = make(name, 5); other.load_state_dict(checkpoint.load(tmp_path / "flow.pt"))
@@ -48,8 +49,8 @@ def test_float32_follows_float64(name): assert torch.allclose(learn(make(name), 
 
 @everyone
 def test_bfloat16_autocast_trains(name):
-    losses = learn(make(name), name, 20, bfloat16=True)
-    assert losses.dtype == torch.float32 and losses.isfinite().all() and losses[-5:].mean() < losses[:5].mean()
+    losses = learn(make(name), name, 30, bfloat16=True)
+    assert losses.dtype == torch.float32 and losses.isfinite().all() and losses[-3:].mean() < losses[:3].mean()
 
 
 @pytest.mark.cuda

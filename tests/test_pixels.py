@@ -7,7 +7,7 @@ from optgen.data import digits
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
 from optgen.optim import Adam
 
-SHAPE = (1, 7, 7)
+SHAPE, GREY = (1, 7, 7), digits("train").images[:600, :, ::4, ::4] / 255
 KINDS = {"made": lambda levels: MADE(SHAPE, (60,), levels), "lstm": lambda levels: PixelLSTM(SHAPE, 24, levels=levels), "pixelcnn": lambda levels: PixelCNN(SHAPE, 8, 3, levels=levels)}
 everyone = pytest.mark.parametrize(("name", "levels"), [(name, levels) for name in KINDS for levels in (2, 4)])
 
@@ -16,9 +16,7 @@ def make(name, levels, seed=0):
     with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); return KINDS[name](levels)
 
 
-def images(levels, n=600):
-    grey = digits("train").images[:n, :, ::4, ::4].contiguous()
-    return (grey / 255 * (levels - 1)).round() / (levels - 1)
+def images(levels): return (GREY * (levels - 1)).round() / (levels - 1)
 
 
 def learn(model, levels, steps=60, bfloat16=False):
