@@ -197,6 +197,7 @@ def maf(
     _check_sizes(x_dim=x_dim, layers=layers, hidden=min(hidden, default=1))
     return Flow((x_dim,), [*before, *(part for _ in range(layers) for part in (ActNorm((x_dim,)), MaskedAutoregressive(x_dim, hidden, most, activation), Reverse()))])
 
+# %% ../../nbs/20_models/24_flow.ipynb #24a1flow2
 class ResidualNet(nn.Module):
     r"Convolutions for `AffineCoupling`: (B, C, H, W) -> (B, 2, C, H, W), at rest at the start."
     def __init__(self, inputs: int, channels: int, blocks: int):
@@ -234,6 +235,7 @@ class Split(nn.Module):
 
     def calibrate(self, x): self.rest.calibrate(x.chunk(2, 1)[0])
 
+# %% ../../nbs/20_models/24_flow.ipynb #24a1flow3
 def image_flow(
     shape,             # (C, H, W) of an image, H and W divisible by 2 once for each scale; ValueError for another
     scales: int=2,
