@@ -13,7 +13,7 @@ import pytest
 import optgen
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(optgen.__path__, "optgen.") if not m.ispkg and not m.name.endswith(("_modidx", "__main__")))
-LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules", "controllers", "inner", "estimators", "muon"), ("models.vae", "models.gan", "models.classifier", "models.autoregressive", "models.ladder", "models.conditional", "models.pixels", "models.flow", "models.diffusion"), ("schemes.elbo", "schemes.assisted", "schemes.feedback"),
+LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules", "controllers", "inner", "estimators", "muon"), ("models.vae", "models.gan", "models.classifier", "models.autoregressive", "models.ladder", "models.conditional", "models.pixels", "models.flow", "models.diffusion"), ("schemes.elbo", "schemes.assisted", "schemes.feedback", "schemes.denoising"),
           ("checkpoint", "parallel", "trainer"), ("reproduce", "bench_rules", "bench_elbo", "bench_assisted", "evidence.feedback", "evidence.elbo", "evidence.assisted"), ("bench", "cli")]
 DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 

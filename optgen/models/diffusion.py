@@ -27,7 +27,7 @@ class Schedule:
     ):
         if not 0 < low < high < math.inf: raise ValueError(f"noise levels go from low to high, 0 < low < high, got {low} and {high}")
         self.low, self.high = low, high
-        self.ends = self.time(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        self.ends = self.time(torch.tensor([low, high], dtype=torch.float64, device="cpu")).tolist()
 
     def __call__(self, u: Tensor) -> Tensor:  # in [0, 1] -> $\sigma$, like `u`
         start, end = self.ends
@@ -36,7 +36,7 @@ class Schedule:
     def steps(self, n: int) -> Tensor:  # (n + 1,), float64, on the CPU
         r"Levels of `n` steps of a sampler: from `high` down to `low`, then 0. Raises ValueError unless `n` is at least 1."
         if n < 1: raise ValueError(f"a sampler takes at least one step, got {n}")
-        return F.pad(self(torch.linspace(1, 0, n, dtype=torch.float64)), (0, 1))
+        return F.pad(self(torch.linspace(1, 0, n, dtype=torch.float64, device="cpu")), (0, 1))
 
 class LinearSchedule(Schedule):
     r"$\beta$ grows linearly. Ho et al. (2020)."
