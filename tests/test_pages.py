@@ -106,8 +106,8 @@ class Reader:
         faults = []
         page = self.open(name, faults)
         found = dict(page.evaluate(survey), faults=faults, spill={1400: page.evaluate(spill)}, contrast={"light": page.evaluate(contrast)})
+        page.emulate_media(color_scheme="dark"); found["contrast"]["dark"] = page.evaluate(contrast)
         page.set_viewport_size(narrow); found["spill"][400] = page.evaluate(spill)
-        page.set_viewport_size(wide); page.emulate_media(color_scheme="dark"); found["contrast"]["dark"] = page.evaluate(contrast)
         page.close()
         return found
 
