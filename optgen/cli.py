@@ -223,7 +223,7 @@ def pick_device(name: str):
 def open_run(folder: str, device: str):
     r"The configuration, scheme (best or latest weights; averaged where the run averaged) and training state of a run folder."
     from optgen import checkpoint
-    from optgen.trainer import Ema
+    from optgen.averaging import averages_of
     folder = Path(folder)
     if not (folder / "config.json").is_file(): raise click.ClickException(f"{folder} is not a run folder: it has no config.json; make one with: optgen train beta-vae --out {folder}")
     try:
@@ -237,8 +237,7 @@ def open_run(folder: str, device: str):
     try: scheme.load_state_dict(state["scheme"])
     except ValueError as e: raise click.ClickException(f"{folder}: its checkpoint is not of the scheme in its config.json: {e}") from None
     if state["ema"]:
-        ema = Ema(scheme, options["ema"]); ema.load_state_dict(state["ema"])
-        ema.swap()
+        for average, s in zip(averages_of(scheme, options["ema"]), state["ema"], strict=True): average.load_state_dict(s); average.put()
     return config, scheme.train(False), state
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-5

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
+from .averaging import in_training, schedule_free
+
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-2
 class Player:
     r"One player $i$ of a game: parameters $\theta_i$, the loss $L_i$ they descend, and the optimizer that steps them, Eq. (field)."
@@ -35,6 +37,11 @@ class Player:
         if owned != mine:
             raise ValueError(f"the optimizer steps {len(owned - mine)} tensors that are not its player's and misses {len(mine - owned)} that are: "
                              "make it from the same parameters, as in Player(model, loss, Adam(model.parameters()))")
+        self.to_train()
+
+    def to_train(self):  # a schedule-free optimizer holds the weights to train, but within `optgen.averaging.evaluating`
+        for o in schedule_free(self.optimizer):
+            if not in_training(o): o.train()
 
     def state_dict(self) -> dict:  # the parameters (and buffers) and the optimizer's state
         weights = self.params if self.module is None else self.module.state_dict()
@@ -52,6 +59,7 @@ class Player:
             with torch.no_grad():
                 for k, w in state["weights"].items(): self.params[k].copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
+        self.to_train()
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-3
 class Field(dict):
@@ -207,6 +215,7 @@ def as_rule(rule: Rule|Iterable[Rule]|None) -> Rule:
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-6
 class Game:
     r"Players and the rule by which they step, Eq. (field)."
+    averages = ()                     # of its players' weights (`optgen.averaging.averages_of`): `fit` updates and keeps them, `evaluating` puts the first of each player in
     criterion = "loss"                # the entry of a scheme's `evaluate` that is the better the smaller
     autocast = contextlib.nullcontext # makes the context in which losses are evaluated
     ranks = None                      # where the batch is spread over processes, who shards it and averages: see `optgen.parallel`

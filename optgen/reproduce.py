@@ -26,10 +26,11 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
 
 import optgen
+from .averaging import evaluating
+from .trainer import scale_rates
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-2
 class ReproduceError(RuntimeError):
@@ -206,19 +207,17 @@ def train_watched(
     every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
     look: Callable,       # epochs done -> dict of numbers
     rate: Callable|None=None, # share of the run done -> factor on every learning rate
-    ema=None,             # an `Ema` of the scheme, looked at in the place of the weights
 ) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
-    r"Train and watch."
+    r"Train and watch; a scheme's averages are updated, and looked at in the place of the weights."
     n, seen, cpu, wall = len(loader), [], 0., 0.
-    rates = [LambdaLR(p.optimizer, lambda t: rate(t / (epochs * n))) for p in scheme.players.values() if rate]
     batches, cpu0, wall0 = chain.from_iterable(repeat(loader, epochs)), time.process_time(), time.perf_counter()
     for t, batch in enumerate(batches, 1):
+        if rate: scale_rates(scheme, rate((t - 1) / (epochs * n)))
         scheme.step(batch)
-        for r in rates: r.step()
-        if ema: ema.update()
+        for average in scheme.averages: average.update()
         if t % max(1, round(every * n)) and t < epochs * n: continue
         cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
-        with ema.applied() if ema else contextlib.nullcontext(): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
+        with evaluating(scheme): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
         cpu0, wall0 = time.process_time(), time.perf_counter()
     return seen
 

@@ -4,12 +4,13 @@ import copy
 import pytest
 import torch
 from conftest import rng
+from torch import nn
 
 from optgen import checkpoint
 from optgen.data import Batch
 from optgen.games import Game, Player
 from optgen.models.vae import VAE
-from optgen.muon import Muon, orthogonal
+from optgen.muon import Muon, muon_groups, orthogonal
 from optgen.optim import Adam, Together
 from optgen.schemes.elbo import BetaVAE
 
@@ -73,3 +74,38 @@ def test_a_tensor_without_a_gradient_stays_and_a_vector_is_refused():
 def test_cuda_as_on_the_cpu():
     G = torch.randn(40, 20, generator=rng(0), dtype=torch.float64)
     assert torch.allclose(orthogonal(G.cuda()).cpu(), orthogonal(G), atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_convolutions_train_transposed_and_in_groups(dtype):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 6, 3, 2, groups=2), nn.ReLU(), nn.ConvTranspose2d(6, 4, 4, 2, groups=2), nn.Conv2d(4, 4, 3, groups=4), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 1, 3, padding=2)).to(dtype)
+    matrices, rest = muon_groups(net); assert {(g["transposed"], g["blocks"]) for g in matrices} == {(False, 2), (True, 2), (True, 1)} and any(p is net[4].weight for p in rest)
+    opt, x = Together(Muon(matrices, .02), Adam(rest, 1e-3)), torch.rand(8, 1, 8, 8, generator=rng(1)).to(dtype)
+    shape, losses = net(x).shape, []
+    for _ in range(60): opt.zero_grad(); loss = (net(x) - x.mean()).square().mean(); loss.backward(); opt.step(); losses.append(loss.item())
+    assert len(shape) == 4 and losses[-1] < .5 * losses[0] and all(p.dtype == dtype for p in net.parameters())
+
+
+def test_a_state_of_matrices_alone_still_loads():
+    "As optgen 0.3 wrote it, and as `torch.optim.Muon` does."
+    W = torch.nn.Parameter(torch.eye(3)); opt = Muon([W]); W.grad = torch.ones(3, 3); opt.step(); state = opt.state_dict()
+    for group in state["param_groups"]: del group["transposed"], group["blocks"]
+    other = Muon([W]); other.load_state_dict(state); other.step()
+    assert other.param_groups[0]["blocks"] == 1
+
+
+def test_a_bundle_of_matrices_is_each_by_itself():
+    G = torch.randn(3, 5, 4, generator=rng(0), dtype=torch.float64)
+    assert (orthogonal(G) - torch.stack([orthogonal(g) for g in G])).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_frozen_shared_and_parametrised_weights_are_told_apart(seed):
+    torch.manual_seed(seed)
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    net[6].weight = net[0].weight; net[3].weight.requires_grad_(False); net[5].weight = net[2].weight
+    matrices, rest = muon_groups(net); moved = [p for g in matrices for p in g["params"]]
+    assert [id(p) for p in moved] == [id(net[2].weight)] and len(rest) + 1 == sum(p.requires_grad for p in net.parameters()) and all(p is not net[3].weight for p in rest)
+    with pytest.raises(ValueError, match="no layer's name"): muon_groups(net, others="out")
+    with pytest.raises(ValueError, match="no hidden matrix"): muon_groups(net, others=["2", "5"])

@@ -9,7 +9,6 @@ __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'TUNING_SEEDS', 'SEEDS', 'STR
            'trials', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00003
-import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import controllers
+from ..averaging import averages_of, evaluating
 from ..data import Loader, SyntheticSequences, hold_out, mnist, synthetic_sequences
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
@@ -25,7 +25,6 @@ from ..muon import Muon
 from ..optim import Adam, Momentum, Together
 from ..reproduce import Experiment, load_results, train_watched
 from ..schemes.elbo import Aggressive, BetaVAE
-from ..trainer import Ema
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005
 def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:  # k = 1: the bound only
@@ -95,12 +94,12 @@ def run_density(config: dict, seed: int) -> dict:
         beta = controllers.LinearWarmup(config["warmup"] * len(loader)) if config["warmup"] else 1.
         grows = config["k"] if isinstance(config["k"], list) else [[0, config["k"]]]
         scheme = BetaVAE(model, beta, optimizer, config["estimator"], grows[0][1], config["sampled"])
-        ema = Ema(scheme, config["ema"]) if config["ema"] else None
+        if config["ema"]: scheme.averages = averages_of(scheme, config["ema"])
         def look(epoch):
             scheme.k = [k for start, k in grows if start <= epoch][-1]
             return measured(scheme, valid, *config["look"], "static") if valid else {}
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]], ema)
-        with ema.applied() if ema else contextlib.nullcontext(): end = measured(scheme, mnist("test"), *config["final"], "static") if config["final"] else None
+        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]])
+        with evaluating(scheme): end = measured(scheme, mnist("test"), *config["final"], "static") if config["final"] else None
     return {"curve": seen, "test": end}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
