@@ -24,11 +24,14 @@ from optgen.data import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
 from optgen.inner import Refinement
 from optgen.models.conditional import ConditionalVAE
+from optgen.models.flow import Logit, maf
+from optgen.models.pixels import MADE
 from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import Adam, Momentum
 from optgen.parallel import init, together
 from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
+from optgen.schemes.likelihood import MaximumLikelihood
 from optgen.trainer import Interrupted, RunFolder, fit
 
 RULES = {
@@ -151,6 +154,18 @@ def assisted(name, ranks=None, steps=20):
     return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), torch.stack([*losses.values(), game.weight.value]), start
 
 
+LIKELIHOODS = {"binary": lambda: MADE((1, 2, 3), (8,)), "levels": lambda: MADE((1, 2, 3), (8,), 4), "dequantised": lambda: maf(6, 2, (8,), before=[Logit(.05)])}
+
+
+def likelihood(data, ranks=None, steps=20):
+    "Weights, the last loss and the weights at the start of a MaximumLikelihood after some steps on batches of changing size."
+    with torch.random.fork_rng():
+        torch.manual_seed(0); model = LIKELIHOODS[data]().double(); game = MaximumLikelihood(model, data, Momentum(model.parameters(), lr=.01, momentum=.5)); game.ranks = ranks
+        start, g = torch.cat([p.flatten() for p in game.weights()["model"]]), torch.Generator().manual_seed(1)
+        for i in range(steps): losses = game.step(Batch(torch.randint(2 if data == "binary" else 256, (SIZES[i % len(SIZES)], 1, 2, 3), generator=g).double() / (1 if data == "binary" else 255)))
+    return torch.cat([p.flatten() for p in game.weights()["model"]]), losses["model"][None], start
+
+
 def own_norms(ranks=None):
     "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
     class Own(rules.Consensus):
@@ -167,7 +182,7 @@ def own_norms(ranks=None):
 def follow_one(out):
     ranks = init()
     with together(ranks):
-        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks), "assisted": {name: assisted(name, ranks) for name in ASSISTED}}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
+        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks), "assisted": {name: assisted(name, ranks) for name in ASSISTED}, "likelihoods": {data: likelihood(data, ranks) for data in LIKELIHOODS}}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
 
 
 def few(n=190): return Images(digits("train").images[:n])

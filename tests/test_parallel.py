@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 from conftest import TINY, optgen
-from spread import ASSISTED, ELBOS, FAULTS, RULES, gan
+from spread import ASSISTED, ELBOS, FAULTS, LIKELIHOODS, RULES, gan
 
 from optgen import checkpoint, rules
 from optgen.games import Rule
@@ -74,9 +74,9 @@ def test_a_vae_follows_one_process(job, name, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("name", ASSISTED)
-def test_an_assisted_classifier_follows_one_process(job, name, world):
-    (weights, numbers, start), ranks = result(job, 0, 1)["assisted"][name], [result(job, r, world)["assisted"][name] for r in range(world)]
+@pytest.mark.parametrize("part, name", [*(("assisted", name) for name in ASSISTED), *(("likelihoods", name) for name in LIKELIHOODS)])
+def test_a_scheme_follows_one_process(job, part, name, world):
+    (weights, numbers, start), ranks = result(job, 0, 1)[part][name], [result(job, r, world)[part][name] for r in range(world)]
     for w, values, _ in ranks:
         assert torch.equal(w, ranks[0][0]) and torch.equal(values, ranks[0][1])
         assert (w - weights).abs().max() < 1e-12 and (values - numbers).abs().max() < 1e-11
