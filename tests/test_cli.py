@@ -1,5 +1,6 @@
 "The command line, as its user meets it."
 import json
+import math
 
 import pytest
 import torch
@@ -240,12 +241,67 @@ def test_mistakes_with_a_vae_are_one_line_and_leave_nothing(args, word, few_imag
     assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
-def test_an_autoregressive_model_of_colours_is_refused(tmp_path, capsys):
+def test_colours_where_pixels_have_one_channel_are_refused(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     for i in range(20): Image.new("RGB", (8, 8), (i, 2 * i, 3 * i)).save(tmp_path / f"mine/{i:02}.png")
-    assert run(*vae(tmp_path / "mine", "--model", "autoregressive", "--out", tmp_path / "run")) == 2
+    for command in (vae(tmp_path / "mine", "--model", "autoregressive"), likely(tmp_path / "mine", "pixelcnn")):
+        assert run(*command, "--out", tmp_path / "run") == 2
+        said = capsys.readouterr().err
+        assert "one channel" in said and "3 channels" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+    for name, args in (("lstm", ("--hidden", 4)), ("realnvp", ("--channels", 4))): assert run(*likely(tmp_path / "mine", name, *args, "--out", tmp_path / name)) == 0
+
+
+def likely(folder, name, *args): return ["train", name, "--data", folder, "--image-size", 8, "--batch-size", 10, "--epochs", 1, "--progress", "none", *args]
+
+LIKELIHOODS = {  # scheme, arguments, what is told of the pixels
+    "lstm": ("lstm", ("--hidden", 6), "binarised once"), "lstm grey": ("lstm", ("--hidden", 6, "--layers", 2, "--binarize", "none", "--levels", 16), "grey, 16 levels rounded down from 256"),
+    "pixelcnn": ("pixelcnn", ("--channels", 4, "--layers", 2, "--binarize", "static"), "binarised once"), "made": ("made", ("--hidden", "12,8", "--ema", .9), "binarised once"), "made grey": ("made", ("--hidden", "8", "--binarize", "none"), "grey, 256 levels"),
+    "realnvp": ("realnvp", ("--couplings", 1, "--channels", 4, "--patience", 2), "upper bound"), "realnvp flat": ("realnvp", ("--scales", 4, "--layers", 2, "--hidden", "8"), "upper bound"), "maf": ("maf", ("--layers", 2, "--hidden", "8", "--alpha", .05), "upper bound")}
+
+@pytest.mark.parametrize("way", LIKELIHOODS)
+def test_a_likelihood_every_way(way, few_images, tmp_path, capsys, undrawn):
+    name, args, pixels = LIKELIHOODS[way]
+    assert run(*likely(few_images, name, *args, "--out", tmp_path / "run")) == 0
+    assert name != "realnvp" or ("flat vectors, since 8 x 8 cannot be halved 4 times" if "flat" in way else "images, since 8 x 8 can be halved 2 times") in capsys.readouterr().out
+    assert run("train", "--resume", tmp_path / "run", "--epochs", 2, "--progress", "none") == 0
+    capsys.readouterr()
+    k = () if pixels != "upper bound" else ("--k", 3)
+    assert run("evaluate", tmp_path / "run", "--split", "train", *k, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["scheme"] == name and found["epoch"] == 2 and pixels in found["pixels"] and found["n"] > 50 and abs(found["bits_per_dim"] - found["nll"] / 64 / math.log(2)) < 1e-6 and 0 < found["nll"] <= found["loss"]
+    assert found.get("k") == (3 if k else None) and (found["nll"] < found["loss"]) == bool(k)
+    assert run("evaluate", tmp_path / "run") == 0 and "bits per dim" in capsys.readouterr().out
+    assert run("sample", tmp_path / "run", "--n", 4) == 0 and Image.open(tmp_path / "run/samples.png").size == (22, 22)
+
+
+def test_a_flow_resumes_bit_for_bit_with_what_its_first_batch_began(few_images, tmp_path, undrawn):
+    args = ("--couplings", 1, "--channels", 4)
+    for name, epochs in (("whole", 2), ("half", 1)): assert run(*likely(few_images, "realnvp", *args, "--epochs", epochs, "--out", tmp_path / name)) == 0
+    assert run("train", "--resume", tmp_path / "half", "--epochs", 2, "--progress", "none") == 0
+    a, b = (state(tmp_path / name) for name in ("whole", "half"))
+    assert a["begun"] and b["begun"] and all(torch.equal(w, b["model"]["weights"][k]) for k, w in a["model"]["weights"].items())
+    assert json.loads((tmp_path / "half/config.json").read_text())["options"]["model"] == "image"
+
+
+@pytest.mark.parametrize("args, word", [
+    (("lstm", "--levels", 16), "--levels 16 is of grey pixels: add --binarize none"), (("made", "--levels", 300), "--levels"), (("made", "--hidden", "0"), "--hidden"), (("pixelcnn", "--channels", 0), "--channels"),
+    (("realnvp", "--model", "image", "--scales", 4), "divisible by 16, got 8 x 8"), (("maf", "--alpha", .5), "--alpha"), (("maf", "--batch-size", 1), "two images at least"), (("realnvp", "--binarize", "dynamic"), "--binarize"), (("made", "--k", 2), "--k")])
+def test_mistakes_with_a_likelihood_are_one_line_and_leave_nothing(args, word, few_images, tmp_path, capsys):
+    assert run(*likely(few_images, *args, "--out", tmp_path / "run")) == 2
     said = capsys.readouterr().err
-    assert "one channel" in said and "3 channels" in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+    assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_mixed_up_likelihoods_are_told(few_images, tmp_path, capsys, undrawn):
+    out = tmp_path / "run"
+    assert run(*likely(few_images, "made", "--hidden", 8, "--out", out)) == 0
+    for args, word in ((("--k", 2), "made has an exact one"), (("--outside", "digits"), "which made has not")):
+        capsys.readouterr(); assert run("evaluate", out, *args) == 2
+        said = capsys.readouterr().err; assert word in said and said.count("\n") == 1
+    config = json.loads((out / "config.json").read_text()); config["scheme"] = "maf"; config["options"] |= {"layers": 1, "alpha": .1}; (out / "config.json").write_text(json.dumps(config))
+    for args in (("evaluate", out), ("sample", out), ("train", "--resume", out, "--epochs", 2)):
+        capsys.readouterr(); assert run(*args) == 1
+        said = capsys.readouterr().err; assert "not this player's" in said and said.count("\n") == 1
 
 
 @pytest.fixture(scope="module")

@@ -116,6 +116,7 @@ class MaximumLikelihood(Game):
         batches,     # of tensors (B, ...) or of tuples that begin with one, such as `Batch`
         seed: int=0, # of the noise of a generator of its own: torch's streams are left as they were
         k: int=1,    # samples of the noise an image, Eq. (likelihood-bound); 1 where there is none
+        chunk: int=200, # images measured at once
     ) -> dict:       # floats: "loss", "nll" (at k = 1 the loss) and its standard error over images and noise, "bits_per_dim" of it; n images
         r"How likely the images are. `ValueError` for pixels that the treatment doesn't take, for no images, and where the likelihood is NaN."
         if k < 1 or (k > 1 and self.data != "dequantised"): raise ValueError(f"k={k}: " + ("at least one sample is needed" if k < 1 else f"the likelihood of {self.data} data is exact, and needs no samples"))
@@ -125,8 +126,9 @@ class MaximumLikelihood(Game):
                 if not isinstance(x, Tensor): x = x[0]
                 self.check(x)
                 generator = generator or torch.Generator(x.device).manual_seed(seed)
-                nats = torch.stack([self.nats(self.treat(x, generator)) for _ in range(k)])
-                losses.append(nats.mean(0)); found.append(math.log(k) - (-nats).logsumexp(0))
+                for part in x.split(chunk):
+                    nats = torch.stack([self.nats(self.treat(part, generator)) for _ in range(k)])
+                    losses.append(nats.mean(0)); found.append(math.log(k) - (-nats).logsumexp(0))
         if not found: raise ValueError("nothing to evaluate: there are no batches")
         nll, n = torch.cat(found), sum(map(len, found))
         if nll.isnan().any(): raise ValueError(f"the likelihood of image {nll.isnan().nonzero()[0].item()} is NaN: look for NaN in the model's weights")
