@@ -387,6 +387,7 @@ def fit(
         loader, valid = loaders(scheme, data, valid, batch_size, device, binarize, seed)
         averages = averages_of(scheme, ema) if ema else scheme.averages
         with having(scheme, averages=averages): to_evaluate(scheme)
+        if schedule: scale_rates(scheme, schedule(0.))
         folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None and first else None
         run = Run(scheme, loader, ranks, folder, valid, patience, samples, schedule=schedule, checkpoint_steps=checkpoint_steps,
                   checkpoint_seconds=checkpoint_seconds, progress=lambda *args: Progress(*args, how=progress if first else "none"))

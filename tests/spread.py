@@ -51,6 +51,7 @@ RULES = {
     "lookahead of extragradient": lambda: rules.Lookahead(inner=rules.Extragradient(inner=rules.Consensus(.2)), every=3),
     "unrolled": lambda: rules.Unrolled(player="D", steps=3),
     "competitive": rules.CompetitiveGradient,
+    "clipped": lambda: rules.Clipped(.15, rules.Consensus(.2)),
 }
 OPTIMIZERS = {"momentum": lambda p: Momentum(p, lr=.05, momentum=.5), "adam": lambda p: Adam(p, lr=.01),
               "negative momentum": lambda p: Momentum(p, lr=.05, momentum=-.3)}

@@ -173,6 +173,13 @@ def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_p
     group = whole.players["net"].optimizer.param_groups[0]; assert float(group["lr"]) == pytest.approx(float(group["initial_lr"]) / 12) and float(group["initial_lr"]) in (pytest.approx(.01), pytest.approx(.02))
 
 
+def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
+    class Bare(torch.optim.Optimizer):
+        def __init__(self, params): super().__init__(params, {})
+    with pytest.raises(ValueError, match="player 'net' has no lr"): fit(Scheme(lambda net: Bare(net.parameters())), FEW, schedule=lambda t: 1., out=tmp_path / "a", progress="none")
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inner", [None, lambda: Consensus(.1)])
 def test_clipped(dtype, inner):

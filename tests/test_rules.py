@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from optgen import checkpoint, optim
 from optgen.games import Corrections, Field, Game, Player, Rule
-from optgen.rules import (Alternating, CompetitiveGradient, Consensus, Extragradient, Feedback, Lookahead, Optimistic, Simultaneous,
+from optgen.rules import (Alternating, Clipped, CompetitiveGradient, Consensus, Extragradient, Feedback, Lookahead, Optimistic, Simultaneous,
                           SymplecticAdjustment, Unrolled, input_gradient_penalty)
 from optgen.testing import spectral_radius
 
@@ -203,7 +203,7 @@ GAN_RULES = {
     "consensus": lambda: Consensus(.5), "symplectic": lambda: SymplecticAdjustment(), "lookahead": lambda: Lookahead(every=3),
     "unrolled": lambda: Unrolled("D", 3), "competitive": lambda: CompetitiveGradient(),
     "lookahead-past": lambda: Lookahead(Extragradient([Consensus(.2), Feedback("G", "D", "D", .5)], past=True), every=3),
-    "optimistic-competitive": lambda: Optimistic(CompetitiveGradient(lr=.01)), "alternating-symplectic": lambda: Alternating(SymplecticAdjustment()),
+    "optimistic-competitive": lambda: Optimistic(CompetitiveGradient(lr=.01)), "alternating-symplectic": lambda: Alternating(SymplecticAdjustment()), "clipped": lambda: Clipped(.1), "alternating-clipped": lambda: Alternating(Clipped(.1, Consensus(.2))),
 }
 OPTIMIZERS = {
     "momentum": lambda p: optim.Momentum(p, lr=.02, momentum=-.3), "nesterov": lambda p: torch.optim.SGD(p, lr=.02, momentum=.9, nesterov=True, foreach=True),
@@ -313,7 +313,7 @@ LIMITS = {
     "empty list": (lambda: [], lambda: None), "lookahead 1 1": (lambda: Lookahead(every=1, alpha=1.), lambda: None),
     "extragradient inner": (lambda: Extragradient(Consensus(0.)), lambda: Extragradient()),
     "repeats 1": (lambda: Alternating(repeats={"D": 1}), lambda: Alternating()), "order": (lambda: Alternating(order=["G", "D"]), lambda: Alternating()),
-    "list of one": (lambda: [Consensus(.4)], lambda: Consensus(.4)),
+    "list of one": (lambda: [Consensus(.4)], lambda: Consensus(.4)), "clipped far": (lambda: Clipped(1e9, Consensus(.4)), lambda: Consensus(.4)),
 }
 @pytest.mark.parametrize("limit", LIMITS)
 def test_limits(limit):
