@@ -13,8 +13,8 @@ import pytest
 import optgen
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(optgen.__path__, "optgen.") if not m.ispkg and not m.name.endswith(("_modidx", "__main__")))
-LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules", "controllers", "inner", "estimators", "muon"), ("models.vae", "models.gan", "models.classifier", "models.autoregressive", "models.ladder", "models.conditional", "models.pixels", "models.flow", "models.diffusion"), ("schemes.elbo", "schemes.assisted", "schemes.feedback", "schemes.denoising"),
-          ("checkpoint", "parallel", "trainer"), ("reproduce", "bench_rules", "bench_elbo", "bench_assisted", "evidence.feedback", "evidence.elbo", "evidence.assisted"), ("bench", "cli")]
+LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules", "controllers", "inner", "estimators", "muon", "averaging"), ("models.vae", "models.gan", "models.classifier", "models.autoregressive", "models.ladder", "models.conditional", "models.pixels", "models.flow", "models.diffusion"), ("schemes.elbo", "schemes.assisted", "schemes.feedback", "schemes.likelihood", "schemes.denoising"),
+          ("checkpoint", "parallel", "trainer"), ("reproduce", "bench_rules", "bench_elbo", "bench_assisted", "evidence.feedback", "evidence.elbo", "evidence.assisted", "evidence.denoising"), ("bench", "cli")]
 DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 
 
@@ -48,7 +48,7 @@ def test_what_is_public_is_documented(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_declared_dependencies_are_imported(name):
-    declared = {"torch", "torchvision", "matplotlib", "tqdm", "click", "optgen", "PIL"}  # PIL is torchvision's
+    declared = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree", "optgen", "PIL"}  # PIL is torchvision's
     for root in {target.split(".")[0] for target in imports(name)}: assert root in declared or root in sys.stdlib_module_names, f"{name} imports {root}"
 
 

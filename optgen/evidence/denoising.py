@@ -12,6 +12,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from schedulefree import AdamWScheduleFree  # its authors' own
 
 from ..averaging import Average, Power, evaluating
 from ..data import Images, Loader, fashion_mnist, mnist
@@ -53,7 +54,6 @@ def make_optimizer(config: dict, model: torch.nn.Module):
     r"The optimizer of a configuration."
     if config["optimizer"] == "adam": return Adam(model.parameters(), lr=config["lr"])
     if config["optimizer"] == "schedule-free":
-        from schedulefree import AdamWScheduleFree
         return AdamWScheduleFree(model.parameters(), lr=config["lr"], warmup_steps=100)
     matrices, rest = muon_groups(model, others=("net.embed", "net.start"))
     return Together(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))

@@ -24,7 +24,7 @@ from ..models.conditional import ConditionalVAE
 from ..models.ladder import LadderDecoder, LadderEncoder
 from ..models.vae import VAE, elbo_terms
 from ..optim import Adam
-from .feedback import evaluating
+from .feedback import in_eval_mode
 from ..viz import reliability
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510006
@@ -227,7 +227,7 @@ class Assisted(Game):
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:  # (B, ...) -> (B, K) probabilities, in evaluation mode
-        with evaluating(*(player.module for player in self.players.values())): return self.classifier(self.encoded(x)).softmax(-1)
+        with in_eval_mode(*(player.module for player in self.players.values())): return self.classifier(self.encoded(x)).softmax(-1)
 
     @torch.no_grad()
     def typicality(self,
@@ -260,7 +260,7 @@ class Assisted(Game):
     ) -> tuple:                # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None
         r"What the two halves say of images, in evaluation mode."
         found, rng = [], None
-        with evaluating(*(player.module for player in self.players.values())):
+        with in_eval_mode(*(player.module for player in self.players.values())):
             for batch in batches:
                 rng = rng or torch.Generator(batch.x.device).manual_seed(seed)
                 found.append((self.classifier(self.encoded(batch.x)).double(), batch.y, self.typicality(batch.x, rng) if typical else None))

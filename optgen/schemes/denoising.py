@@ -20,7 +20,7 @@ from ..metrics import bits_per_dim, feature_stats, fid, frechet_floor
 from ..models.diffusion import SAMPLERS, LogNormalSchedule, PowerSchedule, Schedule, ode_log_prob, over, target_of, variational_bound, weight_of
 from ..models.flow import dequantise
 from ..optim import Adam
-from .feedback import usual_features
+from .feedback import in_eval_mode, usual_features
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00006
 def min_snr(sigma: Tensor, std: float=1., gamma: float=5.) -> Tensor:
@@ -223,9 +223,7 @@ class DenoisingDiffusion(Game):
     ) -> dict:            # floats: "loss", at levels drawn uniformly, without uncertainty; "bound" and "nll", nats an image, with their errors and bits; "fid" and its floor; n images
         r"What a held-out set says. Pixels are dequantised, and nats are of the grey levels: bounds of theirs, Eq. (flow-dequantise). ValueError for no images."
         rng, found, real, fake = None, {}, [], []
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
+        with in_eval_mode(*self.model.modules()):
             for batch in batches:
                 if rng is None: rng, features = torch.Generator(batch.x.device).manual_seed(seed), usual_features(batch.x)
                 b = self.draw_noise(batch, rng, Levels())
@@ -235,8 +233,6 @@ class DenoisingDiffusion(Game):
                 if k: found.setdefault("bound", []).append(cells + variational_bound(denoise, b.x, low, high, std, k, rng))
                 if ode: found.setdefault("nll", []).append(cells - ode_log_prob(denoise, b.x, low, high, std, ode, 1, rng))
                 if fid_steps: real.append(features(batch.x)); fake.append(features(self.sample(len(b.x), steps=fid_steps, labels=b.labels, generator=rng)))
-        finally:
-            for m, mode in modes: m.training = mode
         if not found: raise ValueError("nothing to evaluate: there are no batches")
         found, D = {name: torch.cat(parts).double() for name, parts in found.items()}, math.prod(self.model.shape)
         result = {"n": len(found["loss"]), "loss": found["loss"].mean().item()}

@@ -17,7 +17,7 @@ from ..games import Game, Player, Rule
 from ..metrics import bits_per_dim
 from ..models.flow import Flow, dequantise
 from ..optim import Adam
-from .feedback import evaluating
+from .feedback import in_eval_mode
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00006
 TREATMENTS = {"binary": "0 or 1", "levels": "grey levels n / 255", "dequantised": "grey levels n / 255"}  # treatment: what its pixels are
@@ -121,7 +121,7 @@ class MaximumLikelihood(Game):
         r"How likely the images are. `ValueError` for pixels that the treatment doesn't take, for no images, and where the likelihood is NaN."
         if k < 1 or (k > 1 and self.data != "dequantised"): raise ValueError(f"k={k}: " + ("at least one sample is needed" if k < 1 else f"the likelihood of {self.data} data is exact, and needs no samples"))
         losses, found, generator = [], [], None
-        with evaluating(*self.model.modules()):
+        with in_eval_mode(*self.model.modules()):
             for x in batches:
                 if not isinstance(x, Tensor): x = x[0]
                 self.check(x)
