@@ -304,6 +304,35 @@ def test_mixed_up_likelihoods_are_told(few_images, tmp_path, capsys, undrawn):
         said = capsys.readouterr().err; assert "not this player's" in said and said.count("\n") == 1
 
 
+DIFFUSIONS = {"ddpm": ("ddpm",), "ddpm otherwise": ("ddpm", "--target", "v", "--weight", "min-snr", "--schedule", "cosine", "--levels", "adaptive", "--uncertainty", "--dropout", .1), "flow-matching": ("flow-matching", "--coupling", "optimal", "--ema", 0)}
+
+def diffusion(folder, name, *args): return likely(folder, name, "--channels", 4, "--multiples", "1,2", *args)
+
+
+@pytest.mark.parametrize("way", DIFFUSIONS)
+def test_a_diffusion_every_way(way, few_images, tmp_path, capsys, undrawn):
+    out, how = tmp_path / "run", ("--steps", 2, "--sampler", "ancestral") if way == "ddpm" else ("--steps", 3)
+    assert run(*diffusion(few_images, *DIFFUSIONS[way], "--out", out)) == 0 and run("train", "--resume", out, "--epochs", 2, "--progress", "none") == 0
+    capsys.readouterr(); assert run("evaluate", out, "--split", "train", "--limit", 100, "--k", 2, "--fid-steps", 1, "--ode-steps", 1, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["epoch"] == 2 and found["k"] == 2 and "upper bound" in found["pixels"] and abs(found["bound_bits_per_dim"] - found["bound"] / 64 / math.log(2)) < 1e-6 and {"loss", "fid", "fid_floor", "nll"} <= found.keys()
+    assert run("sample", out, "--n", 4, *how) == 0 and Image.open(out / "samples.png").size == (22, 22)
+
+
+@pytest.mark.parametrize("args, word", [(("ddpm", "--multiples", "1,2,2,2,2"), "divisible by 16, got 8 x 8"), (("ddpm", "--target", "score"), "--target"), (("flow-matching", "--weight", "best"), "'min-snr'"), (("flow-matching", "--multiples", "0"), "--multiples"), (("ddpm", "--dropout", 1), "--dropout")])
+def test_mistakes_with_a_diffusion_are_one_line_and_leave_nothing(args, word, few_images, tmp_path, capsys):
+    assert run(*likely(few_images, *args, "--out", tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert word in said and said.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_steps_are_of_a_diffusion_and_pairs_forbid_a_sampler(few_images, tmp_path, capsys, undrawn):
+    assert run(*likely(few_images, "made", "--hidden", 8, "--out", tmp_path / "made")) == 0 and run(*diffusion(few_images, "flow-matching", "--coupling", "optimal", "--out", tmp_path / "flow")) == 0
+    for args, word in ((("sample", tmp_path / "made", "--steps", 2), "made is drawn at once"), (("evaluate", tmp_path / "made", "--fid-steps", 2), "which made is not"), (("sample", tmp_path / "flow", "--sampler", "ancestral"), "take ddim or heun")):
+        capsys.readouterr(); assert run(*args) == 2
+        said = capsys.readouterr().err; assert word in said and said.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def few_labelled(tmp_path_factory):
     "Grey images of 8 x 8, dark and light ones in a folder each, and as many without a class."
