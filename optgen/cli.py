@@ -645,6 +645,7 @@ def bench(out, repeats, data, only):
     if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
 CLAIMS = {"assisted": ("optgen.evidence.assisted", "a generative model that assists a classifier: few labels and all, MNIST and Fashion-MNIST", ("hundred", "ladder", "weights", "mnist-labels", "fashion-labels")),
+          "denoising": ("optgen.evidence.denoising", "the optimizer's side of a diffusion model, an ingredient at a time: MNIST and Fashion-MNIST at half their size", ("mnist", "fashion")),
           "elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
           "feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
 
