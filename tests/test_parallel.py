@@ -46,7 +46,7 @@ def test_every_rule_is_tried():
 
 
 def test_two_ranks_do_all_and_three_a_third(job):
-    for part in ("every", "elbos"): one, two, three = (result(job, 0, world)[part] for world in (1, 2, 3)); assert two.keys() == one.keys() and len(three) == math.ceil(len(one) / 3)
+    for half in ("every", "elbos"): one, two, three = (result(job, 0, world)[half] for world in (1, 2, 3)); assert two.keys() == one.keys() and len(three) == math.ceil(len(one) / 3)
 
 
 @pytest.mark.parametrize("world", [2, 3])
