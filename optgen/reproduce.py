@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'source_state', 'perform',
-           'Worker', 'terminable', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'train_watched',
-           'interval', 'pm', 'markdown_table', 'hours']
+           'Worker', 'terminable', 'missing', 'reproduce', 'load_results', 'reproduce_stages', 'falling',
+           'train_watched', 'interval', 'pm', 'markdown_table', 'hours']
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
 import contextlib
@@ -200,6 +200,10 @@ def reproduce_stages(
     return total
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #90e00002
+def falling(t: float) -> float:  # factor of the step at a share `t` of the run, for `train_watched`
+    r"Constant for half of the run, then linearly to 0."
+    return min(1., 2 * (1 - t))
+
 def train_watched(
     scheme,               # a `Game`
     loader,               # its batches are an epoch
@@ -207,6 +211,7 @@ def train_watched(
     every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
     look: Callable,       # epochs done -> dict of numbers
     rate: Callable|None=None, # share of the run done -> factor on every learning rate
+    beside=(),            # averages that are updated too, for `look` to put in
 ) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
     r"Train and watch; a scheme's averages are updated, and looked at in the place of the weights."
     n, seen, cpu, wall = len(loader), [], 0., 0.
@@ -214,7 +219,7 @@ def train_watched(
     for t, batch in enumerate(batches, 1):
         if rate: scale_rates(scheme, rate((t - 1) / (epochs * n)))
         scheme.step(batch)
-        for average in scheme.averages: average.update()
+        for average in (*scheme.averages, *beside): average.update()
         if t % max(1, round(every * n)) and t < epochs * n: continue
         cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
         with evaluating(scheme): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})

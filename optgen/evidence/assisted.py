@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'ALWAYS', 'LADDER', 'OWN', 'REGULAR', 'TRIED',
            'WAYS', 'FAST', 'SLOW', 'LABELS', 'TRIAL', 'LONG', 'SHORT', 'STAGES', 'split', 'make_scheme', 'disturbed',
-           'falling', 'run_assisted', 'early', 'tried', 'best', 'experiment']
+           'run_assisted', 'early', 'tried', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00003
 from functools import partial
@@ -16,7 +16,7 @@ from .. import controllers
 from ..data import Batch, Images, Loader, fashion_mnist, few_labels, hold_out, mnist
 from ..models.classifier import shifted
 from ..optim import Adam
-from ..reproduce import Experiment, load_results, train_watched
+from ..reproduce import Experiment, falling, load_results, train_watched
 from ..schemes.assisted import Assisted, Balanced, networks
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00005
@@ -53,10 +53,6 @@ def disturbed(batches, kind: str):  # "noise" or "moved"
     for t, batch in enumerate(batches):
         rng = torch.Generator().manual_seed(t)
         yield Batch((batch.x + .3 * torch.randn(batch.x.shape, generator=rng)).clamp(0, 1) if kind == "noise" else shifted(batch.x, 2, rng), batch.y)
-
-def falling(t: float) -> float:  # factor of the step at a share `t` of the run
-    r"Constant for half of the run, then linearly to 0."
-    return min(1., 2 * (1 - t))
 
 def run_assisted(config: dict, seed: int) -> dict:
     r"One classifier: errors on validation and test images as it trains; all measures at the end."

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['DATA', 'TUNING_SEEDS', 'SEEDS', 'ALWAYS', 'TRIED', 'PARTS', 'VARIANTS', 'TRIAL', 'FASHION', 'STAGES', 'halved',
-           'features', 'Followed', 'make_optimizer', 'make_scheme', 'measure', 'falling', 'run_denoising', 'best',
-           'experiment']
+           'features', 'make_optimizer', 'make_scheme', 'measure', 'run_denoising', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00003
 import functools
@@ -21,7 +20,7 @@ from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, PowerSchedule, UNet
 from ..muon import Muon, muon_groups
 from ..optim import Adam, Together
-from ..reproduce import Experiment, load_results, train_watched
+from ..reproduce import Experiment, falling, load_results, train_watched
 from ..schemes.denoising import AdaptiveLevels, DenoisingDiffusion
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00005
@@ -39,17 +38,6 @@ def features():  # images (B, 1, 14, 14) -> (B, d)
     return lambda x: classifier.features(F.interpolate(x.float(), scale_factor=2., mode="bilinear"))
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00007
-class Followed(DenoisingDiffusion):
-    r"A scheme with an average of its model's weights that follows along."
-    def __init__(self, model, *args, **kwargs):
-        super().__init__(model, *args, **kwargs)
-        self.average = Average(model, Power.of_width(.1))
-
-    def step(self, batch):
-        losses = super().step(batch)
-        self.average.update()
-        return losses
-
 def make_optimizer(config: dict, model: torch.nn.Module):
     r"The optimizer of a configuration."
     if config["optimizer"] == "adam": return Adam(model.parameters(), lr=config["lr"])
@@ -58,14 +46,14 @@ def make_optimizer(config: dict, model: torch.nn.Module):
     matrices, rest = muon_groups(model, others=("net.embed", "net.start"))
     return Together(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))
 
-def make_scheme(config: dict, train: Images) -> Followed:
+def make_scheme(config: dict, train: Images) -> DenoisingDiffusion:
     r"The scheme of a configuration."
     std = (2 * train.images.float() / 255 - 1).square().mean().sqrt().item()
     model = Denoiser(UNet(train.shape, config["channels"], (1, 2), attention=False), train.shape, "v", std)
-    return Followed(model, config["weight"], levels=AdaptiveLevels() if config["adaptive"] else None, coupling=config["coupling"], optimizers=make_optimizer(config, model))
+    return DenoisingDiffusion(model, config["weight"], levels=AdaptiveLevels() if config["adaptive"] else None, coupling=config["coupling"], optimizers=make_optimizer(config, model))
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00009
-def measure(scheme: Followed, test: Images, samples: int, exact: tuple=()) -> dict:
+def measure(scheme: DenoisingDiffusion, test: Images, samples: int, exact: tuple=()) -> dict:
     r"Loss and distance of the weights that are in, from fixed seeds; with `exact`, levels an image and steps along the curves, the likelihoods too."
     judge = DenoisingDiffusion(scheme.model)  # on the same loss, whatever the run descends
     few = lambda n: Loader(test.take(torch.arange(min(n, len(test)))), 250, shuffle=False)
@@ -78,10 +66,6 @@ def measure(scheme: Followed, test: Images, samples: int, exact: tuple=()) -> di
     bits = judge.evaluate(few(2000), k=exact[0]) | {f"ode_{k}": x for k, x in judge.evaluate(few(250), ode=exact[1]).items()}
     return found | {"fid_few": distance("ddim", 4), "fid_floor": frechet_floor(real.cov, samples, real.n).item(), "samples": samples, **{k: round(bits[k], 4) for k in ("bound_bits_per_dim", "bound_se", "ode_nll_bits_per_dim", "ode_nll_se")}}
 
-def falling(t: float) -> float:  # factor of the step at a share `t` of the run
-    r"Constant for half of the run, then linearly to 0."
-    return min(1., 2 * (1 - t))
-
 def run_denoising(config: dict, seed: int) -> dict:
     r"One diffusion model: loss and distance as it trains, of its weights (`raw`) and of their average."
     train, test = (halved(DATA[config["data"]](split)) for split in ("train", "test"))
@@ -89,22 +73,24 @@ def run_denoising(config: dict, seed: int) -> dict:
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True)
         scheme = make_scheme(config, train)
+        averages = [Average(scheme.model, Power.of_width(.1))] if config["optimizer"] != "schedule-free" else []  # that has one of its own, which `train_watched` puts in
         def both(samples, exact=()):
-            raw = measure(scheme, test, samples, exact)  # `train_watched` has put the weights of a schedule-free optimizer in
-            if config["optimizer"] == "schedule-free": return {"raw": raw}
-            with evaluating(scheme.average): return {"raw": raw, "averaged": measure(scheme, test, samples, exact)}
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], lambda epoch: both(config["samples"]), falling if config["falls"] else None)
+            found = {"raw": measure(scheme, test, samples, exact)}
+            for average in averages:
+                with evaluating(average): found["averaged"] = measure(scheme, test, samples, exact)
+            return found
+        seen = train_watched(scheme, loader, config["epochs"], config["every"], lambda epoch: both(config["samples"]), falling if config["falls"] else None, averages)
         with evaluating(scheme): return {"curve": seen, "end": both(config["final"], config["exact"])}
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00011
 TUNING_SEEDS, SEEDS = (100,), (0, 1, 2)
-ALWAYS = dict(data="mnist", optimizer="adam", lr=2e-3, falls=False, weight="v", adaptive=False, coupling=False, channels=16, batch=100, epochs=4, every=.5, samples=1000, final=5000, exact=[16, 20])
+ALWAYS = dict(data="mnist", optimizer="adam", lr=2e-3, falls=False, weight="v", adaptive=False, coupling=False, channels=16, batch=100, epochs=3, every=.5, samples=1000, final=2500, exact=[16, 20])
 TRIED = {"adam": tuple({"lr": lr, "falls": falls} for lr, falls in ((2e-3, False), (2e-3, True), (6e-3, True), (1e-3, False))),
          "muon": tuple({"optimizer": "muon", "lr": lr, "falls": falls} for lr, falls in ((5e-3, False), (.02, False), (.02, True), (.06, True))),
          "schedule-free": tuple({"optimizer": "schedule-free", "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2))}
 PARTS = {"min-snr": {"weight": "min-snr"}, "adaptive": {"adaptive": True}, "optimal": {"coupling": True}}
 VARIANTS = ("plain", "ema", *PARTS, "muon", "schedule-free", "together")
-TRIAL, FASHION = {"epochs": 1, "every": 1}, {"data": "fashion", "epochs": 2}
+TRIAL, FASHION = {"epochs": 1, "every": 1, "final": 1000, "exact": []}, {"data": "fashion", "epochs": 2}
 STAGES = {"mnist": ("tune", "mnist"), "fashion": ("tune", "fashion")}
 
 def best(out, kind: str, of: str) -> dict:

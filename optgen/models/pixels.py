@@ -78,7 +78,7 @@ def masked_perceptron(
 ) -> nn.Sequential:   # (B, D) -> (B, outputs D): the first number of every pixel, then the second, ...
     r"A perceptron whose outputs of pixel $i$ depend on $x_{<i}$ alone, Eq. (made-mask). Raises ValueError for a size below 1."
     _check_sizes(x_dim=x_dim, hidden=min(hidden, default=1), outputs=outputs)
-    degrees = [torch.arange(1, x_dim + 1), *(torch.arange(n) % max(1, x_dim - 1) + 1 for n in hidden)]
+    degrees = [torch.arange(1, x_dim + 1), *(torch.arange(n) * max(1, x_dim - 1) // n + 1 for n in hidden)]
     layers = [part for j, k in zip(degrees, degrees[1:]) for part in (MaskedLinear(k[:, None] >= j), activation())]
     return nn.Sequential(*layers, MaskedLinear((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1)))
 
