@@ -22,6 +22,7 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from . import optim
 from .bench_assisted import bench_assisted, show_assisted
+from .bench_generative import bench_generative, show_generative
 from .bench_elbo import bench_elbo, show_elbo
 from .bench_rules import bench_rules, show_rules
 from .data import DataError, Images, Loader, load
@@ -156,10 +157,10 @@ def bench_optimizers(
     return rows
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-8
-def run_bench(repeats: int=3, data: str|None=None, only=()) -> dict:  # only: of "epoch", "optimizers", "rules", "elbo", "assisted", "scaling"; empty is all
+def run_bench(repeats: int=3, data: str|None=None, only=()) -> dict:  # only: of "epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"; empty is all
     r"The whole benchmark, as one JSON-able dict."
     parts = {"epoch": lambda: bench_epochs(repeats, data), "optimizers": lambda: bench_optimizers(rounds=5 * repeats),
-             "rules": lambda: bench_rules(rounds=20 * repeats), "elbo": lambda: bench_elbo(10 * repeats, repeats, data or "digits"), "assisted": lambda: bench_assisted(30 * repeats),
+             "rules": lambda: bench_rules(rounds=20 * repeats), "elbo": lambda: bench_elbo(10 * repeats, repeats, data or "digits"), "assisted": lambda: bench_assisted(30 * repeats), "generative": lambda: bench_generative(10 * repeats),
              "scaling": lambda: bench_scaling(repeats=repeats)}
     return {"environment": environment() | {"cpus": os.cpu_count()}, **{name: part() for name, part in parts.items() if name in only or not only}}
 
@@ -179,6 +180,7 @@ def show_bench(result: dict) -> str:  # what `run_bench` gave
     if rules := result.get("rules"): lines += [show_rules(rules), ""]
     if elbo := result.get("elbo"): lines += [show_elbo(elbo), ""]
     if assisted := result.get("assisted"): lines += [show_assisted(assisted), ""]
+    if generative := result.get("generative"): lines += [show_generative(generative), ""]
     if scaling := result.get("scaling"):
         lines += [f"{'ranks of one thread, a convolutional GAN, batch ' + str(scaling['batch_size']):52}{'images/s':>12}{'speedup':>9}"]
         lines += [f"{n!s:52}{speed:12.0f}{scaling['speedup'][n]:9.2f}" for n, speed in scaling["images_per_second"].items()]

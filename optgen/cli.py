@@ -632,12 +632,12 @@ def list_():
 @click.option("--out", type=click.Path(dir_okay=False), help="Also write the result as JSON to this file.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each variant, in turn; medians are reported.")
 @click.option("--data", type=click.Choice(["digits", "mnist"]), help="[default: mnist where it is found, else digits]")
-@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers", "rules", "elbo", "assisted", "scaling"]), help="Part to run; may be repeated.  [default: all]")
+@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"]), help="Part to run; may be repeated.  [default: all]")
 def bench(out, repeats, data, only):
     """Measure speed on this machine.
 
     Side by side, each in turn: an epoch of the article's loop, of a loop by hand, of fit and of fit --compile; the steps of the optimizers; those of the update rules, with their memory;
-    those of a VAE under controllers, with many samples and with inner steps, and its training beside pythae's where that is installed; those of assisted classifiers; two processes against one.
+    those of a VAE under controllers, with many samples and with inner steps, and its training beside pythae's where that is installed; those of assisted classifiers; of pixel models, flows and diffusion, of their samplers and of an average of the weights; two processes against one.
     """
     from optgen.bench import run_bench, show_bench
     result = run_bench(repeats=repeats, data=data, only=only)
@@ -647,6 +647,7 @@ def bench(out, repeats, data, only):
 CLAIMS = {"assisted": ("optgen.evidence.assisted", "a generative model that assists a classifier: few labels and all, MNIST and Fashion-MNIST", ("hundred", "ladder", "weights", "mnist-labels", "fashion-labels")),
           "denoising": ("optgen.evidence.denoising", "the optimizer's side of a diffusion model, an ingredient at a time: MNIST and Fashion-MNIST at half their size", ("mnist", "fashion")),
           "elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
+          "likelihood": ("optgen.evidence.likelihood", "pixel models and a flow on MNIST: nats and bits for how much", ("anchors", "steps")),
           "feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
 
 @cli.command()

@@ -14,7 +14,7 @@ import optgen
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(optgen.__path__, "optgen.") if not m.ispkg and not m.name.endswith(("_modidx", "__main__")))
 LAYERS = [("data", "metrics", "viz", "testing"), ("optim", "games", "rules", "controllers", "inner", "estimators", "muon", "averaging"), ("models.vae", "models.gan", "models.classifier", "models.autoregressive", "models.ladder", "models.conditional", "models.pixels", "models.flow", "models.diffusion"), ("schemes.elbo", "schemes.assisted", "schemes.feedback", "schemes.likelihood", "schemes.denoising"),
-          ("checkpoint", "parallel", "trainer"), ("reproduce", "bench_rules", "bench_elbo", "bench_assisted", "evidence.feedback", "evidence.elbo", "evidence.assisted", "evidence.denoising"), ("bench", "cli")]
+          ("checkpoint", "parallel", "trainer"), ("reproduce", "bench_rules", "bench_elbo", "bench_assisted", "bench_generative", "evidence.feedback", "evidence.elbo", "evidence.assisted", "evidence.likelihood", "evidence.denoising"), ("bench", "cli")]
 DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 
 
