@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'ALWAYS', 'LADDER', 'OWN', 'REGULAR', 'TRIED',
-           'WAYS', 'FAST', 'SLOW', 'LABELS', 'TRIAL', 'LONG', 'SHORT', 'STAGES', 'split', 'make_scheme', 'disturbed',
-           'run_assisted', 'early', 'tried', 'best', 'experiment']
+           'WAYS', 'FAST', 'SLOW', 'LABELS', 'LARGER', 'TRIAL', 'LONG', 'SHORT', 'STAGES', 'split', 'make_scheme',
+           'disturbed', 'run_assisted', 'early', 'tried', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00003
 from functools import partial
@@ -96,6 +96,7 @@ WAYS = {
     "balanced": tuple({"weight": w} for w in (.3, 1., 3.)), "projected": tuple({"weight": w} for w in (.003, .03, .3))}
 FAST, SLOW = ("plain", "reconstruction"), ("agreement", "m1+m2", "ladder")  # with every number of labels (m1+m2 not with all), of five seeds and of three
 LABELS = {"mnist": (100, 600, 1000, 3000, "all"), "fashion": (100, 1000, "all")}
+LARGER = {"weight": .09}  # where `control` ended
 TRIAL, LONG, SHORT = {"epochs": 6, "valid": 1000, "outside": False}, {"epochs": 48, "every": 4}, {"epochs": 3}
 
 def tried(own: dict, changes: dict, **more) -> dict:  # name-number -> configuration
@@ -123,7 +124,7 @@ def experiment(name: str, out) -> Experiment:
     if name == "tune-weights": return Experiment(name, run_assisted, tried({way: chosen["reconstruction"] | {"set": way} for way in WAYS}, WAYS, **TRIAL | SHORT), TUNING_SEEDS)
     if name == "weights":
         ways = best(out, "tune-weights")
-        return Experiment(name, run_assisted, {way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT for way, config in [("number", chosen["reconstruction"]), *ways.items()]}, SEEDS)
+        return Experiment(name, run_assisted, {way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT for way, config in [("number", chosen["reconstruction"]), ("larger", chosen["reconstruction"] | LARGER), *ways.items()]}, SEEDS)
     data, n, *slow = name.split("-")
     images = {"data": data, "labels": n if n == "all" else int(n), "valid": 10_000 if n == "all" else int(n)}
     methods = [method for method in (SLOW if slow else FAST) if n != "all" or method != "m1+m2"]
