@@ -44,6 +44,7 @@ def run_likelihood(config: dict, seed: int) -> dict:
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True, binarize=binarize)
         scheme = make_scheme(config, train)
+        if config["compile"]: torch.compiler.reset(); scheme.compile()
         average = Average(scheme.model, Power.of_width(.1))
         def look(epoch):
             found = {"valid": round(scheme.evaluate(few(valid))["nll"], 4)}
@@ -58,10 +59,10 @@ def best_look(curve: list) -> dict:
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00009
 SEEDS = (0, 1, 2)
-ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0., batch=100)
+ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0., batch=100, compile=False)
 ANCHORS = {
     "made": dict(model="made", size=[4000], epochs=10, every=1),
-    "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7, radius=1), epochs=8, every=1),
+    "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7, radius=1), epochs=8, every=2, compile=True),
     "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=6, every=1)}
 STAGES = {"anchors": tuple(ANCHORS), "steps": ("made", "made-constant")}
 
