@@ -21,7 +21,7 @@ from ..schemes.likelihood import MaximumLikelihood
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00005
 MODELS = {  # model: (what is done to its pixels, size and mean image -> the model)
-    "made": ("binary", lambda size, mean: MADE((1, 28, 28), size, x_mean=mean)),
+    "made": ("binary", lambda size, mean: MADE((1, 28, 28), **size, x_mean=mean)),
     "pixelcnn": ("binary", lambda size, mean: PixelCNN((1, 28, 28), **size)),
     "flow": ("dequantised", lambda size, mean: image_flow((1, 28, 28), **size, before=[Logit(1e-6)]))}
 
@@ -61,7 +61,7 @@ def best_look(curve: list) -> dict:
 SEEDS = (0, 1, 2)
 ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0., batch=100, compile=False)
 ANCHORS = {
-    "made": dict(model="made", size=[4000], epochs=10, every=1),
+    "made": dict(model="made", size=dict(hidden=[2000, 2000], dropout=.25), epochs=10, every=1),
     "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7, radius=1), epochs=8, every=2, compile=True),
     "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=6, every=1)}
 STAGES = {"anchors": tuple(ANCHORS), "steps": ("made", "made-constant")}

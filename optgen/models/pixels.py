@@ -75,11 +75,12 @@ def masked_perceptron(
     hidden,           # units of each layer
     outputs: int=1,   # numbers a pixel
     activation=nn.ReLU, # class of the module after a layer
+    dropout: float=0.,# share of the units of each layer that a step in training leaves out
 ) -> nn.Sequential:   # (B, D) -> (B, outputs D): the first number of every pixel, then the second, ...
     r"A perceptron whose outputs of pixel $i$ depend on $x_{<i}$ alone, Eq. (made-mask). Raises ValueError for a size below 1."
     _check_sizes(x_dim=x_dim, hidden=min(hidden, default=1), outputs=outputs)
     degrees = [torch.arange(1, x_dim + 1), *(torch.arange(n) * max(1, x_dim - 1) // n + 1 for n in hidden)]
-    layers = [part for j, k in zip(degrees, degrees[1:]) for part in (MaskedLinear(k[:, None] >= j), activation())]
+    layers = [part for j, k in zip(degrees, degrees[1:]) for part in (MaskedLinear(k[:, None] >= j), activation(), *([nn.Dropout(dropout)] if dropout else []))]
     return nn.Sequential(*layers, MaskedLinear((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1)))
 
 class MADE(PixelModel):
@@ -89,9 +90,10 @@ class MADE(PixelModel):
         hidden=(500,),   # units of each layer
         levels: int=2,   # $L$
         x_mean=None,     # mean training image, D values in [0, 1], of two levels: the biases of the output start there
+        dropout: float=0.,# share of the units of each layer that a step in training leaves out; to score and to draw, put the model in evaluation mode
     ):
         super().__init__(shape, levels)
-        self.net = masked_perceptron(math.prod(self.shape), hidden, self.outputs)
+        self.net = masked_perceptron(math.prod(self.shape), hidden, self.outputs, dropout=dropout)
         if x_mean is not None and levels == 2: self.net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
     def logits(self, x): return self.net(x.flatten(1)).unflatten(1, (self.outputs, -1)).mT

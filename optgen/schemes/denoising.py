@@ -210,7 +210,7 @@ class DenoisingDiffusion(Game):
         like = next(self.model.parameters())
         levels = (schedule or PowerSchedule(self.schedule.low, self.schedule.high)).steps(steps)
         y = levels[0].item() * torch.randn(n, *self.model.shape, generator=generator, dtype=like.dtype, device=like.device)
-        x = SAMPLERS[sampler](self.denoise(labels), y, levels, **({"generator": generator} if sampler == "ancestral" else {}))
+        with in_eval_mode(*self.model.modules()): x = SAMPLERS[sampler](self.denoise(labels), y, levels, **({"generator": generator} if sampler == "ancestral" else {}))
         return ((x + 1) / 2).clamp(0, 1) if self.pixels else x
 
     @torch.no_grad()

@@ -136,8 +136,9 @@ class MaximumLikelihood(Game):
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:  # (n, ...) in [0, 1], on the grid of the levels, Eq. (likelihood-draw)
-        p = self.p
-        x = p.sample(n) if p is self.model else p.sample((n,))
+        with in_eval_mode(*self.model.modules()):
+            p = self.p
+            x = p.sample(n) if p is self.model else p.sample((n,))
         if self.data == "dequantised": x = (256 * x).floor().clamp(0, 255) / 255
         return x if self.shape is None else x.reshape(n, *self.shape)
 
