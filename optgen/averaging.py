@@ -223,7 +223,7 @@ def to_evaluate(*things) -> tuple:  # averages, schedule-free optimizers, and th
 def evaluating(
     *things,  # a scheme (its averages, and its players' optimizers that are schedule-free), an `Average`, an optimizer: one without weights to evaluate changes nothing
 ):
-    r"Inside, the weights are the averaged ones, or those of schedule-free optimizers; afterwards weights, buffers and modes are the old ones to the bit, also after an exception."
+    r"Inside, the weights are the averaged ones, or those of schedule-free optimizers; afterwards they are the old ones to the bit, also after an exception, and so are the buffers of an averaged module and of a scheme's. Modes of modules are the caller's."
     averages, optimizers, modules = to_evaluate(*things)
     held = [*(p for a in averages for p in a.params.values()), *(p for o in optimizers for group in o.param_groups for p in group["params"]), *(b for m in modules for b in m.buffers())]
     held = list({id(x): x.detach() for x in held}.values())

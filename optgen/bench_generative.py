@@ -7,6 +7,7 @@ __all__ = ['SHAPE', 'BATCH', 'MODELS', 'seeded_scheme', 'grey', 'bench_steps', '
            'bench_ddpm', 'bench_averaging', 'bench_generative', 'show_generative']
 
 # %% ../nbs/40_training/48_bench_generative.ipynb #48a00002
+import importlib
 import importlib.util
 
 import torch
@@ -65,12 +66,12 @@ def bench_pixel(rounds: int, sides=(7, 14, 28), n: int=16) -> dict:  # kind -> {
 def bench_ddpm(rounds: int, n: int=16) -> dict|None:  # {"ours_ms", "theirs_ms", "ratio"}; None where the library is not installed
     r"A step on the U-Net of denoising-diffusion-pytorch: our scheme with DDPM's levels, target and weight, and its own trainer's step."
     if importlib.util.find_spec("denoising_diffusion_pytorch") is None: return None
-    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    theirs = importlib.import_module("denoising_diffusion_pytorch")
     def net():
-        with torch.random.fork_rng(): torch.manual_seed(0); return Unet(dim=16, dim_mults=(1, 2), channels=1)
-    x, theirs = grey(n), GaussianDiffusion(net(), image_size=SHAPE[-1], objective="pred_noise")
-    optimizer = torch.optim.Adam(theirs.parameters(), lr=1e-4)
-    def their_step(): optimizer.zero_grad(); theirs(x).backward(); optimizer.step()
+        with torch.random.fork_rng(): torch.manual_seed(0); return theirs.Unet(dim=16, dim_mults=(1, 2), channels=1)
+    x, model = grey(n), theirs.GaussianDiffusion(net(), image_size=SHAPE[-1], objective="pred_noise")
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    def their_step(): optimizer.zero_grad(); model(x).backward(); optimizer.step()
     ours = DenoisingDiffusion(Denoiser(net(), SHAPE, "eps"), "eps", LinearSchedule())
     ms = time_in_turn({"theirs": their_step, "ours": lambda: ours.step(Batch(x))}, rounds)
     return {"ours_ms": ms["ours"], "theirs_ms": ms["theirs"], "ratio": ms["theirs"] / ms["ours"]}

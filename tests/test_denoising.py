@@ -60,6 +60,7 @@ def test_nothing_waits_for_the_device(name):
             return func(*args, **(kwargs or {}))
     scheme = tiny(name)
     if not scheme.coupling:
+        scheme.draw(batch(1))  # the first is checked, which waits
         with Waits(): scheme.loss(scheme.draw(batch(0))).backward(); scheme.levels.update(*scheme.seen)
     tiny(name, device="meta").step(batch(0, like=torch.empty((), device="meta")))
 

@@ -145,7 +145,7 @@ def test_nan_is_found_and_named():
 
 
 def test_a_run_on_grey_images_ends_at_once(tmp_path):
-    with pytest.raises(ValueError, match="takes images of 0 or 1.*binarize='dynamic'"): fit(tiny("made"), Images(IMAGES), batch_size=50, progress="none")
+    with pytest.raises(ValueError, match="images of 0 or 1 are expected.*binarize='dynamic'"): fit(tiny("made"), Images(IMAGES), batch_size=50, progress="none")
     scheme = tiny("maf"); before = weights(scheme).clone()
     with pytest.raises(ValueError, match="batch_size of two"): fit(scheme, Images(IMAGES), batch_size=1, progress="none")
     assert torch.equal(weights(scheme), before) and not scheme.begun

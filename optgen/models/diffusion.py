@@ -20,14 +20,16 @@ from .vae import _check_sizes
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00006
 class Schedule:
-    r"Noise levels $\sigma$ from `low` to `high`, Eq. (diffusion-level); a subclass has `level(t)` and its inverse `time(sigma)`. Raises ValueError unless 0 < low < high."
+    r"Noise levels $\sigma$ from `low` to `high`, Eq. (diffusion-level); a subclass has `level(t)` and its inverse `time(sigma)`. Raises ValueError unless 0 < low < high, and where the times of the two are too near an end to lead back to them."
     def __init__(self,
         low: float=.002,  # smallest $\sigma$
         high: float=80.,  # largest
     ):
         if not 0 < low < high < math.inf: raise ValueError(f"noise levels go from low to high, 0 < low < high, got {low} and {high}")
         self.low, self.high = low, high
-        self.ends = self.time(torch.tensor([low, high], dtype=torch.float64, device="cpu")).tolist()
+        range_ = torch.tensor([low, high], dtype=torch.float64, device="cpu"); times = self.time(range_)
+        if not torch.allclose(self.level(times), range_, rtol=1e-3): raise ValueError(f"the times of the levels {low} and {high} can't be told from 0 and 1: take a narrower range, or PowerSchedule")
+        self.ends = times.tolist()
 
     def __call__(self, u: Tensor) -> Tensor:  # in [0, 1] -> $\sigma$, like `u`
         start, end = self.ends
@@ -49,7 +51,7 @@ class LinearSchedule(Schedule):
 
 class CosineSchedule(Schedule):
     r"The signal is a cosine. Nichol & Dhariwal (2021)."
-    def __init__(self, low=.002, high=80., offset=.008):  # $s\ge0$
+    def __init__(self, low=.002, high=80., offset=.008):  # $\tau\ge0$
         self.offset, self.first = offset, math.pi / 2 * offset / (1 + offset)
         super().__init__(low, high)
 
@@ -65,7 +67,7 @@ class StraightSchedule(Schedule):
     def time(self, sigma): return sigma / (1 + sigma)
 
 class LogNormalSchedule(Schedule):
-    r"The levels that training sees. Karras et al. (2022)."
+    r"The levels that training sees; in single precision none above about 150. Karras et al. (2022)."
     def __init__(self, low=.002, high=80., mean=-1.2, std=1.2):  # $m$, $d>0$
         self.mean, self.std = mean, std
         super().__init__(low, high)

@@ -85,7 +85,7 @@ class ActNorm(nn.Module):
         self.times = math.prod(shape) // math.prod(kept)
 
     @torch.no_grad()
-    def calibrate(self, x):  # (B, ...) of two examples at least
+    def calibrate(self, x):  # (B, ...) of two examples at least; a deviation below 1e-3 counts as that
         std, mean = torch.std_mean(x, self.over, correction=0, keepdim=True)
         self.shift.copy_(-mean[0]); self.log_scale.copy_(-std[0].clamp(min=1e-3).log())
 
@@ -99,9 +99,9 @@ class Reverse(nn.Module):
 
 class Logit(nn.Module):
     r"From $(0,1)$ to all numbers, Eq. (flow-logit); what comes back may be beyond by $\alpha/(1-2\alpha)$."
-    def __init__(self, alpha: float=1e-6):  # in [0, 1/2)
+    def __init__(self, alpha: float=1e-6):  # in (0, 1/2); ValueError for another
         super().__init__()
-        if not 0 <= alpha < .5: raise ValueError(f"alpha lies in [0, 1/2), got {alpha}")
+        if not 0 < alpha < .5: raise ValueError(f"alpha lies in (0, 1/2), got {alpha}")
         self.alpha = alpha
 
     def forward(self, y):
@@ -114,7 +114,7 @@ class Logit(nn.Module):
 def dequantise(
     x: Tensor,  # grey levels n / 255
     u: Tensor,  # uniform in [0, 1), like `x`
-) -> Tensor:    # in (0, 1)
+) -> Tensor:    # in [0, 1], 1 by rounding alone
     r"$y=(n+u)/256$, Eq. (flow-dequantise)."
     return (255 * x + u) / 256
 
@@ -131,8 +131,9 @@ class Flow(nn.Module):
         with torch.no_grad(): self.z_shape = tuple(self(like.new_zeros(1, *shape))[0].shape[1:])
 
     def forward(self, x):
-        r"$z$ (B, *z_shape) and $\log|\det|$ (B,), for `x` (B, ...). Raises ValueError for another shape of examples."
-        if x.shape[1:].numel() != math.prod(self.shape): raise ValueError(f"expected a batch of examples of shape {self.shape}, got shape {tuple(x.shape)}")
+        r"$z$ (B, *z_shape) and $\log|\det|$ (B,), for `x` (B, ...). Raises ValueError for another shape of examples; flat ones are shaped, and a flow of vectors flattens."
+        given, flat = tuple(x.shape[1:]), 1 in (len(self.shape), x.ndim - 1)
+        if math.prod(given) != math.prod(self.shape) or given != self.shape and not flat: raise ValueError(f"expected a batch of examples of shape {self.shape}, or flat, got shape {tuple(x.shape)}")
         z, total = x.reshape(-1, *self.shape), 0.
         for f in self.transforms: z, log_det = f(z); total = total + log_det
         return z, total
@@ -153,7 +154,7 @@ class Flow(nn.Module):
         generator=None, # of random numbers, on the device of the parameters; torch's own if None
     ):                  # (n, ...)
         r"Draws from $p(x)$."
-        like = next(self.parameters())
+        like = next(self.parameters(), torch.empty(()))
         return self.inverse(torch.randn(n, *self.z_shape, generator=generator, dtype=like.dtype, device=like.device))
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ from ..models.diffusion import SAMPLERS, LogNormalSchedule, PowerSchedule, Sched
 from ..models.flow import dequantise
 from ..optim import Adam
 from .feedback import in_eval_mode, usual_features
+from .likelihood import check_pixels
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00006
 def min_snr(sigma: Tensor, std: float=1., gamma: float=5.) -> Tensor:
@@ -43,7 +44,7 @@ class Uncertainty(nn.Module):
     r"$q(\sigma)$ of Eq. (denoising-uncertainty), 0 at first: a linear function of sines and cosines of $\log\sigma$. (B,) -> (B,)."
     def __init__(self, waves: int=16):
         super().__init__()
-        self.register_buffer("frequency", torch.arange(waves) * math.pi / 12)  # of half a period and less in [-6, 6]
+        self.register_buffer("frequency", torch.arange(waves) * math.pi / 12)  # k/2 periods in [-6, 6]
         self.out = nn.Linear(2 * waves, 1)
         nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
 
@@ -94,7 +95,8 @@ class AdaptiveLevels(Levels):
 
     def update(self, u, loss, mean=lambda tensors: tensors):
         j = (u * len(self.square)).long().clamp(max=len(self.square) - 1)
-        total, count = mean([torch.zeros_like(self.square).index_add(0, j, t.to(self.square)) for t in (loss**2, torch.ones_like(loss))])
+        finite = loss.isfinite()  # one that is not says nothing of its bin, and would for ever
+        total, count = mean([torch.zeros_like(self.square).index_add(0, j, t.to(self.square)) for t in (torch.where(finite, loss, 0)**2, finite)])
         self.met = self.met + (count > 0)
         fresh = torch.maximum(1 / self.met, torch.full_like(self.met, 1 - self.decay)) * (count > 0)
         self.square = torch.where(count > 0, self.square.lerp(total / count.clamp(min=torch.finfo(count.dtype).tiny), fresh.clamp(max=1.)), self.square)
@@ -144,13 +146,13 @@ class DenoisingDiffusion(Game):
         coupling: bool=False,              # pair images and noise by `optimal_coupling`
         uncertainty: nn.Module|None=None,  # $q$: (B,) -> (B,), such as `Uncertainty()`
         conditional: bool=False,           # the model is told the labels
-        pixels: bool=True,                 # examples are grey levels in [0, 1]: made continuous, and [-1, 1] to the model
+        pixels: bool=True,                 # examples are grey levels n / 255, which the first batch is checked for: made continuous, and [-1, 1] to the model
         optimizers=None,                   # of the model, or a pair, of the model and of q; by default `Adam(lr=1e-3)` and `Adam(lr=1e-2)`
         rule=None,                         # how the players step
     ):
         if isinstance(weight, str) and weight not in (*WEIGHTS, "elbo"): raise ValueError(f"the weight is one of {', '.join(WEIGHTS)}, elbo, or a function of sigma and std; got {weight!r}")
         self.model, self.weight, self.schedule, self.levels = model, weight, schedule or LogNormalSchedule(), levels or Levels()
-        self.coupling, self.uncertainty, self.conditional, self.pixels, self.seen = coupling, uncertainty, conditional, pixels, None
+        self.coupling, self.uncertainty, self.conditional, self.pixels, self.seen, self.begun = coupling, uncertainty, conditional, pixels, None, False
         modules = {"model": (model, 1e-3)} | ({} if uncertainty is None else {"uncertainty": (uncertainty, 1e-2)})
         optimizers = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
         super().__init__(self.draw_noise, rule, **{name: Player(m, self.loss, own or Adam(m.parameters(), lr=lr)) for (name, (m, lr)), own in zip(modules.items(), optimizers)})
@@ -162,7 +164,10 @@ class DenoisingDiffusion(Game):
 
     def prepare(self, batch, generator=None) -> tuple:  # the examples as the model sees them, and their labels
         if self.conditional and batch.y is None: raise ValueError("a conditional model needs labels, and this batch has none: train it on labelled images, or make it without classes")
-        x = 2 * dequantise(batch.x, torch.rand(batch.x.shape, generator=generator, dtype=batch.x.dtype, device=batch.x.device)) - 1 if self.pixels else batch.x
+        x = batch.x.to(next(self.model.parameters()).dtype)
+        if self.pixels:
+            if not self.begun: check_pixels(x, "dequantised"); self.begun = True
+            x = 2 * dequantise(x, torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)) - 1
         return x.reshape(-1, *self.model.shape), batch.y if self.conditional else None
 
     def draw_noise(self, batch, generator=None, levels: Levels|None=None) -> LevelBatch:
@@ -180,11 +185,10 @@ class DenoisingDiffusion(Game):
 
     def loss(self, b: LevelBatch) -> Tensor:  # 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)
         errors = self.errors(b)
+        q = self.uncertainty(b.sigma) if self.uncertainty is not None else torch.zeros_like(errors)
+        errors = errors * (-q).exp()
         self.seen = b.u, errors.detach()
-        if self.uncertainty is not None:
-            q = self.uncertainty(b.sigma)
-            errors = errors * (-q).exp() + q
-        return (errors / b.density).mean()
+        return ((errors + q) / b.density).mean()
 
     def step(self, batch):
         losses = super().step(batch)
@@ -202,7 +206,7 @@ class DenoisingDiffusion(Game):
         schedule: Schedule|None=None, # of the steps, by default `PowerSchedule` between the levels of training
         labels: Tensor|None=None,# (n,), of a conditional model
         generator=None,          # of random numbers, on the device of the parameters; torch's own if None
-    ) -> Tensor:                 # (n, ...), pixels in [0, 1]
+    ) -> Tensor:                 # (n, ...), pixels of grey levels n / 255
         r"Images from noise. ValueError for an unknown sampler, or a conditional model without labels."
         if sampler not in SAMPLERS: raise ValueError(f"the sampler is one of {', '.join(SAMPLERS)}, got {sampler!r}")
         if self.coupling and sampler == "ancestral": raise ValueError("the ancestral step is wrong where noise and images were paired: take ddim or heun")
@@ -211,7 +215,7 @@ class DenoisingDiffusion(Game):
         levels = (schedule or PowerSchedule(self.schedule.low, self.schedule.high)).steps(steps)
         y = levels[0].item() * torch.randn(n, *self.model.shape, generator=generator, dtype=like.dtype, device=like.device)
         with in_eval_mode(*self.model.modules()): x = SAMPLERS[sampler](self.denoise(labels), y, levels, **({"generator": generator} if sampler == "ancestral" else {}))
-        return ((x + 1) / 2).clamp(0, 1) if self.pixels else x
+        return (128 * (x + 1)).floor().clamp(0, 255) / 255 if self.pixels else x
 
     @torch.no_grad()
     def evaluate(self,
