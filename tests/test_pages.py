@@ -107,7 +107,8 @@ class Reader:
         page = self.open(name, faults)
         found = dict(page.evaluate(survey), faults=faults, spill={1400: page.evaluate(spill)}, contrast={"light": page.evaluate(contrast)})
         page.emulate_media(color_scheme="dark"); found["contrast"]["dark"] = page.evaluate(contrast)
-        page.set_viewport_size(narrow); found["spill"][400] = page.evaluate(spill)
+        page.set_viewport_size(narrow); page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")  # the page fits its formulas to the new width
+        found["spill"][400] = page.evaluate(spill)
         page.close()
         return found
 
