@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'ALWAYS', 'LADDER', 'OWN', 'REGULAR', 'TRIED',
-           'WAYS', 'FAST', 'SLOW', 'LABELS', 'LARGER', 'TRIAL', 'LONG', 'SHORT', 'STAGES', 'split', 'make_scheme',
-           'disturbed', 'run_assisted', 'early', 'tried', 'best', 'experiment']
+           'WAYS', 'FAST', 'SLOW', 'LABELS', 'LARGER', 'SMALLER', 'TRIAL', 'LONG', 'SHORT', 'STAGES', 'split',
+           'make_scheme', 'disturbed', 'run_assisted', 'early', 'tried', 'best', 'experiment']
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00003
 from functools import partial
@@ -96,7 +96,7 @@ WAYS = {
     "balanced": tuple({"weight": w} for w in (.3, 1., 3.)), "projected": tuple({"weight": w} for w in (.003, .03, .3))}
 FAST, SLOW = ("plain", "reconstruction"), ("agreement", "m1+m2", "ladder")  # with every number of labels, of five seeds and of three; with all, nothing is left without a class for agreement and m1+m2
 LABELS = {"mnist": (100, 600, 1000, 3000, "all"), "fashion": (100, 1000, "all")}
-LARGER = {"weight": .09}  # where `control` ended
+LARGER, SMALLER = {"weight": .09}, (.003, .0003)  # where `control` ended; with all labels of MNIST, besides the number that a hundred were given
 TRIAL, LONG, SHORT = {"epochs": 6, "valid": 1000, "outside": False}, {"epochs": 48, "every": 4}, {"epochs": 3}
 
 def tried(own: dict, changes: dict, **more) -> dict:  # name-number -> configuration
@@ -113,7 +113,7 @@ def best(out, tuning: str) -> dict:  # name -> configuration
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00013
 STAGES = {
     "hundred": ("tune", "hundred"), "ladder": ("tune", "ladder"), "weights": ("tune", "tune-weights", "weights"),
-    **{f"{data}-labels": ("tune", *(f"{data}-{n}{part}" for n in some for part in ("", "-slow"))) for data, some in LABELS.items()}}
+    **{f"{data}-labels": ("tune", *(f"{data}-{n}{part}" for n in some for part in ("", "-slow")), *(["mnist-all-small"] if data == "mnist" else [])) for data, some in LABELS.items()}}
 
 def experiment(name: str, out) -> Experiment:
     r"The runs of one folder; those that follow a tuning read its results in `out`."
@@ -125,7 +125,8 @@ def experiment(name: str, out) -> Experiment:
     if name == "weights":
         ways = best(out, "tune-weights")
         return Experiment(name, run_assisted, {way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT for way, config in [("number", chosen["reconstruction"]), ("larger", chosen["reconstruction"] | LARGER), *ways.items()]}, SEEDS)
-    data, n, *slow = name.split("-")
+    data, n, *part = name.split("-")
     images = {"data": data, "labels": n if n == "all" else int(n), "valid": 10_000 if n == "all" else int(n)}
-    methods = [method for method in (SLOW if slow else FAST) if n != "all" or method not in ("agreement", "m1+m2")]
-    return Experiment(name, run_assisted, {method: chosen[method] | ({} if n == "all" else SHORT) | images for method in methods}, SLOW_SEEDS if slow else SEEDS)
+    if part == ["small"]: return Experiment(name, run_assisted, {f"weight-{w:g}": chosen["reconstruction"] | images | {"weight": w} for w in SMALLER}, SEEDS)
+    methods = [method for method in (SLOW if part else FAST) if n != "all" or method not in ("agreement", "m1+m2")]
+    return Experiment(name, run_assisted, {method: chosen[method] | ({} if n == "all" else SHORT) | images for method in methods}, SLOW_SEEDS if part else SEEDS)
