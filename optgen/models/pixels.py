@@ -64,8 +64,11 @@ class PixelModel(nn.Module):
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00007
 class MaskedLinear(nn.Linear):
     r"A linear layer with some weights held at zero."
-    def __init__(self, mask):  # (outputs, inputs), 1 where there is a weight
-        super().__init__(mask.shape[1], mask.shape[0])
+    def __init__(self,
+        mask,            # (outputs, inputs), 1 where there is a weight
+        bias: bool=True,
+    ):
+        super().__init__(mask.shape[1], mask.shape[0], bias)
         self.register_buffer("mask", mask.to(self.weight.dtype))
 
     def forward(self, x): return F.linear(x, self.mask * self.weight, self.bias)
@@ -91,12 +94,19 @@ class MADE(PixelModel):
         levels: int=2,   # $L$
         x_mean=None,     # mean training image, D values in [0, 1], of two levels: the biases of the output start there
         dropout: float=0.,# share of the units of each layer that a step in training leaves out; to score and to draw, put the model in evaluation mode
+        direct: bool=False,# whether pixels go to the output directly too, Eq. (made-direct), from $A=0$
     ):
         super().__init__(shape, levels)
-        self.net = masked_perceptron(math.prod(self.shape), hidden, self.outputs, dropout=dropout)
+        D = math.prod(self.shape)
+        self.net = masked_perceptron(D, hidden, self.outputs, dropout=dropout)
+        self.direct = MaskedLinear(torch.ones(D, D).tril(-1).repeat(self.outputs, 1), bias=False) if direct else None
+        if direct: nn.init.zeros_(self.direct.weight)
         if x_mean is not None and levels == 2: self.net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
-    def logits(self, x): return self.net(x.flatten(1)).unflatten(1, (self.outputs, -1)).mT
+    def logits(self, x):
+        x = x.flatten(1)
+        out = self.net(x) if self.direct is None else self.net(x) + self.direct(x)
+        return out.unflatten(1, (self.outputs, -1)).mT
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00008
 class PixelLSTM(PixelModel):
