@@ -492,7 +492,7 @@ def build_likelihood(name: str, options: dict, shape: tuple):
     else: data, levels = treatment(options)
     if name == "lstm": model = pixels.PixelLSTM(shape, options["hidden"], options["layers"], levels)
     elif name == "pixelcnn": model = pixels.PixelCNN(shape, options["channels"], options["layers"], levels=levels)
-    elif name == "made": model = pixels.MADE(shape, widths(options["hidden"]), levels)
+    elif name == "made": model = pixels.MADE(shape, widths(options["hidden"]), levels, dropout=options["dropout"], direct=options["direct"])
     elif name == "maf": model = flow.maf(D, options["layers"], widths(options["hidden"]), before=before)
     elif options["model"] == "flat": model = flow.realnvp(D, options["layers"], widths(options["hidden"]), before=before)
     else: model = flow.image_flow(shape, options["scales"], options["couplings"], options["channels"], 1, before=before)
@@ -509,9 +509,11 @@ LOGIT = [click.option("--alpha", type=click.FloatRange(0, .5, min_open=True, max
 add_scheme("lstm", Scheme(functools.partial(build_likelihood, "lstm"), "LSTM that reads an image pixel after pixel", level_pixels),
            [count("--hidden", 64, "Units of a layer."), count("--layers", 1, "Layers."), *GREY], epochs=5)
 add_scheme("pixelcnn", Scheme(functools.partial(build_likelihood, "pixelcnn"), "masked convolutions, pixel after pixel, of images of one channel", level_pixels, samples=16),
-           [count("--channels", 16, "Channels of a layer."), count("--layers", 5, "Layers; a pixel sees as many rows and one more."), *GREY], epochs=3)
+           [count("--channels", 16, "Channels of a layer."), count("--layers", 5, "Layers; a pixel sees as many rows and three more."), *GREY], epochs=3)
 add_scheme("made", Scheme(functools.partial(build_likelihood, "made"), "masked perceptron, pixel after pixel", level_pixels, samples=16),
-           [click.option("--hidden", default="500", show_default=True, metavar="H1,H2,…", help="Units of the layers."), *GREY])
+           [click.option("--hidden", default="500", show_default=True, metavar="H1,H2,…", help="Units of the layers."),
+            click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True, help="Share of the units that are dropped in training."),
+            click.option("--direct/--no-direct", default=True, show_default=True, help="Whether pixels go to the output directly too."), *GREY])
 add_scheme("realnvp", Scheme(functools.partial(build_likelihood, "realnvp"), "flow by couplings, of images in several scales where their sides allow", flow_pixels, k=1, divide=by_sides),
            [click.option("--model", type=click.Choice(["auto", "image", "flat"]), default="auto", show_default=True, help="image wants sides that can be halved as often as there are scales; auto takes it where they can."),
             count("--scales", 2, "Of an image flow."), count("--couplings", 2, "Of an image flow, of either kind in a scale."), count("--channels", 16, "Of an image flow's convolutions."),

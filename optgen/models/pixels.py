@@ -165,20 +165,23 @@ class PixelCNN(PixelModel):
         layers: int=7,     # $N$
         radius: int=1,     # $r$
         levels: int=2,     # $L$
+        first: int=3,      # $r_1$, the first layer's radius
     ):
         super().__init__(shape, levels)
         if self.shape[0] != 1: raise ValueError(f"pixels of one channel are drawn row by row; got {self.shape[0]} channels")
-        _check_sizes(channels_of_a_layer=channels, layers=layers, radius=radius)
-        self.reach = layers * radius + 1  # rows above
-        self.layers = nn.ModuleList(CausalLayer(channels if k else 1, channels, radius, not k) for k in range(layers))
+        _check_sizes(channels_of_a_layer=channels, layers=layers, radius=radius, first=first)
+        self.reach = first + (layers - 1) * radius + 1  # rows above
+        places = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in self.shape[1:]), indexing="ij")
+        self.register_buffer("places", torch.stack(places), persistent=False)
+        self.layers = nn.ModuleList(CausalLayer(channels if k else 3, channels, radius if k else first, not k) for k in range(layers))
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, self.outputs, 1))
 
-    def logits(self, x):
-        v = h = x
+    def logits(self, x, top: int=0):  # `top`: row of the image at which x begins
+        v = h = torch.cat([x, self.places[:, top:top + x.shape[2]].expand(len(x), -1, -1, -1)], 1)
         for layer in self.layers: v, h = layer(v, h)
         return self.out(h).flatten(2).mT
 
     def next_logits(self, x, i):  # from the rows that the pixel sees
         row, column = divmod(i, self.shape[2])
         top = max(0, row - self.reach)
-        return self.logits(x[:, :, top:row + 1])[:, (row - top) * self.shape[2] + column]
+        return self.logits(x[:, :, top:row + 1], top)[:, (row - top) * self.shape[2] + column]
