@@ -94,8 +94,8 @@ TRIAL, FASHION = {"epochs": 1, "every": 1, "final": 1000, "exact": []}, {"data":
 STAGES = {"mnist": ("tune", "mnist"), "fashion": ("tune", "fashion")}
 
 def best(out, kind: str, of: str) -> dict:
-    r"The configuration of an optimizer's trial of least loss at its end, of its weights (`of` raw) or of their average."
-    runs = [r for r in load_results(out, "tune") if r["variant"].rpartition("-")[0] == kind]
+    r"The configuration of an optimizer's trial of least loss at its end, of its weights (`of` raw) or, of a constant step, of their average."
+    runs = [r for r in load_results(out, "tune") if r["variant"].rpartition("-")[0] == kind and not (of == "averaged" and r["config"]["falls"])]
     return min(runs, key=lambda r: r["result"]["end"][of]["loss"])["config"]
 
 def experiment(name: str, out) -> Experiment:
@@ -104,5 +104,5 @@ def experiment(name: str, out) -> Experiment:
     longer = {k: ALWAYS[k] for k in TRIAL} | (FASHION if name == "fashion" else {})
     plain, ema = (best(out, "adam", of) | longer for of in ("raw", "averaged"))
     variants = {"plain": plain, "ema": ema, **{part: plain | change for part, change in PARTS.items()}, **{kind: best(out, kind, "raw") | longer for kind in ("muon", "schedule-free")},
-                "together": functools.reduce(dict.__or__, PARTS.values(), ema)}
+                "together": functools.reduce(dict.__or__, PARTS.values(), plain)}
     return Experiment(name, run_denoising, {name: variants[name] for name in VARIANTS}, SEEDS)
