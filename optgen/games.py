@@ -215,6 +215,7 @@ def as_rule(rule: Rule|Iterable[Rule]|None) -> Rule:
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-6
 class Game:
     r"Players and the rule by which they step, Eq. (field)."
+    kept = ()                         # names of a scheme's attributes with a state beside the players' and the rule's: they have `state_dict`, `check_state` and `load_state_dict`
     averages = ()                     # of its players' weights (`optgen.averaging.averages_of`): `fit` updates and keeps them, `evaluating` puts the first of each player in
     criterion = "loss"                # the entry of a scheme's `evaluate` that is the better the smaller
     autocast = contextlib.nullcontext # makes the context in which losses are evaluated
@@ -291,14 +292,17 @@ class Game:
             if player.module is not None: player.module.train(mode)
         return self
 
-    def state_dict(self) -> dict:  # by player, and the rule's
-        return {name: player.state_dict() for name, player in self.players.items()} | {"rule": self.rule.state_dict()}
+    def state_dict(self) -> dict:  # by player, the rule's, and of what is `kept`
+        return {name: player.state_dict() for name, player in self.players.items()} | {"rule": self.rule.state_dict()} | {name: getattr(self, name).state_dict() for name in self.kept}
 
-    def load_state_dict(self, state: dict):  # `ValueError`, and nothing loaded, where players, weights or rule differ; a state of optgen 0.1 is of `Simultaneous`
+    def load_state_dict(self, state: dict):  # `ValueError`, and nothing loaded, where players, weights, rule or what is `kept` differ; a state of optgen 0.1 is of `Simultaneous`
         rule = state.get("rule", Simultaneous().state_dict())
-        if (theirs := state.keys() - {"rule"}) != self.players.keys():
+        if missing := [name for name in self.kept if name not in state]: raise ValueError(f"the state has no {missing[0]}: it is of another scheme than {type(self).__name__}")
+        if (theirs := state.keys() - {"rule", *self.kept}) != self.players.keys():
             raise ValueError(f"the state is of players {sorted(theirs)}, this game has {sorted(self.players)}")
         self.rule.check_state(rule)
+        for name in self.kept: getattr(self, name).check_state(state[name])
         for name, player in self.players.items(): player.check_state(state[name])
         for name, player in self.players.items(): player.load_state_dict(state[name])
         self.rule.load_state_dict(rule)
+        for name in self.kept: getattr(self, name).load_state_dict(state[name])

@@ -157,7 +157,8 @@ class Assisted(Game):
     Without a generator it is the plain classifier. With `features`, a VAE that learns beside them as a third player, both see its latents in the place of the image, and send no gradient into it: M1 without a generator,
     M1+M2 with one. Kingma et al. (2014).
     """
-    criterion = "nll"
+    criterion, kept = "nll", ("weight",)
+
     def __init__(self,
         classifier: nn.Module,             # images (B, ...) -> logits (B, K)
         generator: nn.Module|None=None,    # what the coupling wants
@@ -292,15 +293,6 @@ class Assisted(Game):
         device = next(self.classifier.parameters()).device
         if self.labelled is not None: self.labelled = replace(self.labelled, images=self.labelled.images.to(device), labels=self.labelled.labels.to(device))
         return self
-
-    def state_dict(self) -> dict: return super().state_dict() | {"weight": self.weight.state_dict()}
-
-    def load_state_dict(self, state: dict):  # as `Game.load_state_dict`
-        state = dict(state); weight = state.pop("weight", None)
-        if weight is None: raise ValueError("the state has no weight of an assistance: it is of another scheme")
-        self.weight.check_state(weight)
-        super().load_state_dict(state)
-        self.weight.load_state_dict(weight)
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510010
 class Balanced(Rule):

@@ -67,6 +67,7 @@ class Levels:
 
     def update(self, u: Tensor, loss: Tensor, mean: Callable=lambda tensors: tensors): pass  # what was drawn and its losses, (n,) each, detached; `mean` averages over ranks
     def state_dict(self) -> dict: return {}
+    def check_state(self, state: dict): pass
     def load_state_dict(self, state: dict): pass
 
 class AdaptiveLevels(Levels):
@@ -103,9 +104,10 @@ class AdaptiveLevels(Levels):
 
     def state_dict(self): return {"square": self.square, "met": self.met}
 
-    def load_state_dict(self, state):  # ValueError for another number of bins
+    def check_state(self, state):  # ValueError for another number of bins
+        if "square" not in state: raise ValueError("the state is of levels that do not adapt: go on with Levels()")
         if len(state["square"]) != len(self.square): raise ValueError(f"the state is of {len(state['square'])} bins of levels, and here are {len(self.square)}: go on with AdaptiveLevels(bins={len(state['square'])})")
-        self.square, self.met = state["square"].clone(), state["met"].clone()
+    def load_state_dict(self, state): self.square, self.met = state["square"].clone(), state["met"].clone()
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00010
 @torch.no_grad()
@@ -138,6 +140,8 @@ class DenoisingDiffusion(Game):
 
     One player, `model`; with `uncertainty` a second of the same loss. ValueError for parts that do not fit together.
     """
+    kept = ("levels",)
+
     def __init__(self,
         model: nn.Module,                  # as `optgen.models.diffusion.Denoiser`: `output(y, sigma[, labels])`, `shape`, `target`, `std`
         weight: str|Callable="v",          # a name in `WEIGHTS`, "elbo", or (sigma (B,), std) -> w (B,)
@@ -243,10 +247,3 @@ class DenoisingDiffusion(Game):
         for name in found.keys() - {"loss"}: result |= {name: (nats := found[name]).mean().item(), f"{name}_se": (nats.std() / len(nats)**.5).item(), f"{name}_bits_per_dim": bits_per_dim(nats.mean().item(), D)}
         if fid_steps: stats = feature_stats(real); result |= {"fid": fid(stats, fake), "fid_floor": frechet_floor(stats.cov, stats.n, stats.n).item()}
         return result
-
-    def state_dict(self) -> dict: return super().state_dict() | {"levels": self.levels.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        state = dict(state); levels = state.pop("levels")
-        super().load_state_dict(state)
-        self.levels.load_state_dict(levels)

@@ -35,6 +35,8 @@ class BetaVAE(Game):
 
     One player, `model`, or with two optimizers the two of Eq. (elbo-players), `encoder` and `decoder`. ValueError for parts that do not fit together.
     """
+    kept = ("beta",)
+
     def __init__(self,
         model: nn.Module,                # `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`, `decoder(z)`, `z_dim`; for two players its parts `q_net` and `p_net`
         beta: float|Controller=1.,       # weight of the rate, at least 0, or what sets it, Eq. (beta-controlled)
@@ -111,13 +113,8 @@ class BetaVAE(Game):
         if self.inner: raise ValueError("an inner optimizer differentiates twice, which torch.compile can't: train without compile")
         return super().compile()
 
-    def state_dict(self) -> dict: return super().state_dict() | {"beta": self.beta.state_dict()}
-
     def load_state_dict(self, state: dict):  # as `Game.load_state_dict`; a state of optgen 0.2 has no controller
-        state = dict(state); beta = state.pop("beta", self.beta.state_dict())
-        self.beta.check_state(beta)
-        super().load_state_dict(state)
-        self.beta.load_state_dict(beta)
+        super().load_state_dict({"beta": self.beta.state_dict()} | state)
         self.calibrate()
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #636a3c7d
