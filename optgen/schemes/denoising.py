@@ -67,7 +67,10 @@ class Levels:
 
     def update(self, u: Tensor, loss: Tensor, mean: Callable=lambda tensors: tensors): pass  # what was drawn and its losses, (n,) each, detached; `mean` averages over ranks
     def state_dict(self) -> dict: return {}
-    def check_state(self, state: dict): pass
+
+    def check_state(self, state: dict):  # ValueError where levels have adapted
+        if state: raise ValueError("the state is of levels that adapt: go on with AdaptiveLevels")
+
     def load_state_dict(self, state: dict): pass
 
 class AdaptiveLevels(Levels):
@@ -107,6 +110,7 @@ class AdaptiveLevels(Levels):
     def check_state(self, state):  # ValueError for another number of bins
         if "square" not in state: raise ValueError("the state is of levels that do not adapt: go on with Levels()")
         if len(state["square"]) != len(self.square): raise ValueError(f"the state is of {len(state['square'])} bins of levels, and here are {len(self.square)}: go on with AdaptiveLevels(bins={len(state['square'])})")
+
     def load_state_dict(self, state): self.square, self.met = state["square"].clone(), state["met"].clone()
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00010
