@@ -62,8 +62,8 @@ SEEDS = (0, 1, 2)
 ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0., batch=100, compile=False)
 ANCHORS = {
     "made": dict(model="made", size=dict(hidden=[4000], direct=True), decay=.2, epochs=10, every=1),
-    "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7), lr=3e-3, muon=.02, batch=50, epochs=8, every=2, compile=True),
-    "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=6, every=1)}
+    "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7), lr=3e-3, muon=.02, batch=50, epochs=6, every=2, compile=True),
+    "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=4, every=1)}
 STAGES = {"anchors": tuple(ANCHORS), "steps": ("made", "made-constant")}
 
 def experiment(name: str, out) -> Experiment:  # `out` is not read
