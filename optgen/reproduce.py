@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import cache
 from itertools import chain, repeat
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -95,8 +96,16 @@ def perform(run: Callable, config: dict, seed: int) -> dict:  # {"result": ...} 
         outcome = {"error": {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}}
     return outcome | {"cpu_seconds": round(time.process_time() - cpu, 3), "wall_seconds": round(time.perf_counter() - wall, 3)}
 
-def _serve(pipe, threads):
+@cache
+def _context():
+    "New processes are forked from one that has only imported what takes most of a start, and has no threads or device yet; where that is not to be had they start afresh."
+    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver"); context.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "matplotlib.figure"])
+    return context
+
+def _serve(pipe, threads, variables):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    os.environ.clear(); os.environ.update(variables)
     torch.set_num_threads(threads)
     try:
         while True: pipe.send(perform(*pipe.recv()))
@@ -105,9 +114,8 @@ def _serve(pipe, threads):
 class Worker:
     r"A process that performs runs, one at a time."
     def __init__(self, threads):
-        context = multiprocessing.get_context("spawn")
-        self.pipe, there = context.Pipe()
-        self.process = context.Process(target=_serve, args=(there, threads), daemon=True)
+        self.pipe, there = _context().Pipe()
+        self.process = _context().Process(target=_serve, args=(there, threads, dict(os.environ)), daemon=True)
         self.process.start(); there.close()
 
     def give(self, task): self.task, self.start = task, time.perf_counter(); self.pipe.send((task.run, task.config, task.seed))

@@ -98,7 +98,7 @@ def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
 
 def every(ranks=None):
     "{(rule, optimizer, dtype): weights and losses}"
-    cases = [(rule, "momentum", dtype) for rule in RULES for dtype in ("float32", "float64")]
+    cases = [(rule, "momentum", "float64") for rule in RULES] + [(rule, "momentum", "float32") for rule in list(RULES)[::3]]
     cases += [(rule, optimizer, "float64") for rule in ("simultaneous", "consensus") for optimizer in ("adam", "negative momentum")]
     return {case: train(ranks, rule=RULES[case[0]](), optimizer=case[1], dtype=getattr(torch, case[2])) for case in some(cases, ranks)}
 
@@ -129,7 +129,7 @@ def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
     return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.stack([*losses.values(), game.beta.value.mean()]), start, game.rule.memory.get("waiting")
 
 
-def elbos(ranks=None): return {(name, dtype): vae(name, getattr(torch, dtype), ranks=ranks) for name, dtype in some([(name, dtype) for name in ELBOS for dtype in ("float32", "float64")], ranks)}
+def elbos(ranks=None): return {(name, dtype): vae(name, getattr(torch, dtype), ranks=ranks) for name, dtype in some([(name, "float64") for name in ELBOS] + [(name, "float32") for name in list(ELBOS)[::3]], ranks)}
 
 
 ASSISTED = {  # generator, coupling, and more

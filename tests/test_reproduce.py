@@ -29,6 +29,9 @@ def dies(config, seed): os.kill(os.getpid(), signal.SIGKILL)
 def slow(config, seed): time.sleep(.3); return {"seed": seed}
 
 
+def hears(config, seed): return {"heard": os.environ.get("OPTGEN_TOLD")}
+
+
 def quiet(experiments, out, jobs=1): return reproduce(experiments, out, jobs=jobs, progress=False)
 
 
@@ -60,6 +63,15 @@ def test_a_killed_process_is_an_error_and_is_replaced(tmp_path):
     experiments = [Experiment("dies", dies, {"v": {}}, (0,)), TABLE._replace(seeds=(0,))]
     with pytest.raises(ReproduceError, match="1 of 3 runs failed"): quiet(experiments, tmp_path)
     assert "exit code -9" in load_results(tmp_path, "dies")[0]["error"]["message"] and len(load_results(tmp_path, "means")) == 2
+
+
+def test_a_run_sees_the_variables_of_now(tmp_path, monkeypatch):
+    "Not those of the first call, which started what later processes are forked from."
+    for told in ("a", "b", None):
+        if told: monkeypatch.setenv("OPTGEN_TOLD", told)
+        else: monkeypatch.delenv("OPTGEN_TOLD", raising=False)
+        quiet([Experiment(str(told), hears, {"v": {}}, (0,))], tmp_path / f"{told}")
+        assert load_results(tmp_path / f"{told}", str(told))[0]["result"]["heard"] == told
 
 
 def test_interrupted_from_outside_it_leaves_whole_files_and_goes_on(tmp_path):
