@@ -6,6 +6,7 @@
 __all__ = ['PixelModel', 'MaskedLinear', 'masked_perceptron', 'MADE', 'PixelLSTM', 'CausalLayer', 'PixelCNN']
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00002
+import itertools
 import math
 
 import torch
@@ -142,16 +143,16 @@ class PixelLSTM(PixelModel):
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00009
 class CausalLayer(nn.Module):
     r"A layer of both stacks, Eq. (pixel-cnn)."
-    def __init__(self, inputs: int, channels: int, radius: int, first: bool):
+    def __init__(self, inputs: int, channels: int, radius: int, first: bool, dilation: int=1):
         super().__init__()
-        self.radius, self.first = radius, first
-        self.down = nn.Conv2d(inputs, 2 * channels, (radius + 1, 2 * radius + 1))
-        self.right = nn.Conv2d(inputs, 2 * channels, (1, radius + (not first)))
+        self.reach, self.first = radius * dilation, first
+        self.down = nn.Conv2d(inputs, 2 * channels, (radius + 1, 2 * radius + 1), dilation=dilation)
+        self.right = nn.Conv2d(inputs, 2 * channels, (1, radius + (not first)), dilation=dilation)
         self.mix, self.out = nn.Conv2d(2 * channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, v, h):
         gate = lambda a: (lambda s, t: s.tanh() * t.sigmoid())(*a.chunk(2, 1))
-        r = self.radius
+        r = self.reach
         down = self.down(F.pad(v, (r, r, r, 0)))
         right = self.right(F.pad(h, (r, -1 if self.first else 0, 0, 0)))
         new = self.out(gate(right + self.mix(F.pad(down, (0, 0, 1, -1)))))
@@ -166,14 +167,16 @@ class PixelCNN(PixelModel):
         radius: int=1,     # $r$
         levels: int=2,     # $L$
         first: int=3,      # $r_1$, the first layer's radius
+        dilations=(1, 2, 4),  # $d_2, d_3, \dots$ of the layers after the first, again from the beginning where there are more
     ):
         super().__init__(shape, levels)
         if self.shape[0] != 1: raise ValueError(f"pixels of one channel are drawn row by row; got {self.shape[0]} channels")
-        _check_sizes(channels_of_a_layer=channels, layers=layers, radius=radius, first=first)
-        self.reach = first + (layers - 1) * radius + 1  # rows above
+        _check_sizes(channels_of_a_layer=channels, layers=layers, radius=radius, first=first, smallest_of_the_dilations=min(dilations, default=0))
+        steps = [*itertools.islice(itertools.cycle(dilations), layers - 1)]
+        self.reach = first + radius * sum(steps) + 1  # rows above
         places = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in self.shape[1:]), indexing="ij")
         self.register_buffer("places", torch.stack(places), persistent=False)
-        self.layers = nn.ModuleList(CausalLayer(channels if k else 3, channels, radius if k else first, not k) for k in range(layers))
+        self.layers = nn.ModuleList([CausalLayer(3, channels, first, True), *(CausalLayer(channels, channels, radius, False, d) for d in steps)])
         self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, self.outputs, 1))
 
     def logits(self, x, top: int=0):  # `top`: row of the image at which x begins
