@@ -1,4 +1,5 @@
 "Packaging read from settings.ini, the one place where the project's facts are written."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -26,13 +27,19 @@ setup(
         "Development Status :: 3 - Alpha",
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
-        *(f"Programming Language :: Python :: 3.{v}" for v in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)),
+        *(
+            f"Programming Language :: Python :: 3.{v}"
+            for v in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)
+        ),
     ],
     packages=find_packages(include=["optgen", "optgen.*"]),
     package_data={"optgen": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},
-    entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}=optgen._modidx:d"]},
+    entry_points={
+        "console_scripts": cfg["console_scripts"].split(),
+        "nbdev": [f"{cfg['lib_name']}=optgen._modidx:d"],
+    },
     zip_safe=False,
 )

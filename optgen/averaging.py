@@ -20,220 +20,478 @@ from torch.optim import Optimizer
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00006
 class Profile:
-    r"How much of an average is new at each step, Eq. (average). Another kind overrides `fresh` and is a frozen dataclass of numbers."
-    def fresh(self, t: int) -> float: raise NotImplementedError("a profile says in fresh(t) with which share step t enters")  # $1-\beta_t$; 1 at t = 1
+    """How much of an average is new at each step, Eq. (average). Another kind overrides `fresh`
+    and is a frozen dataclass of numbers.
+    """
 
-    def weights(self, t: int, after: int=0) -> Tensor:  # (t - after,), float64: $w_t$ of the steps after + 1 ... t, Eq. (average-weights)
+    def fresh(self, t: int) -> float:
+        r"""$1-\beta_t$; 1 at t = 1."""
+        raise NotImplementedError("a profile says in fresh(t) with which share step t enters")
+
+    def weights(self, t: int, after: int = 0) -> Tensor:
+        """Return (t - after,), float64: $w_t$ of the steps after + 1 ... t, Eq. (average-weights)."""
         fresh = torch.tensor([self.fresh(s) for s in range(after + 1, t + 1)], dtype=torch.float64)
         later = torch.log1p(-fresh[1:]).flip(0).cumsum(0).flip(0)
         return fresh * torch.cat([later, later.new_zeros(1)]).exp()
 
-    def kept(self, t: int, after: int) -> float:  # what the average at step `after` still weighs in that at `t`
+    def kept(self, t: int, after: int) -> float:
+        """Return what the average at step `after` still weighs in that at `t`."""
         return math.prod(1 - self.fresh(s) for s in range(after + 1, t + 1))
+
 
 @dataclass(frozen=True)
 class Exponential(Profile):
-    r"A decay that grows towards $d$, Eq. (ema)."
-    decay: float=.999  # $d$ in (0, 1); about $1/(1-d)$ steps are averaged
-    warmup: float=9.   # $c\ge0$; 0 for $d$ from the second step on
+    r"""A decay that grows towards $d$, Eq. (ema).
+
+    Attributes:
+        decay: $d$ in (0, 1); about $1/(1-d)$ steps are averaged.
+        warmup: $c\ge0$; 0 for $d$ from the second step on.
+    """
+
+    decay: float = 0.999
+    warmup: float = 9.0
 
     def __post_init__(self):
-        if not 0 < self.decay < 1: raise ValueError(f"the decay of an average lies in (0, 1), got {self.decay}")
-        if not self.warmup >= 0: raise ValueError(f"the warm-up of an average is a number of steps, at least 0, got {self.warmup}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"the decay of an average lies in (0, 1), got {self.decay}")
+        if not self.warmup >= 0:
+            raise ValueError(
+                f"the warm-up of an average is a number of steps, at least 0, got {self.warmup}"
+            )
 
-    def fresh(self, t): return max(self.warmup / (t + self.warmup), 1 - self.decay) if t > 1 else 1.
+    def fresh(self, t):
+        return max(self.warmup / (t + self.warmup), 1 - self.decay) if t > 1 else 1.0
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00007
 @dataclass(frozen=True)
 class Power(Profile):
-    r"Weights as a power of the step, Eq. (power-average). Karras et al. (2024)."
-    gamma: float  # $\gamma\ge0$; 0 is the plain mean, inf the weights themselves
+    r"""Weights as a power of the step, Eq. (power-average). Karras et al. (2024).
+
+    Attributes:
+        gamma: $\gamma\ge0$; 0 is the plain mean, inf the weights themselves.
+    """
+
+    gamma: float
 
     def __post_init__(self):
-        if not self.gamma >= 0: raise ValueError(f"the power of an average is at least 0, got {self.gamma}; Power.of_width(.05) takes the relative width")
+        if not self.gamma >= 0:
+            raise ValueError(
+                f"the power of an average is at least 0, got {self.gamma}; Power.of_width(.05) takes the relative width"
+            )
 
     @classmethod
-    def of_width(cls,
-        width: float,  # $\sigma_{rel}$ in $(0, 1/\sqrt{12}]$: standard deviation of the weights' steps over the length of the run
-    ):
-        r"The power of a given width, Eq. (power-root)."
-        if not 0 < width <= 12**-.5: raise ValueError(f"the relative width of an average lies in (0, 1/sqrt(12)] = (0, 0.2887], got {width}: usual are 0.05 to 0.15")
-        a, b = (width**-2 + 1/3) / 3, 2/3 * width**-2 + 1/27
-        return cls(max(0., 2 * a**.5 * math.cos(math.acos(-b / a**1.5) / 3) - 7/3))
+    def of_width(cls, width: float):
+        r"""The power of a given width, Eq. (power-root).
+
+        Args:
+            width: $\sigma_{rel}$ in $(0, 1/\sqrt{12}]$: standard deviation of the weights' steps
+                over the length of the run.
+        """
+        if not 0 < width <= 12**-0.5:
+            raise ValueError(
+                f"the relative width of an average lies in (0, 1/sqrt(12)] = (0, 0.2887], got {width}: usual are 0.05 to 0.15"
+            )
+        a, b = (width**-2 + 1 / 3) / 3, 2 / 3 * width**-2 + 1 / 27
+        return cls(max(0.0, 2 * a**0.5 * math.cos(math.acos(-b / a**1.5) / 3) - 7 / 3))
 
     @property
-    def width(self) -> float: return ((self.gamma + 1) / (self.gamma + 3))**.5 / (self.gamma + 2) if self.gamma < math.inf else 0.  # $\sigma_{rel}$, Eq. (power-width)
+    def width(self) -> float:
+        r"""$\sigma_{rel}$, Eq. (power-width)."""
+        return (
+            ((self.gamma + 1) / (self.gamma + 3)) ** 0.5 / (self.gamma + 2)
+            if self.gamma < math.inf
+            else 0.0
+        )
 
-    def fresh(self, t): return -math.expm1((self.gamma + 1) * math.log1p(-1 / t)) if t > 1 else 1.
+    def fresh(self, t):
+        return -math.expm1((self.gamma + 1) * math.log1p(-1 / t)) if t > 1 else 1.0
 
-    def weights(self, t, after=0):  # Eq. (power-weights)
+    def weights(self, t, after=0):
+        """Eq. (power-weights)."""
         s = torch.arange(after + 1, t + 1, dtype=torch.float64)
-        return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / s)) * (s / t)**(self.gamma + 1)
+        return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / s)) * (s / t) ** (self.gamma + 1)
 
-    def kept(self, t, after): return (after / t)**(self.gamma + 1)
+    def kept(self, t, after):
+        return (after / t) ** (self.gamma + 1)
+
 
 PROFILES = {kind.__name__: kind for kind in (Exponential, Power)}  # that a snapshot can name
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00009
 def check_weights(mine: dict, theirs: dict, whose: str, mend: str):
-    r"`ValueError` where names or shapes of tensors differ."
-    shapes = [{k: tuple(w.shape) for k, w in weights.items() if isinstance(w, Tensor)} for weights in (mine, theirs)]
+    """`ValueError` where names or shapes of tensors differ."""
+    shapes = [
+        {k: tuple(w.shape) for k, w in weights.items() if isinstance(w, Tensor)}
+        for weights in (mine, theirs)
+    ]
     odd = [k for k in shapes[0] | shapes[1] if shapes[0].get(k) != shapes[1].get(k)]
-    if odd: raise ValueError(f"{whose} is of other weights: {odd[0]!r} has shape {shapes[1].get(odd[0])} there and {shapes[0].get(odd[0])} here" + f" (and {len(odd) - 1} more)" * (len(odd) > 1) + f"; {mend}")
+    if odd:
+        raise ValueError(
+            f"{whose} is of other weights: {odd[0]!r} has shape {shapes[1].get(odd[0])} there and {shapes[0].get(odd[0])} here"
+            + f" (and {len(odd) - 1} more)" * (len(odd) > 1)
+            + f"; {mend}"
+        )
+
 
 class Average:
-    r"An average of weights along a run, Eq. (average), in at least single precision. Buffers are not averaged."
-    def __init__(self,
-        params: nn.Module | Iterable[Tensor],  # a module, or tensors; `ValueError` where none is of floating point
-        profile: Profile | float=.999,         # `Power(6.9)`, `Power.of_width(.05)`, `Exponential(.999)`; a number is the decay of the last
-    ):
+    """An average of weights along a run, Eq. (average), in at least single precision. Buffers are
+    not averaged.
+
+    Args:
+        params: a module, or tensors; `ValueError` where none is of floating point.
+        profile: `Power(6.9)`, `Power.of_width(.05)`, `Exponential(.999)`; a number is the decay of
+            the last.
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Tensor], profile: Profile | float = 0.999):
         self.module = params if isinstance(params, nn.Module) else None
-        named = params.named_parameters() if self.module is not None else ((str(i), p) for i, p in enumerate(params))
+        named = (
+            params.named_parameters()
+            if self.module is not None
+            else ((str(i), p) for i, p in enumerate(params))
+        )
         self.params = {k: p for k, p in named if p.is_floating_point() or p.is_complex()}
-        if not self.params: raise ValueError("there is nothing to average: no parameter of floating point in what was given")
-        self.means = [p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for p in self.params.values()]
-        self.profile, self.step, self.inside = profile if isinstance(profile, Profile) else Exponential(profile), 0, 0
+        if not self.params:
+            raise ValueError(
+                "there is nothing to average: no parameter of floating point in what was given"
+            )
+        self.means = [
+            p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for p in self.params.values()
+        ]
+        self.profile, self.step, self.inside = (
+            profile if isinstance(profile, Profile) else Exponential(profile),
+            0,
+            0,
+        )
 
     @torch.no_grad()
-    def update(self):  # once after each step; `ValueError` within `evaluating`
-        if self.inside: raise ValueError("an average can't be updated within evaluating(...): the weights are the averaged ones there. Update it after the training step")
-        self.step += 1; params = list(self.params.values())
-        if self.means[0].device != params[0].device: self.means = [a.to(p.device) for a, p in zip(self.means, params)]
-        torch._foreach_lerp_(self.means, [p.to(a.dtype) for a, p in zip(self.means, params)], self.profile.fresh(self.step))
+    def update(self):
+        """once after each step; `ValueError` within `evaluating`."""
+        if self.inside:
+            raise ValueError(
+                "an average can't be updated within evaluating(...): the weights are the averaged ones there. Update it after the training step"
+            )
+        self.step += 1
+        params = list(self.params.values())
+        if self.means[0].device != params[0].device:
+            self.means = [a.to(p.device) for a, p in zip(self.means, params)]
+        torch._foreach_lerp_(
+            self.means,
+            [p.to(a.dtype) for a, p in zip(self.means, params)],
+            self.profile.fresh(self.step),
+        )
 
     @torch.no_grad()
-    def put(self): torch._foreach_copy_(list(self.params.values()), self.means)  # the weights become the averaged ones, for good
+    def put(self):
+        """the weights become the averaged ones, for good."""
+        torch._foreach_copy_(list(self.params.values()), self.means)
 
-    def entries(self) -> tuple:  # averages and buffers, by their names in the module's state
+    def entries(self) -> tuple:
+        """Return averages and buffers, by their names in the module's state."""
         mean = {id(p): a for p, a in zip(self.params.values(), self.means)}
         state = self.params if self.module is None else self.module.state_dict(keep_vars=True)
-        return {k: mean[id(v)] for k, v in state.items() if id(v) in mean}, {k: v.detach() for k, v in state.items() if id(v) not in mean and isinstance(v, Tensor)}
+        return {k: mean[id(v)] for k, v in state.items() if id(v) in mean}, {
+            k: v.detach() for k, v in state.items() if id(v) not in mean and isinstance(v, Tensor)
+        }
 
-    def state_dict(self) -> dict:  # as that of PyTorch's `AveragedModel`
+    def state_dict(self) -> dict:
+        """Return as that of PyTorch's `AveragedModel`."""
         weights, buffers = self.entries()
-        return {"n_averaged": torch.tensor(self.step, device="cpu"), **{f"module.{k}": v for k, v in {**weights, **buffers}.items()}}
+        return {
+            "n_averaged": torch.tensor(self.step, device="cpu"),
+            **{f"module.{k}": v for k, v in {**weights, **buffers}.items()},
+        }
 
-    def load_state_dict(self, state: dict):  # its own or an `AveragedModel`'s, of the same profile; `ValueError` for one of other weights, and nothing is loaded
-        if not isinstance(state, dict) or "n_averaged" not in state: raise ValueError("this is no state of an average: it has no n_averaged. Pass what Average.state_dict or AveragedModel.state_dict gave")
+    def load_state_dict(self, state: dict):
+        """its own or an `AveragedModel`'s, of the same profile; `ValueError` for one of other
+        weights, and nothing is loaded.
+        """
+        if not isinstance(state, dict) or "n_averaged" not in state:
+            raise ValueError(
+                "this is no state of an average: it has no n_averaged. Pass what Average.state_dict or AveragedModel.state_dict gave"
+            )
         weights, _ = self.entries()
-        theirs = {k.removeprefix("module."): v for k, v in state.items() if k.removeprefix("module.") in weights}
-        check_weights(weights, theirs, "the state of the average", "make the average from the model it was saved from")
-        for k, a in weights.items(): a.copy_(theirs[k])
+        theirs = {
+            k.removeprefix("module."): v
+            for k, v in state.items()
+            if k.removeprefix("module.") in weights
+        }
+        check_weights(
+            weights,
+            theirs,
+            "the state of the average",
+            "make the average from the model it was saved from",
+        )
+        for k, a in weights.items():
+            a.copy_(theirs[k])
         self.step = int(state["n_averaged"])
 
-    def snapshot(self) -> dict:  # copies, for `reconstruct`; what `optgen.checkpoint.save` takes
-        if not self.step: raise ValueError("there is nothing in this average yet: update it after a step, then take the snapshot")
-        weights, buffers = self.entries(); copies = {id(a): a.clone() for a in self.means}
-        return {"step": self.step, "profile": {"kind": type(self.profile).__name__, **asdict(self.profile)},
-                "weights": {k: copies[id(a)] for k, a in weights.items()}, "buffers": {k: b.clone() for k, b in buffers.items()}}
+    def snapshot(self) -> dict:
+        """Return copies, for `reconstruct`; what `optgen.checkpoint.save` takes."""
+        if not self.step:
+            raise ValueError(
+                "there is nothing in this average yet: update it after a step, then take the snapshot"
+            )
+        weights, buffers = self.entries()
+        copies = {id(a): a.clone() for a in self.means}
+        return {
+            "step": self.step,
+            "profile": {"kind": type(self.profile).__name__, **asdict(self.profile)},
+            "weights": {k: copies[id(a)] for k, a in weights.items()},
+            "buffers": {k: b.clone() for k, b in buffers.items()},
+        }
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00010
-def averages_of(
-    scheme,                        # a `Game`
-    profile: Profile | float=.999, # as in `Average`
-) -> list:                         # of averages, one a player
-    r"An average of each player's weights: `scheme.averages = averages_of(scheme)`, which `fit` updates and keeps, and `evaluating(scheme)` puts in."
-    return [Average(list(player.params.values()) if player.module is None else player.module, profile) for player in scheme.players.values()]
+def averages_of(scheme, profile: Profile | float = 0.999) -> list:
+    """An average of each player's weights: `scheme.averages = averages_of(scheme)`, which `fit`
+    updates and keeps, and `evaluating(scheme)` puts in.
+
+    Args:
+        scheme: a `Game`.
+        profile: as in `Average`.
+
+    Returns:
+        of averages, one a player.
+    """
+    return [
+        Average(list(player.params.values()) if player.module is None else player.module, profile)
+        for player in scheme.players.values()
+    ]
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00012
-def coefficients(
-    marks: list,  # (profile, step) of each snapshot
-    target,       # a `Profile`, or a function of the steps 1 ... at (a float64 tensor) that gives their weights up to a factor
-    at: int,      # the step at which the target is wanted
-) -> tuple:       # (n,) float64, their sum 1; and $\varrho$
-    r"How to combine averages into another, Eq. (post-hoc), in blocks between the snapshots' steps, each reduced to its triangular factor."
-    p = target.weights(at) if isinstance(target, Profile) else torch.as_tensor(target(torch.arange(1, at + 1, dtype=torch.float64)), dtype=torch.float64)
-    if p.shape != (at,) or not p.isfinite().all() or not p.sum() > 0: raise ValueError(f"a target gives each of the {at} steps a finite weight, and a positive sum; this one gave shape {tuple(p.shape)}, sum {p.sum():g}")
-    kinds, ends = list(dict.fromkeys(kind for kind, _ in marks)), sorted({at, *(t for _, t in marks)})
+def coefficients(marks: list, target, at: int) -> tuple:
+    r"""How to combine averages into another, Eq. (post-hoc), in blocks between the snapshots'
+    steps, each reduced to its triangular factor.
+
+    Args:
+        marks: (profile, step) of each snapshot.
+        target: a `Profile`, or a function of the steps 1 ... at (a float64 tensor) that gives their
+            weights up to a factor.
+        at: the step at which the target is wanted.
+
+    Returns:
+        (n,) float64, their sum 1; and $\varrho$.
+    """
+    p = (
+        target.weights(at)
+        if isinstance(target, Profile)
+        else torch.as_tensor(
+            target(torch.arange(1, at + 1, dtype=torch.float64)), dtype=torch.float64
+        )
+    )
+    if p.shape != (at,) or not p.isfinite().all() or not p.sum() > 0:
+        raise ValueError(
+            f"a target gives each of the {at} steps a finite weight, and a positive sum; this one gave shape {tuple(p.shape)}, sum {p.sum():g}"
+        )
+    kinds, ends = (
+        list(dict.fromkeys(kind for kind, _ in marks)),
+        sorted({at, *(t for _, t in marks)}),
+    )
     p = torch.cat([p / p.sum(), p.new_zeros(ends[-1] - at)])
-    R = [torch.linalg.qr(torch.stack([*(kind.weights(b, a) for kind in kinds), p[a:b]], 1), mode="r").R for a, b in pairwise([0, *ends])]
-    kept = torch.tensor([[0., *(kind.kept(b, a) for a, b in pairwise(ends))] for kind in kinds], dtype=torch.float64)
-    decay = kept.clamp(min=1e-300).log().index_fill(1, torch.tensor([0]), 0.).cumsum(1)
-    which, last = torch.tensor([kinds.index(kind) for kind, _ in marks]), torch.tensor([ends.index(t) for _, t in marks])
-    share = (decay[which, last][:, None] - decay[which]).clamp(max=0).exp() * (torch.arange(len(ends)) <= last[:, None])  # of a block in each snapshot
-    M, y = torch.cat([r[:, which] * share[:, k] for k, r in enumerate(R)]), torch.cat([r[:, -1] for r in R])
-    c = torch.linalg.lstsq(M[:, :-1] - M[:, -1:], (y - M[:, -1])[:, None], rcond=1e-12, driver="gelsd").solution[:, 0] if len(marks) > 1 else M.new_zeros(0)
+    R = [
+        torch.linalg.qr(
+            torch.stack([*(kind.weights(b, a) for kind in kinds), p[a:b]], 1), mode="r"
+        ).R
+        for a, b in pairwise([0, *ends])
+    ]
+    kept = torch.tensor(
+        [[0.0, *(kind.kept(b, a) for a, b in pairwise(ends))] for kind in kinds],
+        dtype=torch.float64,
+    )
+    decay = kept.clamp(min=1e-300).log().index_fill(1, torch.tensor([0]), 0.0).cumsum(1)
+    which, last = (
+        torch.tensor([kinds.index(kind) for kind, _ in marks]),
+        torch.tensor([ends.index(t) for _, t in marks]),
+    )
+    share = (decay[which, last][:, None] - decay[which]).clamp(max=0).exp() * (
+        torch.arange(len(ends)) <= last[:, None]
+    )  # of a block in each snapshot
+    M, y = (
+        torch.cat([r[:, which] * share[:, k] for k, r in enumerate(R)]),
+        torch.cat([r[:, -1] for r in R]),
+    )
+    c = (
+        torch.linalg.lstsq(
+            M[:, :-1] - M[:, -1:], (y - M[:, -1])[:, None], rcond=1e-12, driver="gelsd"
+        ).solution[:, 0]
+        if len(marks) > 1
+        else M.new_zeros(0)
+    )
     c = torch.cat([c, 1 - c.sum(0, keepdim=True)])
     return c, ((M @ c - y).norm() / y.norm()).item()
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00013
 class PostHoc(NamedTuple):
-    r"An average made of snapshots, Eq. (post-hoc)."
-    state: dict           # for `load_state_dict` of the module: averaged weights, and the buffers of the last snapshot up to the step wanted
-    coefficients: Tensor  # (n,), of the snapshots; large ones of both signs magnify the rounding of the snapshots by their absolute sum
-    residual: float       # $\varrho$: 0 is exact, 1 as far as nothing
+    r"""An average made of snapshots, Eq. (post-hoc).
+
+    Attributes:
+        state: for `load_state_dict` of the module: averaged weights, and the buffers of the last
+            snapshot up to the step wanted.
+        coefficients: (n,), of the snapshots; large ones of both signs magnify the rounding of the
+            snapshots by their absolute sum.
+        residual: $\varrho$: 0 is exact, 1 as far as nothing.
+    """
+
+    state: dict
+    coefficients: Tensor
+    residual: float
+
 
 def check_snapshots(snapshots):
-    r"`ValueError` for what `Average.snapshot` did not give, or gave for different models."
-    if not isinstance(snapshots, (list, tuple)) or not snapshots: raise ValueError("snapshots are a list of what Average.snapshot() gave, at least one")
+    """`ValueError` for what `Average.snapshot` did not give, or gave for different models."""
+    if not isinstance(snapshots, (list, tuple)) or not snapshots:
+        raise ValueError("snapshots are a list of what Average.snapshot() gave, at least one")
     for i, s in enumerate(snapshots):
-        lacks = [k for k in ("step", "profile", "weights", "buffers") if not isinstance(s, dict) or k not in s]
-        if lacks: raise ValueError(f"snapshot {i} was not made by Average.snapshot(): it has no {', '.join(lacks)}. Read the list that was saved, with optgen.checkpoint.load")
-        if s["profile"]["kind"] not in PROFILES: raise ValueError(f"snapshot {i} has a profile {s['profile']['kind']!r} that is not known here; there are {', '.join(PROFILES)}: enter your own in optgen.averaging.PROFILES")
-        check_weights(snapshots[0]["weights"], s["weights"], f"snapshot {i}", "keep a list of snapshots for each model")
+        lacks = [
+            k
+            for k in ("step", "profile", "weights", "buffers")
+            if not isinstance(s, dict) or k not in s
+        ]
+        if lacks:
+            raise ValueError(
+                f"snapshot {i} was not made by Average.snapshot(): it has no {', '.join(lacks)}. Read the list that was saved, with optgen.checkpoint.load"
+            )
+        if s["profile"]["kind"] not in PROFILES:
+            raise ValueError(
+                f"snapshot {i} has a profile {s['profile']['kind']!r} that is not known here; there are {', '.join(PROFILES)}: enter your own in optgen.averaging.PROFILES"
+            )
+        check_weights(
+            snapshots[0]["weights"],
+            s["weights"],
+            f"snapshot {i}",
+            "keep a list of snapshots for each model",
+        )
 
-def reconstruct(
-    snapshots: list,      # of `Average.snapshot()`: of one run, of any profiles and steps
-    target,               # as in `coefficients`: Power.of_width(.1), Exponential(.99), lambda s: s > 900
-    at: int|None=None,    # the step at which it is wanted; by default that of the last snapshot
-) -> PostHoc:
-    r"Any average of a run from snapshots of others. `ValueError` for foreign snapshots; a target out of their reach shows in the residual."
+
+def reconstruct(snapshots: list, target, at: int | None = None) -> PostHoc:
+    """Any average of a run from snapshots of others. `ValueError` for foreign snapshots; a target
+    out of their reach shows in the residual.
+
+    Args:
+        snapshots: of `Average.snapshot()`: of one run, of any profiles and steps.
+        target: as in `coefficients`: Power.of_width(.1), Exponential(.99), lambda s: s > 900.
+        at: the step at which it is wanted; by default that of the last snapshot.
+    """
     check_snapshots(snapshots)
-    marks = [(PROFILES[s["profile"]["kind"]](**{k: v for k, v in s["profile"].items() if k != "kind"}), s["step"]) for s in snapshots]
+    marks = [
+        (
+            PROFILES[s["profile"]["kind"]](
+                **{k: v for k, v in s["profile"].items() if k != "kind"}
+            ),
+            s["step"],
+        )
+        for s in snapshots
+    ]
     at = max(t for _, t in marks) if at is None else at
-    if isinstance(at, bool) or not isinstance(at, int) or at < 1: raise ValueError(f"at is a step of the run, at least 1; got {at!r}")
+    if isinstance(at, bool) or not isinstance(at, int) or at < 1:
+        raise ValueError(f"at is a step of the run, at least 1; got {at!r}")
     c, residual = coefficients(marks, target, at)
-    weights = {k: sum(s["weights"][k] * x for s, x in zip(snapshots, c.tolist())) for k in snapshots[0]["weights"]}
-    newest = max(snapshots, key=lambda s: (s["step"] <= at, s["step"] if s["step"] <= at else -s["step"]))
+    weights = {
+        k: sum(s["weights"][k] * x for s, x in zip(snapshots, c.tolist()))
+        for k in snapshots[0]["weights"]
+    }
+    newest = max(
+        snapshots, key=lambda s: (s["step"] <= at, s["step"] if s["step"] <= at else -s["step"])
+    )
     return PostHoc({**weights, **newest["buffers"]}, c, residual)
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00015
-def schedule_free(optimizer) -> list:  # itself or, of several as one, those of them that have `eval` and `train`
-    r"The optimizers whose weights to evaluate are not those they train, Eq. (schedule-free)."
-    return [o for o in getattr(optimizer, "optimizers", [optimizer]) if all(hasattr(o, k) for k in ("param_groups", "train", "eval"))]
+def schedule_free(optimizer) -> list:
+    """The optimizers whose weights to evaluate are not those they train, Eq. (schedule-free).
+
+    Returns:
+        itself or, of several as one, those of them that have `eval` and `train`.
+    """
+    return [
+        o
+        for o in getattr(optimizer, "optimizers", [optimizer])
+        if all(hasattr(o, k) for k in ("param_groups", "train", "eval"))
+    ]
+
 
 def in_training(optimizer) -> bool:
-    r"Does a schedule-free optimizer hold its weights to train?"
-    return optimizer.train_mode if hasattr(optimizer, "train_mode") else all(group.get("train_mode", True) for group in optimizer.param_groups)
+    """Does a schedule-free optimizer hold its weights to train?"""
+    return (
+        optimizer.train_mode
+        if hasattr(optimizer, "train_mode")
+        else all(group.get("train_mode", True) for group in optimizer.param_groups)
+    )
 
-def to_evaluate(*things) -> tuple:  # averages, schedule-free optimizers, and the modules known to be theirs; arguments as in `evaluating`
-    r"What there is to put in. `ValueError` where two want the same weights, `TypeError` for a thing that is none."
+
+def to_evaluate(*things) -> tuple:
+    """What there is to put in. `ValueError` where two want the same weights, `TypeError` for a
+    thing that is none.
+
+    Returns:
+        averages, schedule-free optimizers, and the modules known to be theirs; arguments as in
+        `evaluating`.
+    """
     averages, optimizers, modules = [], [], []
     for thing in things:
         if hasattr(thing, "players"):
             taken = set()
-            for a in getattr(thing, "averages", ()):  # of several averages of the same weights, a scheme is evaluated at the first
-                if not (ids := {id(p) for p in a.params.values()}) <= taken: averages.append(a); taken |= ids
+            for a in getattr(
+                thing, "averages", ()
+            ):  # of several averages of the same weights, a scheme is evaluated at the first
+                if not (ids := {id(p) for p in a.params.values()}) <= taken:
+                    averages.append(a)
+                    taken |= ids
             for player in thing.players.values():
                 optimizers += schedule_free(player.optimizer)
-                if player.module is not None and schedule_free(player.optimizer): modules.append(player.module)
-        elif isinstance(thing, Average): averages.append(thing)
-        elif isinstance(thing, Optimizer) or schedule_free(thing): optimizers += schedule_free(thing)
-        else: raise TypeError(f"evaluating takes schemes, averages (optgen.averaging.Average) and optimizers; got a {type(thing).__name__}")
+                if player.module is not None and schedule_free(player.optimizer):
+                    modules.append(player.module)
+        elif isinstance(thing, Average):
+            averages.append(thing)
+        elif isinstance(thing, Optimizer) or schedule_free(thing):
+            optimizers += schedule_free(thing)
+        else:
+            raise TypeError(
+                f"evaluating takes schemes, averages (optgen.averaging.Average) and optimizers; got a {type(thing).__name__}"
+            )
     averages, optimizers = (list({id(x): x for x in xs}.values()) for xs in (averages, optimizers))
     owner = {}
-    for x, p in [(a, p) for a in averages for p in a.params.values()] + [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]:
+    for x, p in [(a, p) for a in averages for p in a.params.values()] + [
+        (o, p) for o in optimizers for group in o.param_groups for p in group["params"]
+    ]:
         if owner.setdefault(id(p), x) is not x:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} would get two values, from {type(owner[id(p)]).__name__} and {type(x).__name__}: evaluate with one of them"
-                             " (a schedule-free optimizer has its own average: train it without another)")
+            raise ValueError(
+                f"a parameter of shape {tuple(p.shape)} would get two values, from {type(owner[id(p)]).__name__} and {type(x).__name__}: evaluate with one of them"
+                " (a schedule-free optimizer has its own average: train it without another)"
+            )
     return averages, optimizers, modules + [a.module for a in averages if a.module is not None]
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00016
 @contextlib.contextmanager
-def evaluating(
-    *things,  # a scheme (its averages, and its players' optimizers that are schedule-free), an `Average`, an optimizer: one without weights to evaluate changes nothing
-):
-    r"Inside, the weights are the averaged ones, or those of schedule-free optimizers; afterwards they are the old ones to the bit, also after an exception, and so are the buffers of an averaged module and of a scheme's. Modes of modules are the caller's."
+def evaluating(*things):
+    """Inside, the weights are the averaged ones, or those of schedule-free optimizers; afterwards
+    they are the old ones to the bit, also after an exception, and so are the buffers of an
+    averaged module and of a scheme's. Modes of modules are the caller's.
+
+    Args:
+        *things: a scheme (its averages, and its players' optimizers that are schedule-free), an
+            `Average`, an optimizer: one without weights to evaluate changes nothing.
+    """
     averages, optimizers, modules = to_evaluate(*things)
-    held = [*(p for a in averages for p in a.params.values()), *(p for o in optimizers for group in o.param_groups for p in group["params"]), *(b for m in modules for b in m.buffers())]
+    held = [
+        *(p for a in averages for p in a.params.values()),
+        *(p for o in optimizers for group in o.param_groups for p in group["params"]),
+        *(b for m in modules for b in m.buffers()),
+    ]
     held = list({id(x): x.detach() for x in held}.values())
     before, training = [x.clone() for x in held], [o for o in optimizers if in_training(o)]
-    for a in averages: a.inside += 1
+    for a in averages:
+        a.inside += 1
     try:
-        for o in training: o.eval()
-        for a in averages: a.put()
+        for o in training:
+            o.eval()
+        for a in averages:
+            a.put()
         yield
     finally:
-        for a in averages: a.inside -= 1
-        for o in training: o.train()
-        if held: torch._foreach_copy_(held, before)
+        for a in averages:
+            a.inside -= 1
+        for o in training:
+            o.train()
+        if held:
+            torch._foreach_copy_(held, before)

@@ -33,14 +33,21 @@ from .trainer import environment, fit
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-2
 class OneByOne(Dataset):
-    r"An image set read as torchvision's MNIST is: a PIL image, then `ToTensor`, one at a time."
-    def __init__(self, data: Images): self.data = data
-    def __len__(self): return len(self.data)
-    def __getitem__(self, i): return to_tensor(to_pil_image(self.data.images[i])), self.data.labels[i]
+    """An image set read as torchvision's MNIST is: a PIL image, then `ToTensor`, one at a time."""
+
+    def __init__(self, data: Images):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return to_tensor(to_pil_image(self.data.images[i])), self.data.labels[i]
+
 
 def article_epoch(model, optimizer, data: Images):
-    r"An epoch of the article's section 5."
-    total = 0.
+    """An epoch of the article's section 5."""
+    total = 0.0
     for x, _ in DataLoader(OneByOne(data), batch_size=100, shuffle=True):
         optimizer.zero_grad()
         x_recon, mean, log_var = model(x)
@@ -51,7 +58,7 @@ def article_epoch(model, optimizer, data: Images):
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-3
 def hand_epoch(model, optimizer, loader: Loader):
-    r"The shortest loop that trains the same model on the same loader."
+    """The shortest loop that trains the same model on the same loader."""
     for batch in loader:
         optimizer.zero_grad()
         distortion, rate = elbo_terms(model, batch.x)
@@ -60,128 +67,265 @@ def hand_epoch(model, optimizer, loader: Loader):
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-4
 SIZES, BATCH = (784, 512, 256, 2), 100
-VARIANTS = {"article": "the article's loop: DataLoader, ToTensor", "hand": "by hand, our loader", "fit": "fit",
-            "compiled": "fit --compile", "fused": "fit --compile, fused Adam", "bfloat16": "fit --compile --precision bfloat16, fused Adam"}
+VARIANTS = {
+    "article": "the article's loop: DataLoader, ToTensor",
+    "hand": "by hand, our loader",
+    "fit": "fit",
+    "compiled": "fit --compile",
+    "fused": "fit --compile, fused Adam",
+    "bfloat16": "fit --compile --precision bfloat16, fused Adam",
+}
 
-def epoch_flops(images: int) -> int:  # floating-point operations, Eq. (flops)
-    r"What an epoch's matrix multiplications take."
+
+def epoch_flops(images: int) -> int:
+    """What an epoch's matrix multiplications take.
+
+    Returns:
+        floating-point operations, Eq. (flops).
+    """
     x, h1, h2, z = SIZES
-    layers = [x*h1, h1*h2, h2*2*z, z*h2, h2*h1, h1*x]
+    layers = [x * h1, h1 * h2, h2 * 2 * z, z * h2, h2 * h1, h1 * x]
     return 2 * images * (3 * sum(layers) - layers[0])
 
-def matmul_rate(n: int=2048, repeats: int=10) -> float:  # floating-point operations a second
-    r"The rate at which float32 matrices of side n are multiplied: the best of `repeats`."
-    a, b = torch.randn(2, n, n); best = float("inf")
+
+def matmul_rate(n: int = 2048, repeats: int = 10) -> float:
+    """The rate at which float32 matrices of side n are multiplied: the best of `repeats`.
+
+    Returns:
+        floating-point operations a second.
+    """
+    a, b = torch.randn(2, n, n)
+    best = float("inf")
     for _ in range(repeats):
-        start = time.perf_counter(); torch.mm(a, b); best = min(best, time.perf_counter() - start)
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
-def measure_epochs(variant: str, data: Images, epochs: int) -> dict:  # {"seconds": a list, "peak_mib", "matmul_gflops"}
-    r"Seconds of each epoch of a variant in this process, after a warm-up on a twentieth of the data."
+
+def measure_epochs(variant: str, data: Images, epochs: int) -> dict:
+    """Seconds of each epoch of a variant in this process, after a warm-up on a twentieth of the
+    data.
+
+    Returns:
+        {"seconds": a list, "peak_mib", "matmul_gflops"}.
+    """
     rate = matmul_rate()
     torch.manual_seed(0)
-    model = VAE(*SIZES); optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=variant in ("fused", "bfloat16") or None)
+    model = VAE(*SIZES)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=1e-3, fused=variant in ("fused", "bfloat16") or None
+    )
     scheme = BetaVAE(model, optimizer=optimizer)
-    if variant in ("compiled", "fused", "bfloat16"): scheme.compile()
+    if variant in ("compiled", "fused", "bfloat16"):
+        scheme.compile()
+
     def epoch(data):
-        if variant == "article": article_epoch(model, optimizer, data)
-        elif variant == "hand": hand_epoch(model, optimizer, Loader(data, BATCH))
-        else: fit(scheme, data, batch_size=BATCH, precision="bfloat16" if variant == "bfloat16" else "float32", progress="none")
+        if variant == "article":
+            article_epoch(model, optimizer, data)
+        elif variant == "hand":
+            hand_epoch(model, optimizer, Loader(data, BATCH))
+        else:
+            fit(
+                scheme,
+                data,
+                batch_size=BATCH,
+                precision="bfloat16" if variant == "bfloat16" else "float32",
+                progress="none",
+            )
+
     epoch(replace(data, images=data.images[::20], labels=data.labels[::20]))
     seconds = []
-    for _ in range(epochs): start = time.perf_counter(); epoch(data); seconds.append(time.perf_counter() - start)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "linux" else 1024**2)
+    for _ in range(epochs):
+        start = time.perf_counter()
+        epoch(data)
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        1024 if sys.platform == "linux" else 1024**2
+    )
     return {"seconds": seconds, "peak_mib": peak, "matmul_gflops": rate / 1e9}
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-5
-def loop_overhead(data: Images, rounds: int) -> float:  # seconds of `fit` over seconds by hand, minus 1: the median over rounds
-    r"What `fit` adds to `hand_epoch`, side by side."
+def loop_overhead(data: Images, rounds: int) -> float:
+    """What `fit` adds to `hand_epoch`, side by side.
+
+    Returns:
+        seconds of `fit` over seconds by hand, minus 1: the median over rounds.
+    """
     torch.manual_seed(0)
-    model = VAE(*SIZES); optimizer = torch.optim.Adam(model.parameters(), lr=1e-3); scheme = BetaVAE(model, optimizer=optimizer)
-    both = {"hand": lambda: hand_epoch(model, optimizer, Loader(data, BATCH)), "fit": lambda: fit(scheme, data, batch_size=BATCH, progress="none")}
+    model = VAE(*SIZES)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    scheme = BetaVAE(model, optimizer=optimizer)
+    both = {
+        "hand": lambda: hand_epoch(model, optimizer, Loader(data, BATCH)),
+        "fit": lambda: fit(scheme, data, batch_size=BATCH, progress="none"),
+    }
     ratios = []
     for r in range(rounds + 1):
         seconds = {}
-        for name in sorted(both, reverse=bool(r % 2)): start = time.perf_counter(); both[name](); seconds[name] = time.perf_counter() - start
+        for name in sorted(both, reverse=bool(r % 2)):
+            start = time.perf_counter()
+            both[name]()
+            seconds[name] = time.perf_counter() - start
         ratios.append(seconds["fit"] / seconds["hand"])
     return statistics.median(ratios[1:]) - 1
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-6
-def bench_epochs(repeats: int, data: str|None) -> dict:
-    r"Every variant of an epoch, in turn, each time in a process of its own; medians, Eq. (share) and the ratios of the claim."
+def bench_epochs(repeats: int, data: str | None) -> dict:
+    """Every variant of an epoch, in turn, each time in a process of its own; medians, Eq. (share)
+    and the ratios of the claim.
+    """
     if data is None:
-        try: load("mnist"); data = "mnist"
-        except DataError: data = "digits"
+        try:
+            load("mnist")
+            data = "mnist"
+        except DataError:
+            data = "digits"
     runs = {variant: [] for variant in VARIANTS}
     for _ in range(repeats):
         for variant in VARIANTS:
             code = f"import json; from optgen import bench, data; print(json.dumps(bench.measure_epochs({variant!r}, data.load({data!r}), 2)))"
-            out = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
+            out = subprocess.run(
+                [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True
+            ).stdout
             runs[variant].append(json.loads(out.splitlines()[-1]))
     images = len(load(data))
     rate = max(r["matmul_gflops"] for rs in runs.values() for r in rs)
     rows = {}
     for variant, rs in runs.items():
         seconds = statistics.median(s for r in rs for s in r["seconds"])
-        rows[variant] = {"seconds": seconds, "images_per_second": images / seconds, "peak_mib": statistics.median(r["peak_mib"] for r in rs),
-                         "share": epoch_flops(images) / seconds / 1e9 / rate, "runs": [r["seconds"] for r in rs]}
+        rows[variant] = {
+            "seconds": seconds,
+            "images_per_second": images / seconds,
+            "peak_mib": statistics.median(r["peak_mib"] for r in rs),
+            "share": epoch_flops(images) / seconds / 1e9 / rate,
+            "runs": [r["seconds"] for r in rs],
+        }
     speedup = {k: rows["article"]["seconds"] / r["seconds"] for k, r in rows.items()}
-    return {"data": data, "images": images, "model": SIZES, "batch_size": BATCH, "matmul_gflops": rate, "variants": rows, "times_article": speedup,
-            "fit_overhead": loop_overhead(load(data), rounds=3 * repeats)}
+    return {
+        "data": data,
+        "images": images,
+        "model": SIZES,
+        "batch_size": BATCH,
+        "matmul_gflops": rate,
+        "variants": rows,
+        "times_article": speedup,
+        "fit_overhead": loop_overhead(load(data), rounds=3 * repeats),
+    }
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-7
-METHODS = {"SGD": ("SGD", {}), "SGD momentum": ("SGD", dict(momentum=.9)), "SGD nesterov": ("SGD", dict(momentum=.9, nesterov=True)),
-           "RMSProp": ("RMSprop", {}), "RMSProp centered": ("RMSprop", dict(centered=True)),
-           "Adam": ("Adam", {}), "Adam weight_decay": ("Adam", dict(weight_decay=.01)), "Adam amsgrad": ("Adam", dict(amsgrad=True)), "AdamW": ("AdamW", {})}
+METHODS = {
+    "SGD": ("SGD", {}),
+    "SGD momentum": ("SGD", dict(momentum=0.9)),
+    "SGD nesterov": ("SGD", dict(momentum=0.9, nesterov=True)),
+    "RMSProp": ("RMSprop", {}),
+    "RMSProp centered": ("RMSprop", dict(centered=True)),
+    "Adam": ("Adam", {}),
+    "Adam weight_decay": ("Adam", dict(weight_decay=0.01)),
+    "Adam amsgrad": ("Adam", dict(amsgrad=True)),
+    "AdamW": ("AdamW", {}),
+}
 
-def bench_optimizers(
-    rounds: int=15,             # timed steps of each; two more are not counted
-    elements: int=10_000_000,   # parameters in all
-    tensors: int=60,            # over which they are spread
-) -> dict:                      # method -> {"ours_ms", "torch_ms", "ratio"}, medians
-    r"Our optimizers' list form beside `torch.optim`'s: both step once a round, the order swapped each round."
+
+def bench_optimizers(rounds: int = 15, elements: int = 10_000_000, tensors: int = 60) -> dict:
+    """Our optimizers' list form beside `torch.optim`'s: both step once a round, the order swapped
+    each round.
+
+    Args:
+        rounds: timed steps of each; two more are not counted.
+        elements: parameters in all.
+        tensors: over which they are spread.
+
+    Returns:
+        method -> {"ours_ms", "torch_ms", "ratio"}, medians.
+    """
+
     def made(library, name, options):
         g = torch.Generator().manual_seed(0)
-        params = [torch.randn(elements // tensors, generator=g, requires_grad=True) for _ in range(tensors)]
-        for p in params: p.grad = torch.randn(p.shape, generator=g)
+        params = [
+            torch.randn(elements // tensors, generator=g, requires_grad=True)
+            for _ in range(tensors)
+        ]
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g)
         return getattr(library, name)(params, lr=1e-4, foreach=True, **options)
+
     rows = {}
     for title, (name, options) in METHODS.items():
         pair, seconds = [made(library, name, options) for library in (optim, torch.optim)], ([], [])
         for r in range(rounds + 2):
             for i in ((0, 1), (1, 0))[r % 2]:
-                start = time.perf_counter(); pair[i].step()
-                if r >= 2: seconds[i].append(time.perf_counter() - start)
+                start = time.perf_counter()
+                pair[i].step()
+                if r >= 2:
+                    seconds[i].append(time.perf_counter() - start)
         ours, theirs = (1e3 * statistics.median(s) for s in seconds)
         rows[title] = {"ours_ms": ours, "torch_ms": theirs, "ratio": ours / theirs}
     return rows
 
 # %% ../nbs/40_training/44_bench.ipynb #23a2fcf4-8
-def run_bench(repeats: int=3, data: str|None=None, only=()) -> dict:  # only: of "epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"; empty is all
-    r"The whole benchmark, as one JSON-able dict."
-    parts = {"epoch": lambda: bench_epochs(repeats, data), "optimizers": lambda: bench_optimizers(rounds=5 * repeats),
-             "rules": lambda: bench_rules(rounds=20 * repeats), "elbo": lambda: bench_elbo(10 * repeats, repeats, data or "digits"), "assisted": lambda: bench_assisted(30 * repeats), "generative": lambda: bench_generative(10 * repeats),
-             "scaling": lambda: bench_scaling(repeats=repeats)}
-    return {"environment": environment() | {"cpus": os.cpu_count()}, **{name: part() for name, part in parts.items() if name in only or not only}}
+def run_bench(repeats: int = 3, data: str | None = None, only=()) -> dict:
+    """The whole benchmark, as one JSON-able dict.
 
-def show_bench(result: dict) -> str:  # what `run_bench` gave
-    r"The result as a table."
+    Returns:
+        only: of "epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"; empty
+        is all.
+    """
+    parts = {
+        "epoch": lambda: bench_epochs(repeats, data),
+        "optimizers": lambda: bench_optimizers(rounds=5 * repeats),
+        "rules": lambda: bench_rules(rounds=20 * repeats),
+        "elbo": lambda: bench_elbo(10 * repeats, repeats, data or "digits"),
+        "assisted": lambda: bench_assisted(30 * repeats),
+        "generative": lambda: bench_generative(10 * repeats),
+        "scaling": lambda: bench_scaling(repeats=repeats),
+    }
+    return {
+        "environment": environment() | {"cpus": os.cpu_count()},
+        **{name: part() for name, part in parts.items() if name in only or not only},
+    }
+
+
+def show_bench(result: dict) -> str:
+    """The result as a table.
+
+    Returns:
+        what `run_bench` gave.
+    """
     lines = []
     if epoch := result.get("epoch"):
-        lines += [f"an epoch of {epoch['data']}, {epoch['images']} images, VAE {'-'.join(map(str, epoch['model']))}, batch {epoch['batch_size']}; "
-                  f"float32 multiplication at {epoch['matmul_gflops']:.0f} Gflop/s",
-                  f"{'':48}{'seconds':>8}{'images/s':>10}{'x article':>11}{'share':>7}{'peak MiB':>10}"]
-        lines += [f"{VARIANTS[k]:48}{r['seconds']:8.2f}{r['images_per_second']:10.0f}{epoch['times_article'][k]:11.2f}{r['share']:7.2f}{r['peak_mib']:10.0f}"
-                  for k, r in epoch["variants"].items()]
+        lines += [
+            f"an epoch of {epoch['data']}, {epoch['images']} images, VAE {'-'.join(map(str, epoch['model']))}, batch {epoch['batch_size']}; "
+            f"float32 multiplication at {epoch['matmul_gflops']:.0f} Gflop/s",
+            f"{'':48}{'seconds':>8}{'images/s':>10}{'x article':>11}{'share':>7}{'peak MiB':>10}",
+        ]
+        lines += [
+            f"{VARIANTS[k]:48}{r['seconds']:8.2f}{r['images_per_second']:10.0f}{epoch['times_article'][k]:11.2f}{r['share']:7.2f}{r['peak_mib']:10.0f}"
+            for k, r in epoch["variants"].items()
+        ]
         lines += [f"fit costs {100 * epoch['fit_overhead']:+.1f} % over the loop by hand", ""]
     if methods := result.get("optimizers"):
-        lines += [f"{'a step of 10 M parameters in 60 tensors, ms':48}{'optgen':>8}{'torch':>10}{'ratio':>7}"]
-        lines += [f"{k:48}{r['ours_ms']:8.2f}{r['torch_ms']:10.2f}{r['ratio']:7.2f}" for k, r in methods.items()] + [""]
-    if rules := result.get("rules"): lines += [show_rules(rules), ""]
-    if elbo := result.get("elbo"): lines += [show_elbo(elbo), ""]
-    if assisted := result.get("assisted"): lines += [show_assisted(assisted), ""]
-    if generative := result.get("generative"): lines += [show_generative(generative), ""]
+        lines += [
+            f"{'a step of 10 M parameters in 60 tensors, ms':48}{'optgen':>8}{'torch':>10}{'ratio':>7}"
+        ]
+        lines += [
+            f"{k:48}{r['ours_ms']:8.2f}{r['torch_ms']:10.2f}{r['ratio']:7.2f}"
+            for k, r in methods.items()
+        ] + [""]
+    if rules := result.get("rules"):
+        lines += [show_rules(rules), ""]
+    if elbo := result.get("elbo"):
+        lines += [show_elbo(elbo), ""]
+    if assisted := result.get("assisted"):
+        lines += [show_assisted(assisted), ""]
+    if generative := result.get("generative"):
+        lines += [show_generative(generative), ""]
     if scaling := result.get("scaling"):
-        lines += [f"{'ranks of one thread, a convolutional GAN, batch ' + str(scaling['batch_size']):52}{'images/s':>12}{'speedup':>9}"]
-        lines += [f"{n!s:52}{speed:12.0f}{scaling['speedup'][n]:9.2f}" for n, speed in scaling["images_per_second"].items()]
+        lines += [
+            f"{'ranks of one thread, a convolutional GAN, batch ' + str(scaling['batch_size']):52}{'images/s':>12}{'speedup':>9}"
+        ]
+        lines += [
+            f"{n!s:52}{speed:12.0f}{scaling['speedup'][n]:9.2f}"
+            for n, speed in scaling["images_per_second"].items()
+        ]
     return "\n".join(lines)

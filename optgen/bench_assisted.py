@@ -17,57 +17,130 @@ from .schemes.assisted import Assisted, AssistedBatch, networks
 # %% ../nbs/40_training/47_bench_assisted.ipynb #a551b005
 SIZES, Z_DIM, BATCH = (784, 500, 250, 10), 50, 100
 
-def seeded_parts(method: str) -> dict:  # arguments of `Assisted`
-    r"The parts of a method, from a seed."
+
+def seeded_parts(method: str) -> dict:
+    """The parts of a method, from a seed.
+
+    Returns:
+        arguments of `Assisted`.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return networks(method, SIZES, Z_DIM)
+
 
 METHODS = ("plain", "reconstruction", "agreement", "m1", "m1+m2", "ladder", "gamma")
 
 # %% ../nbs/40_training/47_bench_assisted.ipynb #a551b007
 def passes_loss(method: str, s: Assisted, b: AssistedBatch):
-    r"What a method descends, written out."
+    """What a method descends, written out."""
     net, g, x, few = s.classifier, s.generator, b.x, b.labelled
     if method in ("ladder", "gamma"):
         n = len(x)
-        both, clean = net.path(torch.cat([few.flatten(1), x.flatten(1)]), torch.cat([b.eps_labelled, b.eps]), (n, n)), net.path(x)
+        both, clean = (
+            net.path(
+                torch.cat([few.flatten(1), x.flatten(1)]),
+                torch.cat([b.eps_labelled, b.eps]),
+                (n, n),
+            ),
+            net.path(x),
+        )
         net.follow(clean)
-        return F.cross_entropy(both.logits[:n], b.y) + (g(both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:]), clean) * g.prices).sum()
-    if method == "plain": return F.cross_entropy(net(few), b.y)
-    if method == "reconstruction": return F.cross_entropy(net(few), b.y) + F.binary_cross_entropy_with_logits(g(net.features(x)), x.flatten(1), reduction="none").sum(-1).mean()
-    eps, eps_labelled, own = b.eps, b.eps_labelled, 0.
+        return (
+            F.cross_entropy(both.logits[:n], b.y)
+            + (
+                g(both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:]), clean)
+                * g.prices
+            ).sum()
+        )
+    if method == "plain":
+        return F.cross_entropy(net(few), b.y)
+    if method == "reconstruction":
+        return (
+            F.cross_entropy(net(few), b.y)
+            + F.binary_cross_entropy_with_logits(g(net.features(x)), x.flatten(1), reduction="none")
+            .sum(-1)
+            .mean()
+        )
+    eps, eps_labelled, own = b.eps, b.eps_labelled, 0.0
     if method.startswith("m1"):
-        own = sum(t.mean() for t in elbo_terms(s.features, x, eps[:, -2 * Z_DIM:-Z_DIM]))
-        with torch.no_grad(): few, x = (s.features.reparameterize(*s.features.encoder(images), noise[:, -Z_DIM:]) for images, noise in ((few, eps_labelled), (x, eps)))
-    if method == "m1": return F.cross_entropy(net(few), b.y) + own
+        own = sum(t.mean() for t in elbo_terms(s.features, x, eps[:, -2 * Z_DIM : -Z_DIM]))
+        with torch.no_grad():
+            few, x = (
+                s.features.reparameterize(*s.features.encoder(images), noise[:, -Z_DIM:])
+                for images, noise in ((few, eps_labelled), (x, eps))
+            )
+    if method == "m1":
+        return F.cross_entropy(net(few), b.y) + own
     J, log_q = g.bound(x, eps=eps[:, :Z_DIM]), net(x).log_softmax(-1)
-    return F.cross_entropy(net(few), b.y) - (log_q.exp() * (J - log_q)).sum(-1).mean() - g.bound(few, b.y, eps_labelled[:, :Z_DIM]).mean() + own
+    return (
+        F.cross_entropy(net(few), b.y)
+        - (log_q.exp() * (J - log_q)).sum(-1).mean()
+        - g.bound(few, b.y, eps_labelled[:, :Z_DIM]).mean()
+        + own
+    )
+
 
 def passes_step(method: str, s: Assisted, batch: Batch, few):
-    r"A step on it; `few` is the labelled images and their classes."
-    noise = torch.randn(2, len(batch.x), s.coupling.noise(s.classifier, s.generator) + (2 * Z_DIM if s.features is not None else 0))
+    """A step on it; `few` is the labelled images and their classes."""
+    noise = torch.randn(
+        2,
+        len(batch.x),
+        s.coupling.noise(s.classifier, s.generator) + (2 * Z_DIM if s.features is not None else 0),
+    )
     optimizers = [player.optimizer for player in s.players.values()]
-    for o in optimizers: o.zero_grad()
+    for o in optimizers:
+        o.zero_grad()
     passes_loss(method, s, AssistedBatch(batch.x, *few, *noise)).backward()
-    for o in optimizers: o.step()
+    for o in optimizers:
+        o.step()
 
 # %% ../nbs/40_training/47_bench_assisted.ipynb #a551b009
-def bench_assisted(rounds: int=30) -> dict:
-    r"Every method, beside its passes."
+def bench_assisted(rounds: int = 30) -> dict:
+    """Every method, beside its passes."""
     rng = torch.Generator().manual_seed(0)
-    images = Images(torch.randint(256, (BATCH, 1, 28, 28), dtype=torch.uint8, generator=rng), torch.arange(BATCH) % SIZES[-1])
-    batch, few = Batch(torch.rand(BATCH, 1, 28, 28, generator=rng)), (images.images / 255, images.labels)
-    def stepping(method): scheme = Assisted(**seeded_parts(method), labelled=images); return lambda: scheme.step(batch)
-    def by_hand(method): scheme = Assisted(**seeded_parts(method)); return lambda: passes_step(method, scheme, batch, few)
+    images = Images(
+        torch.randint(256, (BATCH, 1, 28, 28), dtype=torch.uint8, generator=rng),
+        torch.arange(BATCH) % SIZES[-1],
+    )
+    batch, few = (
+        Batch(torch.rand(BATCH, 1, 28, 28, generator=rng)),
+        (images.images / 255, images.labels),
+    )
+
+    def stepping(method):
+        scheme = Assisted(**seeded_parts(method), labelled=images)
+        return lambda: scheme.step(batch)
+
+    def by_hand(method):
+        scheme = Assisted(**seeded_parts(method))
+        return lambda: passes_step(method, scheme, batch, few)
+
     found = {}
     for method in METHODS:
         ms = time_in_turn({"hand": by_hand(method), "scheme": stepping(method)}, rounds)
-        found[method] = {"ms": ms["scheme"], "passes_ms": ms["hand"], "images_per_second": 1e3 * BATCH / ms["scheme"], "overhead": ms["scheme"] / ms["hand"] - 1}
+        found[method] = {
+            "ms": ms["scheme"],
+            "passes_ms": ms["hand"],
+            "images_per_second": 1e3 * BATCH / ms["scheme"],
+            "overhead": ms["scheme"] / ms["hand"] - 1,
+        }
     return {"sizes": SIZES, "batch_size": BATCH, "methods": found}
 
-def show_assisted(result: dict) -> str:  # what `bench_assisted` gave
-    r"The result as a table."
+
+def show_assisted(result: dict) -> str:
+    """The result as a table.
+
+    Returns:
+        what `bench_assisted` gave.
+    """
     head = f"a step of a classifier {'-'.join(map(str, result['sizes']))}, batch {result['batch_size']}"
-    return "\n".join([f"{head:48}{'ms':>8}{'passes ms':>11}{'overhead':>10}{'images/s':>10}",
-                      *(f"{name:48}{r['ms']:8.2f}{r['passes_ms']:11.2f}{100 * r['overhead']:+9.1f}%{r['images_per_second']:10.0f}" for name, r in result["methods"].items())])
+    return "\n".join(
+        [
+            f"{head:48}{'ms':>8}{'passes ms':>11}{'overhead':>10}{'images/s':>10}",
+            *(
+                f"{name:48}{r['ms']:8.2f}{r['passes_ms']:11.2f}{100 * r['overhead']:+9.1f}%{r['images_per_second']:10.0f}"
+                for name, r in result["methods"].items()
+            ),
+        ]
+    )

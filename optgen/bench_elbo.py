@@ -27,28 +27,43 @@ from .schemes.elbo import BetaVAE
 # %% ../nbs/40_training/46_bench_elbo.ipynb #5e1b0006
 SIZES, BATCH, K, INNER = (784, 512, 256, 20), 100, 50, 5
 
-CONTROLLERS = {"warmup": lambda: LinearWarmup(1000), "cyclical": lambda: Cyclical(1000), "capacity": lambda: Capacity(25., 1000, 10.), "free bits": lambda: FreeBits(.1),
-               "geco": lambda: Geco(80.), "control": lambda: ControlVae(25.)}
+CONTROLLERS = {
+    "warmup": lambda: LinearWarmup(1000),
+    "cyclical": lambda: Cyclical(1000),
+    "capacity": lambda: Capacity(25.0, 1000, 10.0),
+    "free bits": lambda: FreeBits(0.1),
+    "geco": lambda: Geco(80.0),
+    "control": lambda: ControlVae(25.0),
+}
+
 
 def vae_scheme(optimizer=Adam, **options) -> BetaVAE:
-    r"The scheme, from a seed."
+    """The scheme, from a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = VAE(*SIZES)
     return BetaVAE(model, optimizer=optimizer(model.parameters(), lr=1e-3), **options)
 
-def time_in_turn(steps: dict, rounds: int) -> dict:  # {name: function} -> {name: median milliseconds}
-    r"All functions once a round, the order turned round each time; three rounds more are not counted."
+
+def time_in_turn(steps: dict, rounds: int) -> dict:
+    """All functions once a round, the order turned round each time; three rounds more are not
+    counted.
+
+    Returns:
+        {name: function} -> {name: median milliseconds}.
+    """
     seconds = {name: [] for name in steps}
     for r in range(rounds + 3):
         for name in sorted(steps, reverse=bool(r % 2)):
-            start = time.perf_counter(); steps[name]()
-            if r >= 3: seconds[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            steps[name]()
+            if r >= 3:
+                seconds[name].append(time.perf_counter() - start)
     return {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
 
 # %% ../nbs/40_training/46_bench_elbo.ipynb #5e1b0008
 def passes_step(model: VAE, optimizer, x, k: int):
-    r"A step on the mean of k log-likelihoods less the rate."
+    """A step on the mean of k log-likelihoods less the rate."""
     mean, log_var = model.encoder(x)
     z = mean + (log_var / 2).exp() * torch.randn(k, *mean.shape)
     optimizer.zero_grad()
@@ -100,49 +115,163 @@ if {compiled}: scheme.compile()
 for epoch in range(epochs + 1): start = time.perf_counter(); record, = fit(scheme, data, batch_size=batch, seed=epoch, precision={precision!r}, progress="none"); seconds.append(time.perf_counter() - start)
 print(json.dumps({{"seconds": seconds[1:], "loss": record["train"]["loss"]}}))
 """
+
+
 def fit_script(compiled=False, fused=False, precision="float32"):
-    r"What a process runs to time `fit`."
-    return FIT.format(compiled=compiled, optimizer="partial(torch.optim.Adam, fused=True)" if fused else "", precision=precision)
+    """What a process runs to time `fit`."""
+    return FIT.format(
+        compiled=compiled,
+        optimizer="partial(torch.optim.Adam, fused=True)" if fused else "",
+        precision=precision,
+    )
 
-TRAINERS = {"pythae": PYTHAE, "fit": fit_script(), "fit --compile": fit_script(compiled=True), "fit, fused Adam": fit_script(fused=True),
-            "fit --compile, bfloat16, fused Adam": fit_script(compiled=True, fused=True, precision="bfloat16")}
 
-def time_trainers(data: str, repeats: int, epochs: int=2, names=tuple(TRAINERS)) -> dict:  # trainer -> {"seconds": median of an epoch, "loss": of the last}; without pythae where that is not installed
-    r"Epochs of each trainer, each time in a process of its own, in turn."
+TRAINERS = {
+    "pythae": PYTHAE,
+    "fit": fit_script(),
+    "fit --compile": fit_script(compiled=True),
+    "fit, fused Adam": fit_script(fused=True),
+    "fit --compile, bfloat16, fused Adam": fit_script(
+        compiled=True, fused=True, precision="bfloat16"
+    ),
+}
+
+
+def time_trainers(data: str, repeats: int, epochs: int = 2, names=tuple(TRAINERS)) -> dict:
+    """Epochs of each trainer, each time in a process of its own, in turn.
+
+    Returns:
+        trainer -> {"seconds": median of an epoch, "loss": of the last}; without pythae where that
+        is not installed.
+    """
     names = [name for name in names if name != "pythae" or importlib.util.find_spec("pythae")]
     runs = {name: [] for name in names}
     for _ in range(repeats):
         for name in names:
-            out = subprocess.run([sys.executable, "-c", TRAINERS[name], data, *map(str, (*SIZES, BATCH, epochs))], capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(
+                [sys.executable, "-c", TRAINERS[name], data, *map(str, (*SIZES, BATCH, epochs))],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout
             runs[name].append(json.loads(out.splitlines()[-1]))
-    return {name: {"seconds": statistics.median(s for r in rs for s in r["seconds"]), "loss": statistics.median(r["loss"] for r in rs)} for name, rs in runs.items()}
+    return {
+        name: {
+            "seconds": statistics.median(s for r in rs for s in r["seconds"]),
+            "loss": statistics.median(r["loss"] for r in rs),
+        }
+        for name, rs in runs.items()
+    }
 
 # %% ../nbs/40_training/46_bench_elbo.ipynb #5e1b0012
-BOUNDS = {f"{estimator}-{K}{', one of them' * sampled}": {"estimator": estimator, "k": K, "sampled": sampled} for estimator in ("iwae", "dreg") for sampled in (False, True)}
+BOUNDS = {
+    f"{estimator}-{K}{', one of them' * sampled}": {
+        "estimator": estimator,
+        "k": K,
+        "sampled": sampled,
+    }
+    for estimator in ("iwae", "dreg")
+    for sampled in (False, True)
+}
 
-def bench_elbo(rounds: int=30, repeats: int=3, data: str="digits", trainers=tuple(TRAINERS)) -> dict:
-    r"Controllers, k-sample bounds, the semi-amortised VAE and trainers."
-    batch = Batch((torch.rand(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < .2).float())
-    def stepping(**options): scheme = vae_scheme(**options); return lambda: scheme.step(batch)
-    def by_hand(k): scheme = vae_scheme(); return lambda: passes_step(scheme.model, scheme.players["model"].optimizer, batch.x, k)
+
+def bench_elbo(
+    rounds: int = 30, repeats: int = 3, data: str = "digits", trainers=tuple(TRAINERS)
+) -> dict:
+    """Controllers, k-sample bounds, the semi-amortised VAE and trainers."""
+    batch = Batch(
+        (torch.rand(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0)) < 0.2).float()
+    )
+
+    def stepping(**options):
+        scheme = vae_scheme(**options)
+        return lambda: scheme.step(batch)
+
+    def by_hand(k):
+        scheme = vae_scheme()
+        return lambda: passes_step(scheme.model, scheme.players["model"].optimizer, batch.x, k)
+
     refined = {mode: {"inner": Refinement(INNER, mode=mode)} for mode in PASSES}
-    moved = vae_scheme(); moved.step(batch)
-    one = time_in_turn({"hand": by_hand(1), "plain": stepping()} | {name: stepping(beta=make()) for name, make in CONTROLLERS.items()}, 10 * rounds)
-    many = time_in_turn({"hand": by_hand(K)} | {name: stepping(**o) for name, o in BOUNDS.items()}, rounds)
-    inner = time_in_turn({"optimizer": moved.players["model"].optimizer.step, "plain": stepping()} | {mode: stepping(**o) for mode, o in refined.items()}, 2 * rounds)
-    passes = {mode: step_flops(vae_scheme(**o), batch) / step_flops(vae_scheme(), batch) for mode, o in refined.items()}
-    over = lambda mode: (inner[mode] - inner["optimizer"]) / (passes[mode] * (inner["plain"] - inner["optimizer"])) - 1
-    return {"batch_size": BATCH, "sizes": SIZES, "plain_ms": one["plain"], "plain_over_hand": one["plain"] / one["hand"], "controllers": {name: one[name] / one["plain"] for name in CONTROLLERS},
-            "k": K, "passes_ms": many["hand"], "bounds": {name: many[name] / many["hand"] for name in BOUNDS}, "steps": INNER, "optimizer_ms": inner["optimizer"],
-            "semi": {mode: {"ms": inner[mode], "passes": passes[mode], "overhead": over(mode)} for mode in PASSES}, "data": data, "trainers": time_trainers(data, repeats, names=trainers)}
+    moved = vae_scheme()
+    moved.step(batch)
+    one = time_in_turn(
+        {"hand": by_hand(1), "plain": stepping()}
+        | {name: stepping(beta=make()) for name, make in CONTROLLERS.items()},
+        10 * rounds,
+    )
+    many = time_in_turn(
+        {"hand": by_hand(K)} | {name: stepping(**o) for name, o in BOUNDS.items()}, rounds
+    )
+    inner = time_in_turn(
+        {"optimizer": moved.players["model"].optimizer.step, "plain": stepping()}
+        | {mode: stepping(**o) for mode, o in refined.items()},
+        2 * rounds,
+    )
+    passes = {
+        mode: step_flops(vae_scheme(**o), batch) / step_flops(vae_scheme(), batch)
+        for mode, o in refined.items()
+    }
+    over = lambda mode: (
+        (inner[mode] - inner["optimizer"]) / (passes[mode] * (inner["plain"] - inner["optimizer"]))
+        - 1
+    )
+    return {
+        "batch_size": BATCH,
+        "sizes": SIZES,
+        "plain_ms": one["plain"],
+        "plain_over_hand": one["plain"] / one["hand"],
+        "controllers": {name: one[name] / one["plain"] for name in CONTROLLERS},
+        "k": K,
+        "passes_ms": many["hand"],
+        "bounds": {name: many[name] / many["hand"] for name in BOUNDS},
+        "steps": INNER,
+        "optimizer_ms": inner["optimizer"],
+        "semi": {
+            mode: {"ms": inner[mode], "passes": passes[mode], "overhead": over(mode)}
+            for mode in PASSES
+        },
+        "data": data,
+        "trainers": time_trainers(data, repeats, names=trainers),
+    }
 
-def show_elbo(result: dict) -> str:  # what `bench_elbo` gave
-    r"The result as a table."
+
+def show_elbo(result: dict) -> str:
+    """The result as a table.
+
+    Returns:
+        what `bench_elbo` gave.
+    """
     sizes, trainers = "-".join(map(str, result["sizes"])), result["trainers"]
-    lines = [f"{f'a step of a VAE {sizes}, batch ' + str(result['batch_size']):48}{'ms':>8}", f"{'plain':48}{result['plain_ms']:8.2f}", f"{'':48}{'ratio':>8}", f"{'plain over the loop by hand':48}{result['plain_over_hand']:8.3f}"]
+    lines = [
+        f"{f'a step of a VAE {sizes}, batch ' + str(result['batch_size']):48}{'ms':>8}",
+        f"{'plain':48}{result['plain_ms']:8.2f}",
+        f"{'':48}{'ratio':>8}",
+        f"{'plain over the loop by hand':48}{result['plain_over_hand']:8.3f}",
+    ]
     lines += [f"{f'{k} over plain':48}{r:8.3f}" for k, r in result["controllers"].items()]
-    lines += [f"{k + ' over ' + str(result['k']) + ' passes by hand':48}{r:8.3f}" for k, r in result["bounds"].items()]
-    lines += [f"{'semi-amortised, ' + str(result['steps']) + ' inner steps':48}{'ms':>8}{'passes':>10}{'overhead':>11}"]
-    lines += [f"{k:48}{r['ms']:8.2f}{r['passes']:10.2f}{100 * r['overhead']:+10.1f}%" for k, r in result["semi"].items()]
+    lines += [
+        f"{k + ' over ' + str(result['k']) + ' passes by hand':48}{r:8.3f}"
+        for k, r in result["bounds"].items()
+    ]
+    lines += [
+        f"{'semi-amortised, ' + str(result['steps']) + ' inner steps':48}{'ms':>8}{'passes':>10}{'overhead':>11}"
+    ]
+    lines += [
+        f"{k:48}{r['ms']:8.2f}{r['passes']:10.2f}{100 * r['overhead']:+10.1f}%"
+        for k, r in result["semi"].items()
+    ]
     lines += [f"{'an epoch of ' + result['data']:48}{'seconds':>8}{'loss':>10}{'x pythae':>11}"]
-    return "\n".join([*lines, *(f"{k:48}{r['seconds']:8.2f}{r['loss']:10.2f}" + (f"{trainers['pythae']['seconds'] / r['seconds']:11.2f}" if "pythae" in trainers else "") for k, r in trainers.items())])
+    return "\n".join(
+        [
+            *lines,
+            *(
+                f"{k:48}{r['seconds']:8.2f}{r['loss']:10.2f}"
+                + (
+                    f"{trainers['pythae']['seconds'] / r['seconds']:11.2f}"
+                    if "pythae" in trainers
+                    else ""
+                )
+                for k, r in trainers.items()
+            ),
+        ]
+    )

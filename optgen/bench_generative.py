@@ -24,73 +24,192 @@ from .schemes.likelihood import MaximumLikelihood
 # %% ../nbs/40_training/48_bench_generative.ipynb #48a00005
 SHAPE, BATCH = (1, 28, 28), 100
 MODELS = {  # name: a scheme
-    "lstm": lambda: MaximumLikelihood(PixelLSTM(SHAPE, 64), "binary"), "made": lambda: MaximumLikelihood(MADE(SHAPE), "binary"), "pixelcnn": lambda: MaximumLikelihood(PixelCNN(SHAPE, 16, 5), "binary"),
-    "realnvp": lambda: MaximumLikelihood(image_flow(SHAPE, couplings=2, channels=16, blocks=1, before=[Logit()]), "dequantised"), "maf": lambda: MaximumLikelihood(maf(SHAPE[1] * SHAPE[2], before=[Logit()]), "dequantised", shape=SHAPE),
-    "diffusion": lambda: DenoisingDiffusion(Denoiser(UNet(SHAPE, 16), SHAPE)), "diffusion, optimal pairs": lambda: DenoisingDiffusion(Denoiser(UNet(SHAPE, 16), SHAPE), coupling=True)}
+    "lstm": lambda: MaximumLikelihood(PixelLSTM(SHAPE, 64), "binary"),
+    "made": lambda: MaximumLikelihood(MADE(SHAPE), "binary"),
+    "pixelcnn": lambda: MaximumLikelihood(PixelCNN(SHAPE, 16, 5), "binary"),
+    "realnvp": lambda: MaximumLikelihood(
+        image_flow(SHAPE, couplings=2, channels=16, blocks=1, before=[Logit()]), "dequantised"
+    ),
+    "maf": lambda: MaximumLikelihood(
+        maf(SHAPE[1] * SHAPE[2], before=[Logit()]), "dequantised", shape=SHAPE
+    ),
+    "diffusion": lambda: DenoisingDiffusion(Denoiser(UNet(SHAPE, 16), SHAPE)),
+    "diffusion, optimal pairs": lambda: DenoisingDiffusion(
+        Denoiser(UNet(SHAPE, 16), SHAPE), coupling=True
+    ),
+}
+
 
 def seeded_scheme(name: str):
-    r"A scheme from a seed."
-    with torch.random.fork_rng(): torch.manual_seed(0); return MODELS[name]()
+    """A scheme from a seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return MODELS[name]()
 
-def grey(n: int=BATCH) -> torch.Tensor:  # (n, 1, 28, 28), levels n / 255
-    r"Images that are noise."
+
+def grey(n: int = BATCH) -> torch.Tensor:
+    """Images that are noise.
+
+    Returns:
+        (n, 1, 28, 28), levels n / 255.
+    """
     return torch.randint(256, (n, *SHAPE), generator=torch.Generator().manual_seed(0)) / 255
 
-def bench_steps(rounds: int) -> dict:  # name -> {"ms", "images_per_second"}
-    r"A step of each."
+
+def bench_steps(rounds: int) -> dict:
+    """A step of each.
+
+    Returns:
+        name -> {"ms", "images_per_second"}.
+    """
     x = grey()
-    def stepping(name): scheme = seeded_scheme(name); batch = Batch((x > .5).float() if getattr(scheme, "data", "") == "binary" else x); return lambda: scheme.step(batch)
+
+    def stepping(name):
+        scheme = seeded_scheme(name)
+        batch = Batch((x > 0.5).float() if getattr(scheme, "data", "") == "binary" else x)
+        return lambda: scheme.step(batch)
+
     ms = time_in_turn({name: stepping(name) for name in MODELS}, rounds)
     return {name: {"ms": t, "images_per_second": 1e3 * BATCH / t} for name, t in ms.items()}
 
-def bench_samplers(rounds: int, n: int=16) -> dict:  # name -> {"ms", "images_per_second"}
-    r"`n` images of each; of the diffusion model by 18 steps."
+
+def bench_samplers(rounds: int, n: int = 16) -> dict:
+    """`n` images of each; of the diffusion model by 18 steps.
+
+    Returns:
+        name -> {"ms", "images_per_second"}.
+    """
     made = {name: seeded_scheme(name) for name in MODELS if "pairs" not in name}
-    draws = {name: lambda scheme=scheme: scheme.sample(n) for name, scheme in made.items() if name != "diffusion"}
-    draws |= {f"diffusion, {sampler}": lambda sampler=sampler: made["diffusion"].sample(n, sampler) for sampler in ("ddim", "ancestral", "heun")}
-    return {name: {"ms": t, "images_per_second": 1e3 * n / t} for name, t in time_in_turn(draws, rounds).items()}
+    draws = {
+        name: lambda scheme=scheme: scheme.sample(n)
+        for name, scheme in made.items()
+        if name != "diffusion"
+    }
+    draws |= {
+        f"diffusion, {sampler}": lambda sampler=sampler: made["diffusion"].sample(n, sampler)
+        for sampler in ("ddim", "ancestral", "heun")
+    }
+    return {
+        name: {"ms": t, "images_per_second": 1e3 * n / t}
+        for name, t in time_in_turn(draws, rounds).items()
+    }
 
 # %% ../nbs/40_training/48_bench_generative.ipynb #48a00006
 class Forgetful(PixelLSTM):
-    r"The LSTM without its state kept: every pixel is a pass over the image."
+    """The LSTM without its state kept: every pixel is a pass over the image."""
+
     sample = PixelModel.sample
     next_logits = PixelModel.next_logits
 
-def bench_pixel(rounds: int, sides=(7, 14, 28), n: int=16) -> dict:  # kind -> {side: microseconds a pixel}
-    r"A pixel of an LSTM's draw, Eq. (pixel-cost), with its state kept, and without (of the smaller images)."
-    kinds = {"kept": (PixelLSTM, sides), "not kept": (Forgetful, sides[:2])}
-    draws = {(kind, side): lambda model=make((1, side, side), 64): model.sample(n) for kind, (make, some) in kinds.items() for side in some}
-    ms = time_in_turn(draws, rounds)
-    return {kind: {side: 1e3 * ms[kind, side] / side**2 for side in some} for kind, (_, some) in kinds.items()}
 
-def bench_ddpm(rounds: int, n: int=16) -> dict|None:  # {"ours_ms", "theirs_ms", "ratio"}; None where the library is not installed
-    r"A step on the U-Net of denoising-diffusion-pytorch: our scheme with DDPM's levels, target and weight, and its own trainer's step."
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None: return None
+def bench_pixel(rounds: int, sides=(7, 14, 28), n: int = 16) -> dict:
+    """A pixel of an LSTM's draw, Eq. (pixel-cost), with its state kept, and without (of the
+    smaller images).
+
+    Returns:
+        kind -> {side: microseconds a pixel}.
+    """
+    kinds = {"kept": (PixelLSTM, sides), "not kept": (Forgetful, sides[:2])}
+    draws = {
+        (kind, side): lambda model=make((1, side, side), 64): model.sample(n)
+        for kind, (make, some) in kinds.items()
+        for side in some
+    }
+    ms = time_in_turn(draws, rounds)
+    return {
+        kind: {side: 1e3 * ms[kind, side] / side**2 for side in some}
+        for kind, (_, some) in kinds.items()
+    }
+
+
+def bench_ddpm(rounds: int, n: int = 16) -> dict | None:
+    """A step on the U-Net of denoising-diffusion-pytorch: our scheme with DDPM's levels, target
+    and weight, and its own trainer's step.
+
+    Returns:
+        {"ours_ms", "theirs_ms", "ratio"}; None where the library is not installed.
+    """
+    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
+        return None
     theirs = importlib.import_module("denoising_diffusion_pytorch")
+
     def net():
-        with torch.random.fork_rng(): torch.manual_seed(0); return theirs.Unet(dim=16, dim_mults=(1, 2), channels=1)
-    x, model = grey(n), theirs.GaussianDiffusion(net(), image_size=SHAPE[-1], objective="pred_noise")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return theirs.Unet(dim=16, dim_mults=(1, 2), channels=1)
+
+    x, model = (
+        grey(n),
+        theirs.GaussianDiffusion(net(), image_size=SHAPE[-1], objective="pred_noise"),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    def their_step(): optimizer.zero_grad(); model(x).backward(); optimizer.step()
+
+    def their_step():
+        optimizer.zero_grad()
+        model(x).backward()
+        optimizer.step()
+
     ours = DenoisingDiffusion(Denoiser(net(), SHAPE, "eps"), "eps", LinearSchedule())
     ms = time_in_turn({"theirs": their_step, "ours": lambda: ours.step(Batch(x))}, rounds)
     return {"ours_ms": ms["ours"], "theirs_ms": ms["theirs"], "ratio": ms["theirs"] / ms["ours"]}
 
-def bench_averaging(rounds: int) -> dict:  # {"step_ms", "update_ms", "share"}
-    r"An average of the diffusion model's weights beside its step."
+
+def bench_averaging(rounds: int) -> dict:
+    """An average of the diffusion model's weights beside its step.
+
+    Returns:
+        {"step_ms", "update_ms", "share"}.
+    """
     scheme, x = seeded_scheme("diffusion"), Batch(grey())
-    average = Average(scheme.model, Power.of_width(.1))
+    average = Average(scheme.model, Power.of_width(0.1))
     ms = time_in_turn({"step": lambda: scheme.step(x), "update": average.update}, rounds)
     return {"step_ms": ms["step"], "update_ms": ms["update"], "share": ms["update"] / ms["step"]}
 
-def bench_generative(rounds: int=10) -> dict:
-    r"All of it."
-    return {"batch_size": BATCH, "steps": bench_steps(rounds), "samplers": bench_samplers(max(1, rounds // 3)), "pixel_us": bench_pixel(max(1, rounds // 3)), "ddpm": bench_ddpm(3 * rounds), "averaging": bench_averaging(rounds)}
 
-def show_generative(result: dict) -> str:  # what `bench_generative` gave
-    r"The result as a table."
-    lines = [f"{'a step of batch ' + str(result['batch_size']):48}{'ms':>10}{'images/s':>10}", *(f"{name:48}{r['ms']:10.1f}{r['images_per_second']:10.0f}" for name, r in result["steps"].items()),
-             "", f"{'16 images drawn':48}{'ms':>10}{'images/s':>10}", *(f"{name:48}{r['ms']:10.1f}{r['images_per_second']:10.1f}" for name, r in result["samplers"].items()), ""]
-    lines += [f"{'a pixel of the LSTM, its state ' + kind:48}" + ", ".join(f"{us:.0f} us at {side} x {side}" for side, us in sides.items()) for kind, sides in result["pixel_us"].items()]
-    if ddpm := result["ddpm"]: lines += [f"{'a step on the U-Net of denoising-diffusion-pytorch':52}{ddpm['ours_ms']:.1f} ms, its own {ddpm['theirs_ms']:.1f} ms: {ddpm['ratio']:.2f} x"]
-    return "\n".join([*lines, f"{'an average of the weights':48}{100 * result['averaging']['share']:9.1f}% of a step"])
+def bench_generative(rounds: int = 10) -> dict:
+    """All of it."""
+    return {
+        "batch_size": BATCH,
+        "steps": bench_steps(rounds),
+        "samplers": bench_samplers(max(1, rounds // 3)),
+        "pixel_us": bench_pixel(max(1, rounds // 3)),
+        "ddpm": bench_ddpm(3 * rounds),
+        "averaging": bench_averaging(rounds),
+    }
+
+
+def show_generative(result: dict) -> str:
+    """The result as a table.
+
+    Returns:
+        what `bench_generative` gave.
+    """
+    lines = [
+        f"{'a step of batch ' + str(result['batch_size']):48}{'ms':>10}{'images/s':>10}",
+        *(
+            f"{name:48}{r['ms']:10.1f}{r['images_per_second']:10.0f}"
+            for name, r in result["steps"].items()
+        ),
+        "",
+        f"{'16 images drawn':48}{'ms':>10}{'images/s':>10}",
+        *(
+            f"{name:48}{r['ms']:10.1f}{r['images_per_second']:10.1f}"
+            for name, r in result["samplers"].items()
+        ),
+        "",
+    ]
+    lines += [
+        f"{'a pixel of the LSTM, its state ' + kind:48}"
+        + ", ".join(f"{us:.0f} us at {side} x {side}" for side, us in sides.items())
+        for kind, sides in result["pixel_us"].items()
+    ]
+    if ddpm := result["ddpm"]:
+        lines += [
+            f"{'a step on the U-Net of denoising-diffusion-pytorch':52}{ddpm['ours_ms']:.1f} ms, its own {ddpm['theirs_ms']:.1f} ms: {ddpm['ratio']:.2f} x"
+        ]
+    return "\n".join(
+        [
+            *lines,
+            f"{'an average of the weights':48}{100 * result['averaging']['share']:9.1f}% of a step",
+        ]
+    )

@@ -27,28 +27,38 @@ from .schemes.feedback import FeedbackGAN
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4-2
 Z, HIDDEN, SHAPE, ROWS = 64, (512, 512), (1, 28, 28), 256
 
-RULES = {"simultaneous": rules.Simultaneous, "alternating": lambda: rules.Alternating(order=("D", "G")), "optimistic": rules.Optimistic,
-         "extragradient": rules.Extragradient, "extragradient, past": lambda: rules.Extragradient(past=True),
-         "lookahead": lambda: rules.Lookahead(rules.Simultaneous(), every=5, alpha=.5),
-         "feedback (G, D, D)": lambda: rules.Feedback(to="G", loss="D", wrt="D", weight=.1), "feedback (G, D, G)": lambda: rules.Feedback(to="G", loss="D", wrt="G", weight=.1),
-         "feedback (D, D, G)": lambda: rules.Feedback(to="D", loss="D", wrt="G", weight=.1), "consensus": lambda: rules.Consensus(.1),
-         "symplectic": lambda: rules.SymplecticAdjustment(.1), "unrolled, 5 steps": lambda: rules.Unrolled("D", steps=5),
-         "competitive, 5 iterations": lambda: rules.CompetitiveGradient(iterations=5)}
+RULES = {
+    "simultaneous": rules.Simultaneous,
+    "alternating": lambda: rules.Alternating(order=("D", "G")),
+    "optimistic": rules.Optimistic,
+    "extragradient": rules.Extragradient,
+    "extragradient, past": lambda: rules.Extragradient(past=True),
+    "lookahead": lambda: rules.Lookahead(rules.Simultaneous(), every=5, alpha=0.5),
+    "feedback (G, D, D)": lambda: rules.Feedback(to="G", loss="D", wrt="D", weight=0.1),
+    "feedback (G, D, G)": lambda: rules.Feedback(to="G", loss="D", wrt="G", weight=0.1),
+    "feedback (D, D, G)": lambda: rules.Feedback(to="D", loss="D", wrt="G", weight=0.1),
+    "consensus": lambda: rules.Consensus(0.1),
+    "symplectic": lambda: rules.SymplecticAdjustment(0.1),
+    "unrolled, 5 steps": lambda: rules.Unrolled("D", steps=5),
+    "competitive, 5 iterations": lambda: rules.CompetitiveGradient(iterations=5),
+}
 
-def networks(seed: int=0):
-    r"G, D and their optimizers, from a seed."
+
+def networks(seed: int = 0):
+    """G, D and their optimizers, from a seed."""
     torch.manual_seed(seed)
     G, D = MLPGenerator(Z, HIDDEN, SHAPE, out="sigmoid"), MLPDiscriminator(SHAPE, HIDDEN)
-    return G, D, *(Adam(net.parameters(), lr=1e-4, betas=(.5, .99)) for net in (G, D))
+    return G, D, *(Adam(net.parameters(), lr=1e-4, betas=(0.5, 0.99)) for net in (G, D))
 
-def game(rule: str, seed: int=0) -> FeedbackGAN:
-    r"The game with the rule of that name in `RULES`."
+
+def game(rule: str, seed: int = 0) -> FeedbackGAN:
+    """The game with the rule of that name in `RULES`."""
     G, D, *optimizers = networks(seed)
     return FeedbackGAN(G, D, loss="non-saturating", rule=RULES[rule](), optimizers=optimizers)
 
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4-3
 def hand_step(G, D, optimizer_G, optimizer_D, x):
-    r"An alternating step without optgen's games."
+    """An alternating step without optgen's games."""
     fake = G(torch.randn(len(x), Z))
     optimizer_D.zero_grad()
     (softplus(-D(x)).mean() + softplus(D(fake.detach())).mean()).backward()
@@ -58,45 +68,105 @@ def hand_step(G, D, optimizer_G, optimizer_D, x):
     optimizer_G.step()
 
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4-4
-def step_flops(game: Game, batch) -> int:  # steps the game twice
-    r"Floating-point operations of the matrix products and convolutions in a step after the first, Eq. (passes)."
+def step_flops(game: Game, batch) -> int:
+    """Floating-point operations of the matrix products and convolutions in a step after the first,
+    Eq. (passes).
+
+    Returns:
+        steps the game twice.
+    """
     game.step(batch)
-    with FlopCounterMode(display=False) as counter: game.step(batch)
+    with FlopCounterMode(display=False) as counter:
+        game.step(batch)
     return counter.get_total_flops()
 
-def step_memory(rule: str) -> float:  # MiB; on the CPU
-    r"The most that a step holds above what was there before it."
+
+def step_memory(rule: str) -> float:
+    """The most that a step holds above what was there before it.
+
+    Returns:
+        MiB; on the CPU.
+    """
     g, batch = game(rule), Batch(torch.rand(ROWS, *SHAPE), None)
-    for _ in range(2): g.step(batch)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded: g.step(batch)
-    changes = sorted((e.start_ns(), e.nbytes()) for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+    for _ in range(2):
+        g.step(batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        g.step(batch)
+    changes = sorted(
+        (e.start_ns(), e.nbytes())
+        for e in recorded.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    )
     now = most = 0
-    for _, change in changes: now += change; most = max(most, now)
+    for _, change in changes:
+        now += change
+        most = max(most, now)
     return most / 2**20
 
 # %% ../nbs/40_training/45_bench_rules.ipynb #23a2fcf4-5
-def bench_rules(rounds: int=30, names=tuple(RULES)) -> dict:  # rule -> {"ms", "passes", "overhead", "peak_mib"}, and "alternating_over_hand", "hand_ms"
-    r"Every rule beside its passes, Eq. (overhead), and alternating steps beside a loop by hand; medians over rounds."
+def bench_rules(rounds: int = 30, names=tuple(RULES)) -> dict:
+    """Every rule beside its passes, Eq. (overhead), and alternating steps beside a loop by hand;
+    medians over rounds.
+
+    Returns:
+        rule -> {"ms", "passes", "overhead", "peak_mib"}, and "alternating_over_hand", "hand_ms".
+    """
     batch = Batch(torch.rand(ROWS, *SHAPE), None)
     G, D, *optimizers = networks()
-    steps = {"hand": lambda: hand_step(G, D, *optimizers, batch.x)} | {name: (lambda g: lambda: g.step(batch))(game(name)) for name in names}
+    steps = {"hand": lambda: hand_step(G, D, *optimizers, batch.x)} | {
+        name: (lambda g: lambda: g.step(batch))(game(name)) for name in names
+    }
     seconds = {name: [] for name in steps}
     for r in range(rounds + 3):
         for name in sorted(steps, reverse=bool(r % 2)):
-            start = time.perf_counter(); steps[name]()
-            if r >= 3: seconds[name].append(time.perf_counter() - start)
+            start = time.perf_counter()
+            steps[name]()
+            if r >= 3:
+                seconds[name].append(time.perf_counter() - start)
     ms = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
     plain, flops = ms["simultaneous"], {name: step_flops(game(name), batch) for name in names}
-    rows = {name: {"ms": ms[name], "passes": (passes := flops[name] / flops["simultaneous"]), "overhead": ms[name] / (passes * plain) - 1, "peak_mib": quietly(name)} for name in names}
-    return {"rows": ROWS, "hidden": HIDDEN, "hand_ms": ms["hand"], "alternating_over_hand": ms["alternating"] / ms["hand"], "rules": rows}
+    rows = {
+        name: {
+            "ms": ms[name],
+            "passes": (passes := flops[name] / flops["simultaneous"]),
+            "overhead": ms[name] / (passes * plain) - 1,
+            "peak_mib": quietly(name),
+        }
+        for name in names
+    }
+    return {
+        "rows": ROWS,
+        "hidden": HIDDEN,
+        "hand_ms": ms["hand"],
+        "alternating_over_hand": ms["alternating"] / ms["hand"],
+        "rules": rows,
+    }
+
 
 def quietly(rule: str) -> float:
-    r"`step_memory` in a process of its own, whose profiler may talk to itself."
+    """`step_memory` in a process of its own, whose profiler may talk to itself."""
     code = f"from optgen.bench_rules import step_memory; print(step_memory({rule!r}))"
-    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()[-1])
+    return float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()[-1]
+    )
 
-def show_rules(result: dict) -> str:  # what `bench_rules` gave
-    r"The result as a table."
-    lines = [f"{f'a step of a GAN, perceptrons {HIDDEN[0]}-{HIDDEN[1]}, batch {ROWS}':48}{'ms':>8}{'passes':>10}{'overhead':>11}{'peak MiB':>10}", f"{'by hand':48}{result['hand_ms']:8.2f}"]
-    lines += [f"{k:48}{r['ms']:8.2f}{r['passes']:10.2f}{100 * r['overhead']:+10.1f}%{r['peak_mib']:10.1f}" for k, r in result["rules"].items()]
-    return "\n".join([*lines, f"alternating over the loop by hand: {result['alternating_over_hand']:.3f}"])
+
+def show_rules(result: dict) -> str:
+    """The result as a table.
+
+    Returns:
+        what `bench_rules` gave.
+    """
+    lines = [
+        f"{f'a step of a GAN, perceptrons {HIDDEN[0]}-{HIDDEN[1]}, batch {ROWS}':48}{'ms':>8}{'passes':>10}{'overhead':>11}{'peak MiB':>10}",
+        f"{'by hand':48}{result['hand_ms']:8.2f}",
+    ]
+    lines += [
+        f"{k:48}{r['ms']:8.2f}{r['passes']:10.2f}{100 * r['overhead']:+10.1f}%{r['peak_mib']:10.1f}"
+        for k, r in result["rules"].items()
+    ]
+    return "\n".join(
+        [*lines, f"alternating over the loop by hand: {result['alternating_over_hand']:.3f}"]
+    )

@@ -18,73 +18,130 @@ import torch
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-2
 FORMAT, VERSION = "optgen.checkpoint", 1
 
+
 class CheckpointError(ValueError):
-    r"A checkpoint that cannot be written or read: the message names the file, what is wrong, and what to do."
+    """A checkpoint that cannot be written or read: the message names the file, what is wrong, and
+    what to do.
+    """
 
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-3
-def check_plain(state, where: str="state"):
-    r"Raises `CheckpointError` at the first value that is neither a tensor, a number, a string, None, nor a dict, list or tuple of these."
+def check_plain(state, where: str = "state"):
+    """Raises `CheckpointError` at the first value that is neither a tensor, a number, a string,
+    None, nor a dict, list or tuple of these.
+    """
     if type(state) in (dict, OrderedDict):
         for k, v in state.items():
-            if not isinstance(k, (str, int)): raise CheckpointError(f"{where} has a key of type {type(k).__name__}; keys are strings or integers")
+            if not isinstance(k, (str, int)):
+                raise CheckpointError(
+                    f"{where} has a key of type {type(k).__name__}; keys are strings or integers"
+                )
             check_plain(v, f"{where}[{k!r}]")
     elif type(state) in (list, tuple):
-        for i, v in enumerate(state): check_plain(v, f"{where}[{i}]")
-    elif not (state is None or isinstance(state, torch.Tensor) or type(state) in (bool, int, float, str)):
-        raise CheckpointError(f"{where} is a {type(state).__name__}: a checkpoint holds tensors, numbers, strings and plain containers only")
+        for i, v in enumerate(state):
+            check_plain(v, f"{where}[{i}]")
+    elif not (
+        state is None or isinstance(state, torch.Tensor) or type(state) in (bool, int, float, str)
+    ):
+        raise CheckpointError(
+            f"{where} is a {type(state).__name__}: a checkpoint holds tensors, numbers, strings and plain containers only"
+        )
 
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-4
-def save(
-    path: str | Path,  # file to write; its folder must exist
-    state: dict,       # tensors, numbers, strings and plain containers, else `CheckpointError`
-):
-    r"Write a checkpoint atomically: the file at `path` is the old one or the new one at every moment. `CheckpointError` where the disk refuses."
-    path = Path(path); beside = path.with_name(f".{path.name}.tmp")
+def save(path: str | Path, state: dict):
+    """Write a checkpoint atomically: the file at `path` is the old one or the new one at every
+    moment. `CheckpointError` where the disk refuses.
+
+    Args:
+        path: file to write; its folder must exist.
+        state: tensors, numbers, strings and plain containers, else `CheckpointError`.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.tmp")
     check_plain(state)
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, "state": state}, buffer)
     try:
         with open(beside, "wb") as f:
-            f.write(buffer.getbuffer()); f.flush(); os.fsync(f.fileno())
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(beside, path)
         if os.name == "posix":
             folder = os.open(path.parent, os.O_RDONLY)
-            try: os.fsync(folder)
-            finally: os.close(folder)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
     except OSError as e:
         beside.unlink(missing_ok=True)
         kept = "the one written before is whole" if path.exists() else "none was written before"
-        raise CheckpointError(f"cannot write {path} ({buffer.tell() / 1e6:.1f} MB): {e.strerror or e}; {kept}. Free space or choose another folder, then resume") from e
+        raise CheckpointError(
+            f"cannot write {path} ({buffer.tell() / 1e6:.1f} MB): {e.strerror or e}; {kept}. Free space or choose another folder, then resume"
+        ) from e
 
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-5
-def load(
-    path: str | Path,   # file that `save` wrote
-    map_location=None,  # device for the tensors, as in `torch.load`
-) -> dict:              # the state that was saved
-    r"Read a checkpoint without executing anything in it. `CheckpointError` where it is missing, damaged, foreign or of a newer optgen."
+def load(path: str | Path, map_location=None) -> dict:
+    """Read a checkpoint without executing anything in it. `CheckpointError` where it is missing,
+    damaged, foreign or of a newer optgen.
+
+    Args:
+        path: file that `save` wrote.
+        map_location: device for the tensors, as in `torch.load`.
+
+    Returns:
+        the state that was saved.
+    """
     path = Path(path)
-    if not path.is_file(): raise CheckpointError(f"no checkpoint at {path}: the path is wrong, or the run was stopped before it wrote one and has to be trained on")
+    if not path.is_file():
+        raise CheckpointError(
+            f"no checkpoint at {path}: the path is wrong, or the run was stopped before it wrote one and has to be trained on"
+        )
     try:
-        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
     except Exception as e:  # `zipfile` raises a dozen types on bytes that are no archive
-        raise CheckpointError(f"{path} is truncated, altered or not a checkpoint at all ({e}); restore it from a copy or train anew") from e
-    if damaged: raise CheckpointError(f"{path} is altered: {damaged} in it fails its checksum; restore it from a copy or train anew")
-    try: content = torch.load(path, map_location=map_location, weights_only=True)
+        raise CheckpointError(
+            f"{path} is truncated, altered or not a checkpoint at all ({e}); restore it from a copy or train anew"
+        ) from e
+    if damaged:
+        raise CheckpointError(
+            f"{path} is altered: {damaged} in it fails its checksum; restore it from a copy or train anew"
+        )
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as e:
-        raise CheckpointError(f"{path} holds more than tensors and plain values; it was refused and nothing in it was executed") from e
-    except Exception as e: raise CheckpointError(f"{path} is not a checkpoint of optgen ({type(e).__name__}: {e})") from e
+        raise CheckpointError(
+            f"{path} holds more than tensors and plain values; it was refused and nothing in it was executed"
+        ) from e
+    except Exception as e:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of optgen ({type(e).__name__}: {e})"
+        ) from e
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} was not written by optgen: it has no format {FORMAT!r}. A plain state_dict is loaded with model.load_state_dict")
+        raise CheckpointError(
+            f"{path} was not written by optgen: it has no format {FORMAT!r}. A plain state_dict is loaded with model.load_state_dict"
+        )
     if content["version"] > VERSION:
-        raise CheckpointError(f"{path} is of format version {content['version']}, this optgen reads up to {VERSION}: pip install --upgrade optgen")
+        raise CheckpointError(
+            f"{path} is of format version {content['version']}, this optgen reads up to {VERSION}: pip install --upgrade optgen"
+        )
     return content["state"]
 
 # %% ../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-6
-def rng_state() -> dict:  # {"cpu": state, "cuda": [a state a device]}
-    r"States of PyTorch's default generators."
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+def rng_state() -> dict:
+    """States of PyTorch's default generators.
 
-def set_rng_state(state: dict):  # what `rng_state` gave; device generators are restored where there are as many devices
-    r"Put PyTorch's default generators back."
+    Returns:
+        {"cpu": state, "cuda": [a state a device]}.
+    """
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict):
+    """Put PyTorch's default generators back."""
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

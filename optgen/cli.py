@@ -29,554 +29,1511 @@ from typing import NamedTuple
 import click
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-2
-DATA = {"digits": "10,000 + 2,000 MNIST digits that come with the package", "mnist": "MNIST, 60,000 + 10,000 digits",
-        "fashion-mnist": "Fashion-MNIST, 60,000 + 10,000 pieces of clothing", "PATH": "a folder of your own images"}
-OPTIMIZERS = {"adam": "Adam", "adamw": "Adam with decoupled weight decay 0.01", "rmsprop": "RMSProp", "momentum": "heavy ball, 0.9", "sgd": "gradient descent"}
+DATA = {
+    "digits": "10,000 + 2,000 MNIST digits that come with the package",
+    "mnist": "MNIST, 60,000 + 10,000 digits",
+    "fashion-mnist": "Fashion-MNIST, 60,000 + 10,000 pieces of clothing",
+    "PATH": "a folder of your own images",
+}
+OPTIMIZERS = {
+    "adam": "Adam",
+    "adamw": "Adam with decoupled weight decay 0.01",
+    "rmsprop": "RMSProp",
+    "momentum": "heavy ball, 0.9",
+    "sgd": "gradient descent",
+}
 RULES = {  # name: (class in optgen.rules, its arguments here, what it is)
     "simultaneous": ("Simultaneous", {}, "every player descends its own gradient"),
     "alternating": ("Alternating", {}, "one player after another; D=2 lets D move twice"),
-    "extragradient": ("Extragradient", {}, "look ahead, come back, step by what was seen; past=true reuses the last gradient"),
+    "extragradient": (
+        "Extragradient",
+        {},
+        "look ahead, come back, step by what was seen; past=true reuses the last gradient",
+    ),
     "optimistic": ("Optimistic", {}, "twice this update minus the last"),
-    "consensus": ("Consensus", {"weight": .05}, "everybody also descends half the field's squared norm"),
-    "literal": ("Feedback", {"to": "G", "loss": "D", "wrt": "G", "weight": .1}, "the article's: G descends D's loss's squared gradient by G; does not damp"),
-    "nagarajan-kolter": ("Feedback", {"to": "G", "loss": "D", "wrt": "D", "weight": .005}, "G descends D's squared gradient"),
-    "smoothing": ("Feedback", {"to": "D", "loss": "D", "wrt": "G", "weight": .5}, "D descends its loss's squared gradient by G"),
-    "symplectic": ("SymplecticAdjustment", {"weight": .1}, "the field, turned by its rotation"),
-    "lookahead": ("Lookahead", {"every": 5, "alpha": .5}, "every few steps go back part of the way, all together"),
+    "consensus": (
+        "Consensus",
+        {"weight": 0.05},
+        "everybody also descends half the field's squared norm",
+    ),
+    "literal": (
+        "Feedback",
+        {"to": "G", "loss": "D", "wrt": "G", "weight": 0.1},
+        "the article's: G descends D's loss's squared gradient by G; does not damp",
+    ),
+    "nagarajan-kolter": (
+        "Feedback",
+        {"to": "G", "loss": "D", "wrt": "D", "weight": 0.005},
+        "G descends D's squared gradient",
+    ),
+    "smoothing": (
+        "Feedback",
+        {"to": "D", "loss": "D", "wrt": "G", "weight": 0.5},
+        "D descends its loss's squared gradient by G",
+    ),
+    "symplectic": ("SymplecticAdjustment", {"weight": 0.1}, "the field, turned by its rotation"),
+    "lookahead": (
+        "Lookahead",
+        {"every": 5, "alpha": 0.5},
+        "every few steps go back part of the way, all together",
+    ),
     "unrolled": ("Unrolled", {"player": "D", "steps": 5}, "G sees some steps of D ahead"),
-    "competitive": ("CompetitiveGradient", {}, "each step is the solution of the local game")}
+    "competitive": ("CompetitiveGradient", {}, "each step is the solution of the local game"),
+}
 
 BETAS = {  # name: (class in optgen.controllers, its arguments here, what it is); epochs is turned into steps, None is the whole run
     "warmup": ("LinearWarmup", {"epochs": 5}, "from start=0 to beta=1 in so many epochs"),
     "cyclical": ("Cyclical", {"epochs": None}, "warm-up over and over, cycles=4 in the run"),
-    "capacity": ("Capacity", {"epochs": None, "weight": 10.}, "the rate is pulled to target nats, which rise over the run"),
-    "free-bits": ("FreeBits", {"minimum": .1}, "the first nats of each latent cost nothing"),
-    "geco": ("Geco", {"rate": 2e-3, "smoothing": .9, "clip": .02, "low": .01}, "the least rate at a distortion of target nats"),
+    "capacity": (
+        "Capacity",
+        {"epochs": None, "weight": 10.0},
+        "the rate is pulled to target nats, which rise over the run",
+    ),
+    "free-bits": ("FreeBits", {"minimum": 0.1}, "the first nats of each latent cost nothing"),
+    "geco": (
+        "Geco",
+        {"rate": 2e-3, "smoothing": 0.9, "clip": 0.02, "low": 0.01},
+        "the least rate at a distortion of target nats",
+    ),
     "control": ("ControlVae", {"ki": 1e-3}, "the least distortion at a rate of kl nats"),
-    "sigma": ("SigmaVae", {}, "the best variance of a Gaussian decoder")}
+    "sigma": ("SigmaVae", {}, "the best variance of a Gaussian decoder"),
+}
 METHODS = {  # name: (class in optgen.schemes.assisted, usual weight of the assistance, what it is)
-    "plain": (None, 1., "the classifier alone"),
-    "reconstruction": ("Reconstruction", .03, "a decoder shows the image again from the classifier's features; loss=squared, to=classifier"),
-    "agreement": ("Agreement", 1., "a generator that knows classes agrees with it, as M2's does; divergence=jensen-shannon, to=classifier"),
-    "m1": (None, 1., "it sees the latents of a VAE in the place of the image"),
-    "m1+m2": ("Agreement", 1., "agreement on those latents"),
-    "ladder": ("Denoising", 1., "noise is undone at all of its layers; noise=0.3"),
-    "gamma": ("Denoising", 1., "noise is undone at its last layer; noise=0.3")}
+    "plain": (None, 1.0, "the classifier alone"),
+    "reconstruction": (
+        "Reconstruction",
+        0.03,
+        "a decoder shows the image again from the classifier's features; loss=squared, to=classifier",
+    ),
+    "agreement": (
+        "Agreement",
+        1.0,
+        "a generator that knows classes agrees with it, as M2's does; divergence=jensen-shannon, to=classifier",
+    ),
+    "m1": (None, 1.0, "it sees the latents of a VAE in the place of the image"),
+    "m1+m2": ("Agreement", 1.0, "agreement on those latents"),
+    "ladder": ("Denoising", 1.0, "noise is undone at all of its layers; noise=0.3"),
+    "gamma": ("Denoising", 1.0, "noise is undone at its last layer; noise=0.3"),
+}
 WEIGHTS = {  # as BETAS; balanced is a rule
     "warmup": ("LinearWarmup", {"epochs": 5}, "from start=0 to beta=1 in so many epochs"),
     "cyclical": ("Cyclical", {"epochs": None}, "warm-up over and over, cycles=4 in the run"),
-    "geco": ("Geco", {"rate": 2e-3, "smoothing": .9, "clip": .02, "low": .01}, "the least coupling loss at a classification loss of target nats"),
+    "geco": (
+        "Geco",
+        {"rate": 2e-3, "smoothing": 0.9, "clip": 0.02, "low": 0.01},
+        "the least coupling loss at a classification loss of target nats",
+    ),
     "control": ("ControlVae", {"ki": 1e-3}, "the coupling loss is held at target"),
-    "balanced": ("Balanced", {}, "the classifier's two gradients are of one length; project=true takes away what undoes the first")}
+    "balanced": (
+        "Balanced",
+        {},
+        "the classifier's two gradients are of one length; project=true takes away what undoes the first",
+    ),
+}
 INFERENCE = {  # name: (class, its arguments here, what it is)
     "amortised": (None, {}, "the encoder's answer"),
-    "aggressive": ("Aggressive", {}, "the decoder waits for the encoder while that carries information"),
-    "semi": ("Refinement", {"steps": 5}, "steps of an inner optimizer behind the encoder")}
+    "aggressive": (
+        "Aggressive",
+        {},
+        "the decoder waits for the encoder while that carries information",
+    ),
+    "semi": ("Refinement", {"steps": 5}, "steps of an inner optimizer behind the encoder"),
+}
 
-def build_optimizer(name: str, params, lr: float|None, **options):
-    r"The optimizer named `name`; `lr` None is its usual step."
+
+def build_optimizer(name: str, params, lr: float | None, **options):
+    """The optimizer named `name`; `lr` None is its usual step."""
     from optgen import optim
-    makers = {"adam": (optim.Adam, 1e-3, options), "adamw": (optim.Adam, 1e-3, {"weight_decay": 1e-2, "decoupled_weight_decay": True, **options}),
-              "rmsprop": (optim.RMSProp, 1e-3, {}), "momentum": (optim.Momentum, 1e-3, {}), "sgd": (optim.SGD, 1e-2, {})}
+
+    makers = {
+        "adam": (optim.Adam, 1e-3, options),
+        "adamw": (
+            optim.Adam,
+            1e-3,
+            {"weight_decay": 1e-2, "decoupled_weight_decay": True, **options},
+        ),
+        "rmsprop": (optim.RMSProp, 1e-3, {}),
+        "momentum": (optim.Momentum, 1e-3, {}),
+        "sgd": (optim.SGD, 1e-2, {}),
+    }
     make, usual, options = makers[name]
     return make(params, lr=usual if lr is None else lr, **options)
 
-def parse(flag: str, text: str, names, value: Callable) -> tuple:  # the name and {key: value(word)}; a usage error for another name
-    r"Take NAME or NAME:KEY=VALUE,… apart."
+
+def parse(flag: str, text: str, names, value: Callable) -> tuple:
+    """Take NAME or NAME:KEY=VALUE,… apart.
+
+    Returns:
+        the name and {key: value(word)}; a usage error for another name.
+    """
     name, _, words = text.partition(":")
-    if name not in names: raise click.UsageError(f"{flag} {name} is none of {', '.join(names)}")
+    if name not in names:
+        raise click.UsageError(f"{flag} {name} is none of {', '.join(names)}")
     pairs = [word.partition("=") for word in words.split(",") if word]
-    if bare := [key for key, _, word in pairs if not word]: raise click.UsageError(f"{flag} {text}: {bare[0]!r} has no value, as in {name}:KEY=VALUE")
+    if bare := [key for key, _, word in pairs if not word]:
+        raise click.UsageError(f"{flag} {text}: {bare[0]!r} has no value, as in {name}:KEY=VALUE")
     return name, {key: value(word) for key, _, word in pairs}
 
-def made(flag: str, name: str, kind: Callable, options: dict, given: dict):  # a usage error where it refuses what was given
-    r"`kind(**options | given)`."
+
+def made(flag: str, name: str, kind: Callable, options: dict, given: dict):
+    """`kind(**options | given)`."""
     takes = inspect.signature(kind).parameters
-    if odd := [k for k in given if k not in takes]: raise click.UsageError(f"{flag} {name} takes no {odd[0]}, but {', '.join(takes) or 'nothing'}")
-    if missing := [k for k, p in takes.items() if p.default is p.empty and k not in options | given]: raise click.UsageError(f"{flag} {name} wants its {missing[0]}: {flag} {name}:{missing[0]}=…")
-    try: return kind(**options | given)
-    except (TypeError, ValueError) as e: raise click.UsageError(f"{flag} {name} can't be made with {', '.join(f'{k}={v}' for k, v in given.items()) or 'nothing'}: {e}") from None
+    if odd := [k for k in given if k not in takes]:
+        raise click.UsageError(
+            f"{flag} {name} takes no {odd[0]}, but {', '.join(takes) or 'nothing'}"
+        )
+    if missing := [
+        k for k, p in takes.items() if p.default is p.empty and k not in options | given
+    ]:
+        raise click.UsageError(
+            f"{flag} {name} wants its {missing[0]}: {flag} {name}:{missing[0]}=…"
+        )
+    try:
+        return kind(**options | given)
+    except (TypeError, ValueError) as e:
+        raise click.UsageError(
+            f"{flag} {name} can't be made with {', '.join(f'{k}={v}' for k, v in given.items()) or 'nothing'}: {e}"
+        ) from None
+
 
 def number(flag: str, text: str) -> Callable:
-    r"Reads the numbers, and true and false, of `text`."
+    """Reads the numbers, and true and false, of `text`."""
+
     def value(word):
-        try: return json.loads(word)
-        except json.JSONDecodeError: raise click.UsageError(f"{flag} {text}: {word!r} is neither a number, true nor false") from None
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            raise click.UsageError(
+                f"{flag} {text}: {word!r} is neither a number, true nor false"
+            ) from None
+
     return value
 
-def build_controller(flag: str, text: str|float, names: dict, options: dict, amend: Callable=lambda name, given: None):  # a number, NAME or NAME:KEY=VALUE,…
-    r"What sets a weight in a run of these options; `amend` sees what was given before it is used."
+
+def build_controller(
+    flag: str,
+    text: str | float,
+    names: dict,
+    options: dict,
+    amend: Callable = lambda name, given: None,
+):
+    """What sets a weight in a run of these options; `amend` sees what was given before it is used."""
     from optgen import controllers
-    try: value = float(text)
-    except ValueError: pass
-    else: return made(flag, f"{value:g}", controllers.Constant, {}, {"beta": value})
+
+    try:
+        value = float(text)
+    except ValueError:
+        pass
+    else:
+        return made(flag, f"{value:g}", controllers.Constant, {}, {"beta": value})
     name, given = parse(flag, text, names, number(flag, text))
     kind, usual, _ = names[name]
     amend(name, given)
     if "epochs" in usual:
         epochs = given.pop("epochs", usual["epochs"])
-        if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf): raise click.UsageError(f"{flag} {name}: epochs must be a number above 0, got {epochs}")
-        usual = {k: v for k, v in usual.items() if k != "epochs"} | {"steps": options["steps"] if epochs is None else max(1, round(epochs * options["epoch_steps"]))}
+        if epochs is not None and not (isinstance(epochs, (int, float)) and 0 < epochs < math.inf):
+            raise click.UsageError(f"{flag} {name}: epochs must be a number above 0, got {epochs}")
+        usual = {k: v for k, v in usual.items() if k != "epochs"} | {
+            "steps": options["steps"]
+            if epochs is None
+            else max(1, round(epochs * options["epoch_steps"]))
+        }
     return made(flag, name, getattr(controllers, kind), usual, given)
 
-def build_beta(text: str|float, options: dict, shape: tuple):
-    r"What sets β in a run of these options."
+
+def build_beta(text: str | float, options: dict, shape: tuple):
+    """What sets β in a run of these options."""
+
     def amend(name, given):
         if name == "control" and "kl" in given:
-            if "target" in given: raise click.UsageError("--beta control: kl and target are two names of one number; give one")
+            if "target" in given:
+                raise click.UsageError(
+                    "--beta control: kl and target are two names of one number; give one"
+                )
             given["target"] = given.pop("kl")
         if name == "sigma":
-            if options.get("likelihood") != "gaussian": raise click.UsageError("--beta sigma sets the variance of a Gaussian decoder: add --likelihood gaussian --binarize none")
-            if "dim" in given: raise click.UsageError("--beta sigma takes no dim: it is the number of pixels")
+            if options.get("likelihood") != "gaussian":
+                raise click.UsageError(
+                    "--beta sigma sets the variance of a Gaussian decoder: add --likelihood gaussian --binarize none"
+                )
+            if "dim" in given:
+                raise click.UsageError("--beta sigma takes no dim: it is the number of pixels")
             given["dim"] = math.prod(shape)
+
     controller = build_controller("--beta", text, BETAS, options, amend)
-    if (groups := getattr(controller, "groups", None)) and options["z_dim"] % groups: raise click.UsageError(f"--beta free-bits: {groups} groups can't share {options['z_dim']} latents equally: change groups or --z-dim")
+    if (groups := getattr(controller, "groups", None)) and options["z_dim"] % groups:
+        raise click.UsageError(
+            f"--beta free-bits: {groups} groups can't share {options['z_dim']} latents equally: change groups or --z-dim"
+        )
     return controller
 
-def build_weight(text: str|float, options: dict) -> dict:  # arguments of `Assisted`
-    r"What weighs the assistance of a classifier."
-    from optgen.schemes.assisted import Balanced
-    if str(text).partition(":")[0] != "balanced": return {"weight": build_controller("--weight", text, WEIGHTS, options)}
-    return {"rule": made("--weight", "balanced", Balanced, {}, parse("--weight", text, WEIGHTS, number("--weight", text))[1])}
 
-def build_inference(text: str, model, optimizer: Callable) -> dict:  # arguments of `BetaVAE`
-    r"How the latents are inferred, with optimizers that `optimizer(params)` makes."
+def build_weight(text: str | float, options: dict) -> dict:
+    """What weighs the assistance of a classifier.
+
+    Returns:
+        arguments of `Assisted`.
+    """
+    from optgen.schemes.assisted import Balanced
+
+    if str(text).partition(":")[0] != "balanced":
+        return {"weight": build_controller("--weight", text, WEIGHTS, options)}
+    return {
+        "rule": made(
+            "--weight",
+            "balanced",
+            Balanced,
+            {},
+            parse("--weight", text, WEIGHTS, number("--weight", text))[1],
+        )
+    }
+
+
+def build_inference(text: str, model, optimizer: Callable) -> dict:
+    """How the latents are inferred, with optimizers that `optimizer(params)` makes.
+
+    Returns:
+        arguments of `BetaVAE`.
+    """
     from optgen.inner import PASSES, Refinement
     from optgen.schemes.elbo import Aggressive
-    value = number("--inference", text)
-    name, given = parse("--inference", text, INFERENCE, lambda word: word if word in PASSES else value(word))
-    usual = INFERENCE[name][1]
-    if name == "semi" and "optimizer" in given: raise click.UsageError("--inference semi takes no optimizer, but steps, beta, clip, mode")
-    if name == "aggressive": return {"optimizer": tuple(optimizer(net.parameters()) for net in (model.q_net, model.p_net)), "rule": made("--inference", name, Aggressive, usual, given)}
-    if name == "amortised" and given: raise click.UsageError(f"--inference amortised takes no arguments, got {', '.join(given)}")
-    return {"optimizer": optimizer(model.parameters())} | ({"inner": made("--inference", name, Refinement, usual, given)} if name == "semi" else {})
 
-def build_rule(text: str, weight: float|None=None):
-    r"The rule that `text`, NAME or NAME:KEY=VALUE,…, names; a weight goes to the rule that takes one, itself or the one inside."
+    value = number("--inference", text)
+    name, given = parse(
+        "--inference", text, INFERENCE, lambda word: word if word in PASSES else value(word)
+    )
+    usual = INFERENCE[name][1]
+    if name == "semi" and "optimizer" in given:
+        raise click.UsageError("--inference semi takes no optimizer, but steps, beta, clip, mode")
+    if name == "aggressive":
+        return {
+            "optimizer": tuple(optimizer(net.parameters()) for net in (model.q_net, model.p_net)),
+            "rule": made("--inference", name, Aggressive, usual, given),
+        }
+    if name == "amortised" and given:
+        raise click.UsageError(f"--inference amortised takes no arguments, got {', '.join(given)}")
+    return {"optimizer": optimizer(model.parameters())} | (
+        {"inner": made("--inference", name, Refinement, usual, given)} if name == "semi" else {}
+    )
+
+
+def build_rule(text: str, weight: float | None = None):
+    """The rule that `text`, NAME or NAME:KEY=VALUE,…, names; a weight goes to the rule that takes
+    one, itself or the one inside.
+    """
     from optgen import rules
+
     def value(word):
-        if word in RULES: return build_rule(word, None if "weight" in options else weight)
-        if word in ("G", "D"): return word
-        try: return json.loads(word)
-        except json.JSONDecodeError: raise click.UsageError(f"--rule {text}: {word!r} is neither a number, true, false, a player (G, D) nor the name of a rule") from None
+        if word in RULES:
+            return build_rule(word, None if "weight" in options else weight)
+        if word in ("G", "D"):
+            return word
+        try:
+            return json.loads(word)
+        except json.JSONDecodeError:
+            raise click.UsageError(
+                f"--rule {text}: {word!r} is neither a number, true, false, a player (G, D) nor the name of a rule"
+            ) from None
+
     options = RULES.get(text.partition(":")[0], (None, {}))[1]
     name, given = parse("--rule", text, RULES, value)
     kind = RULES[name][0]
-    if weight is not None and "weight" in options: given["weight"] = weight
-    elif weight is not None and "inner" not in given: raise click.UsageError(f"--weight {weight:g}: {name} has no weight; its inner rule may, as in --rule {name}:inner=consensus")
-    if name == "alternating" and (repeats := {k: given.pop(k) for k in ("G", "D") if k in given}): given["repeats"] = repeats
+    if weight is not None and "weight" in options:
+        given["weight"] = weight
+    elif weight is not None and "inner" not in given:
+        raise click.UsageError(
+            f"--weight {weight:g}: {name} has no weight; its inner rule may, as in --rule {name}:inner=consensus"
+        )
+    if name == "alternating" and (repeats := {k: given.pop(k) for k in ("G", "D") if k in given}):
+        given["repeats"] = repeats
     return made("--rule", name, getattr(rules, kind), options, given)
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-3
 def apart(options: dict, images) -> tuple:
-    r"Some of the images are kept for validation."
+    """Some of the images are kept for validation."""
     from optgen.data import hold_out
+
     return *hold_out(images, options["holdout"]), {}
 
+
 class Scheme(NamedTuple):
-    r"What the command line knows of a scheme."
-    build: Callable           # (options, (C, H, W), **what `divide` adds) -> a `Game`
-    what: str                 # in a few words
-    pixels: Callable|None=None # options -> what was done to the pixels, of a scheme with a likelihood
-    k: int|None=None          # samples an image by which `evaluate` measures the likelihood, unless asked for others; None where it takes none
-    classifies: bool=False    # does its `evaluate` take `outside`, and has it a `judge`?
-    divide: Callable=apart    # (options, images) -> images to train on, to validate, {argument of `build`: value}; may add to the options
-    samples: int=64           # images in the grid of an epoch
-    steps: bool=False         # is it sampled in steps, by a sampler that can be chosen?
+    """What the command line knows of a scheme.
+
+    Attributes:
+        build: (options, (C, H, W), **what `divide` adds) -> a `Game`.
+        what: in a few words.
+        pixels: options -> what was done to the pixels, of a scheme with a likelihood.
+        k: samples an image by which `evaluate` measures the likelihood, unless asked for others;
+            None where it takes none.
+        classifies: does its `evaluate` take `outside`, and has it a `judge`?
+        divide: (options, images) -> images to train on, to validate, {argument of `build`: value};
+            may add to the options.
+        samples: images in the grid of an epoch.
+        steps: is it sampled in steps, by a sampler that can be chosen?
+    """
+
+    build: Callable
+    what: str
+    pixels: Callable | None = None
+    k: int | None = None
+    classifies: bool = False
+    divide: Callable = apart
+    samples: int = 64
+    steps: bool = False
+
 
 SCHEMES = {}
 
-def common(epochs: int, ema: float|None) -> list:  # with a scheme's own defaults
-    r"The options of every scheme."
+
+def common(epochs: int, ema: float | None) -> list:
+    """The options of every scheme.
+
+    Returns:
+        with a scheme's own defaults.
+    """
     return [
-        click.option("--data", default="digits", show_default=True, metavar="digits|mnist|fashion-mnist|PATH", help="What to train on."),
-        click.option("--epochs", type=click.IntRange(1), default=epochs, show_default=True, help="Passes over the data, in all."),
+        click.option(
+            "--data",
+            default="digits",
+            show_default=True,
+            metavar="digits|mnist|fashion-mnist|PATH",
+            help="What to train on.",
+        ),
+        click.option(
+            "--epochs",
+            type=click.IntRange(1),
+            default=epochs,
+            show_default=True,
+            help="Passes over the data, in all.",
+        ),
         click.option("--batch-size", type=click.IntRange(1), default=100, show_default=True),
-        click.option("--lr", type=click.FloatRange(0, min_open=True), help="Step of the optimizer.  [default: the optimizer's usual]"),
-        click.option("--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adam", show_default=True),
-        click.option("--image-size", type=click.IntRange(4), default=28, show_default=True, help="Side to which images in a folder are resized."),
-        click.option("--holdout", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=.1, show_default=True,
-                     help="Part of the training images kept for validation; the test images are left to evaluate."),
-        click.option("--ema", type=click.FloatRange(0, 1, max_open=True), default=ema, show_default=ema is not None,
-                     help="Decay of an average of the weights, e.g. 0.999; 0 for none."),
-        click.option("--patience", type=click.IntRange(1), help="Stop after so many epochs that are no better on validation data."),
-        click.option("--checkpoint-steps", type=click.IntRange(1), help="Also write a checkpoint every so many steps."),
+        click.option(
+            "--lr",
+            type=click.FloatRange(0, min_open=True),
+            help="Step of the optimizer.  [default: the optimizer's usual]",
+        ),
+        click.option(
+            "--optimizer", type=click.Choice(list(OPTIMIZERS)), default="adam", show_default=True
+        ),
+        click.option(
+            "--image-size",
+            type=click.IntRange(4),
+            default=28,
+            show_default=True,
+            help="Side to which images in a folder are resized.",
+        ),
+        click.option(
+            "--holdout",
+            type=click.FloatRange(0, 1, min_open=True, max_open=True),
+            default=0.1,
+            show_default=True,
+            help="Part of the training images kept for validation; the test images are left to evaluate.",
+        ),
+        click.option(
+            "--ema",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=ema,
+            show_default=ema is not None,
+            help="Decay of an average of the weights, e.g. 0.999; 0 for none.",
+        ),
+        click.option(
+            "--patience",
+            type=click.IntRange(1),
+            help="Stop after so many epochs that are no better on validation data.",
+        ),
+        click.option(
+            "--checkpoint-steps",
+            type=click.IntRange(1),
+            help="Also write a checkpoint every so many steps.",
+        ),
         click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True),
         click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda|…"),
-        click.option("--compile", is_flag=True, help="Compile the losses; pays after about a minute."),
-        click.option("--precision", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True, help="bfloat16: the losses under autocast."),
-        click.option("--progress", type=click.Choice(["bar", "lines", "none"]), help="[default: a bar on a terminal, lines elsewhere]"),
-        click.option("--out", type=click.Path(file_okay=False), help="Run folder.  [default: runs/SCHEME-DATA, numbered if taken]")]
+        click.option(
+            "--compile", is_flag=True, help="Compile the losses; pays after about a minute."
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16"]),
+            default="float32",
+            show_default=True,
+            help="bfloat16: the losses under autocast.",
+        ),
+        click.option(
+            "--progress",
+            type=click.Choice(["bar", "lines", "none"]),
+            help="[default: a bar on a terminal, lines elsewhere]",
+        ),
+        click.option(
+            "--out",
+            type=click.Path(file_okay=False),
+            help="Run folder.  [default: runs/SCHEME-DATA, numbered if taken]",
+        ),
+    ]
 
-def add_scheme(name: str, scheme: Scheme, options: list, epochs: int=20, ema: float|None=None):
-    r"Make `optgen train NAME` of a scheme and its own click options."
+
+def add_scheme(
+    name: str, scheme: Scheme, options: list, epochs: int = 20, ema: float | None = None
+):
+    """Make `optgen train NAME` of a scheme and its own click options."""
     SCHEMES[name] = scheme
-    def command(**given): start(name, **given)
-    for option in reversed([*options, *common(epochs, ema)]): command = option(command)
+
+    def command(**given):
+        start(name, **given)
+
+    for option in reversed([*options, *common(epochs, ema)]):
+        command = option(command)
     train.command(name, help=f"{scheme.what[0].upper()}{scheme.what[1:]}.")(command)
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-4
 def pick_device(name: str):
-    r"The `torch.device` meant by auto, cpu, cuda, cuda:1, mps …"
+    """The `torch.device` meant by auto, cpu, cuda, cuda:1, mps …."""
     import torch
+
     if name == "auto":
-        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        found = (
+            torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        )
         return found or torch.device("cpu")
-    try: torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise click.UsageError(f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device auto") from None
+    try:
+        torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise click.UsageError(
+            f"--device {name} can't be used here ({str(e).splitlines()[0]}); try --device auto"
+        ) from None
     return torch.device(name)
 
+
 def open_run(folder: str, device: str):
-    r"The configuration, scheme (best or latest weights; averaged where the run averaged) and training state of a run folder."
+    """The configuration, scheme (best or latest weights; averaged where the run averaged) and
+    training state of a run folder.
+    """
     from optgen import checkpoint
     from optgen.averaging import averages_of
+
     folder = Path(folder)
-    if not (folder / "config.json").is_file(): raise click.ClickException(f"{folder} is not a run folder: it has no config.json; make one with: optgen train beta-vae --out {folder}")
+    if not (folder / "config.json").is_file():
+        raise click.ClickException(
+            f"{folder} is not a run folder: it has no config.json; make one with: optgen train beta-vae --out {folder}"
+        )
     try:
         config = json.loads((folder / "config.json").read_text())
-        options, shape, scheme = config["options"], tuple(config["shape"]), SCHEMES[config["scheme"]].build
-    except (json.JSONDecodeError, KeyError) as e: raise click.ClickException(f"{folder / 'config.json'} can't be read ({type(e).__name__}: {e}): was it written by optgen train?") from None
+        options, shape, scheme = (
+            config["options"],
+            tuple(config["shape"]),
+            SCHEMES[config["scheme"]].build,
+        )
+    except (json.JSONDecodeError, KeyError) as e:
+        raise click.ClickException(
+            f"{folder / 'config.json'} can't be read ({type(e).__name__}: {e}): was it written by optgen train?"
+        ) from None
     device = pick_device(device)
     best = folder / "best.pt"
-    state = checkpoint.load(best if best.exists() else folder / "checkpoint.pt", map_location=device)
+    state = checkpoint.load(
+        best if best.exists() else folder / "checkpoint.pt", map_location=device
+    )
     scheme = scheme(options, shape).to(device)
-    try: scheme.load_state_dict(state["scheme"])
-    except ValueError as e: raise click.ClickException(f"{folder}: its checkpoint is not of the scheme in its config.json: {e}") from None
+    try:
+        scheme.load_state_dict(state["scheme"])
+    except ValueError as e:
+        raise click.ClickException(
+            f"{folder}: its checkpoint is not of the scheme in its config.json: {e}"
+        ) from None
     if state["ema"]:
-        for average, s in zip(averages_of(scheme, options["ema"]), state["ema"], strict=True): average.load_state_dict(s); average.put()
+        for average, s in zip(averages_of(scheme, options["ema"]), state["ema"], strict=True):
+            average.load_state_dict(s)
+            average.put()
     return config, scheme.train(False), state
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-5
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}, epilog="""\b
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="""\b
 Begin with:
   optgen train beta-vae                    train on the digits that come with the package
   optgen sample runs/beta-vae-digits       look at new ones
-  optgen evaluate runs/beta-vae-digits     measure it""")
+  optgen evaluate runs/beta-vae-digits     measure it""",
+)
 @click.version_option(package_name="optgen")
 def cli():
     """Optimizers coupled with generative models: train, look, measure."""
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-6
 class Train(click.Group):
-    r"A group whose options, those of a resumed run, come before no command."
+    """A group whose options, those of a resumed run, come before no command."""
+
     def parse_args(self, ctx, args):
-        try: return super().parse_args(ctx, list(args))
+        try:
+            return super().parse_args(ctx, list(args))
         except click.NoSuchOption as e:
-            if "--resume" in args: raise click.UsageError(f"{e.option_name} can't be changed in a resumed run: its arguments are in its config.json", ctx) from None
-            raise click.UsageError(f"options follow the scheme: optgen train {next(iter(SCHEMES))} {e.option_name} …", ctx) from None
+            if "--resume" in args:
+                raise click.UsageError(
+                    f"{e.option_name} can't be changed in a resumed run: its arguments are in its config.json",
+                    ctx,
+                ) from None
+            raise click.UsageError(
+                f"options follow the scheme: optgen train {next(iter(SCHEMES))} {e.option_name} …",
+                ctx,
+            ) from None
+
 
 @cli.group(cls=Train, invoke_without_command=True, subcommand_metavar="[SCHEME [OPTIONS]]")
-@click.option("--resume", type=click.Path(exists=True, file_okay=False), metavar="DIR", help="Go on with the run in DIR.")
-@click.option("--epochs", type=click.IntRange(1), help="Of a resumed run, in all.  [default: as it was begun]")
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False),
+    metavar="DIR",
+    help="Go on with the run in DIR.",
+)
+@click.option(
+    "--epochs", type=click.IntRange(1), help="Of a resumed run, in all.  [default: as it was begun]"
+)
 @click.option("--device", help="Of a resumed run.  [default: auto]")
 @click.option("--progress", type=click.Choice(["bar", "lines", "none"]), help="Of a resumed run.")
 @click.pass_context
 def train(ctx, resume, epochs, device, progress):
     """Train a scheme, or go on with a run that was stopped.
 
-    `optgen train SCHEME --help` tells the options of a scheme. The run folder gets config.json, metrics.jsonl, checkpoint.pt, curves.png and samples/. Ctrl-C finishes the step, saves and
-    tells how to go on.
+    `optgen train SCHEME --help` tells the options of a scheme. The run folder gets config.json,
+    metrics.jsonl, checkpoint.pt, curves.png and samples/. Ctrl-C finishes the step, saves and tells
+    how to go on.
     """
     if ctx.invoked_subcommand is None:
-        if resume is None: raise click.UsageError(f"name a scheme to train, such as {next(iter(SCHEMES))}, or a run with --resume DIR")
+        if resume is None:
+            raise click.UsageError(
+                f"name a scheme to train, such as {next(iter(SCHEMES))}, or a run with --resume DIR"
+            )
         go_on(resume, epochs, device or "auto", progress)
-    elif resume or epochs or device or progress: raise click.UsageError("a run is resumed without naming its scheme: optgen train --resume DIR; options of a new run follow its scheme")
+    elif resume or epochs or device or progress:
+        raise click.UsageError(
+            "a run is resumed without naming its scheme: optgen train --resume DIR; options of a new run follow its scheme"
+        )
+
 
 def start(scheme, out, device, progress, epochs, **options):
-    r"A new run."
-    if Path(options["data"]).is_dir(): options["data"] = str(Path(options["data"]).resolve())
-    run({"scheme": scheme, "options": options, "epochs": epochs}, out or free_folder(f"runs/{scheme}-{Path(options['data']).name}"), device, progress, resume=False)
+    """A new run."""
+    if Path(options["data"]).is_dir():
+        options["data"] = str(Path(options["data"]).resolve())
+    run(
+        {"scheme": scheme, "options": options, "epochs": epochs},
+        out or free_folder(f"runs/{scheme}-{Path(options['data']).name}"),
+        device,
+        progress,
+        resume=False,
+    )
+
 
 def go_on(folder, epochs, device, progress):
-    r"A run from where it was stopped."
-    try: config = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as e: raise click.ClickException(f"{folder} is not a run folder: config.json can't be read ({e})") from None
-    if "scheme" not in config: raise click.ClickException(f"{folder} was not made by optgen train but by fit: resume it with fit(..., out={folder!r}, resume=True)")
+    """A run from where it was stopped."""
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise click.ClickException(
+            f"{folder} is not a run folder: config.json can't be read ({e})"
+        ) from None
+    if "scheme" not in config:
+        raise click.ClickException(
+            f"{folder} was not made by optgen train but by fit: resume it with fit(..., out={folder!r}, resume=True)"
+        )
     run({**config, "epochs": epochs or config["epochs"]}, folder, device, progress, resume=True)
 
-def free_folder(name: str) -> str:  # `name`, or `name-2`, `name-3` … where it is taken
-    r"The first folder name that is not taken."
+
+def free_folder(name: str) -> str:
+    """The first folder name that is not taken.
+
+    Returns:
+        `name`, or `name-2`, `name-3` … where it is taken.
+    """
     taken, n = Path(name), 1
-    while taken.exists(): n += 1; taken = Path(f"{name}-{n}")
+    while taken.exists():
+        n += 1
+        taken = Path(f"{name}-{n}")
     return str(taken)
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-7
-def run(config: dict, out: str, device: str, progress: str|None, resume: bool):
-    r"Build what `config` names and fit it."
+def run(config: dict, out: str, device: str, progress: str | None, resume: bool):
+    """Build what `config` names and fit it."""
     import torch
     from optgen import data
     from optgen.trainer import Interrupted, fit
+
     scheme, options, epochs = config["scheme"], config["options"], config["epochs"]
-    images, valid, more = SCHEMES[scheme].divide(options, data.load(options["data"], "train", size=options["image_size"]))
+    images, valid, more = SCHEMES[scheme].divide(
+        options, data.load(options["data"], "train", size=options["image_size"])
+    )
     device = pick_device(device)
-    options.setdefault("epoch_steps", math.ceil(len(images) / options["batch_size"])); options.setdefault("steps", epochs * options["epoch_steps"])
+    options.setdefault("epoch_steps", math.ceil(len(images) / options["batch_size"]))
+    options.setdefault("steps", epochs * options["epoch_steps"])
     torch.manual_seed(options["seed"])
     try:
         built = SCHEMES[scheme].build(options, images.shape, **more)
-        if options["compile"]: built.compile()
-    except (TypeError, ValueError) as e: raise click.UsageError(str(e)) from None
-    if len(valid) < 2: raise click.UsageError(f"--holdout {options['holdout']:g} leaves {len(valid)} of {len(images) + len(valid)} images for validation, which needs two at least")
+        if options["compile"]:
+            built.compile()
+    except (TypeError, ValueError) as e:
+        raise click.UsageError(str(e)) from None
+    if len(valid) < 2:
+        raise click.UsageError(
+            f"--holdout {options['holdout']:g} leaves {len(valid)} of {len(images) + len(valid)} images for validation, which needs two at least"
+        )
     labelled = f" ({len(more['labelled'])} labelled)" if "labelled" in more else ""
-    click.echo(f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on{labelled}, {len(valid)} to validate, {epochs} epochs, in {click.style(out, fg='cyan')}")
+    click.echo(
+        f"{click.style(scheme, bold=True)} on {images.name}: {len(images)} images to train on{labelled}, {len(valid)} to validate, {epochs} epochs, in {click.style(out, fg='cyan')}"
+    )
     binarize = options.get("binarize", "none")
     try:
-        records = fit(built, images, valid=valid, out=out, resume=resume, epochs=epochs, device=device, progress=progress, binarize=None if binarize == "none" else binarize, samples=SCHEMES[scheme].samples,
-                      ema=options["ema"] or None, config={**config, "shape": list(images.shape)},
-                      **{k: options[k] for k in ("batch_size", "seed", "precision", "patience", "checkpoint_steps")})
+        records = fit(
+            built,
+            images,
+            valid=valid,
+            out=out,
+            resume=resume,
+            epochs=epochs,
+            device=device,
+            progress=progress,
+            binarize=None if binarize == "none" else binarize,
+            samples=SCHEMES[scheme].samples,
+            ema=options["ema"] or None,
+            config={**config, "shape": list(images.shape)},
+            **{
+                k: options[k]
+                for k in ("batch_size", "seed", "precision", "patience", "checkpoint_steps")
+            },
+        )
     except Interrupted as e:
-        stop = click.ClickException(str(e)); stop.exit_code = 128 + e.signum
+        stop = click.ClickException(str(e))
+        stop.exit_code = 128 + e.signum
         raise stop from None
-    last = min(records, key=lambda r: r["valid"][built.criterion]) if options["patience"] else records[-1]
-    click.echo(f"done: {'best' if options['patience'] else 'last'} epoch {last['epoch']}, " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items()) + " on validation data")
+    last = (
+        min(records, key=lambda r: r["valid"][built.criterion])
+        if options["patience"]
+        else records[-1]
+    )
+    click.echo(
+        f"done: {'best' if options['patience'] else 'last'} epoch {last['epoch']}, "
+        + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items())
+        + " on validation data"
+    )
     drawn = (Path(out) / "samples").exists()
-    click.echo(f"look:    {f'{out}/samples, ' if drawn else ''}{out}/curves.png" + f"\nsample:  optgen sample {out}" * drawn + f"\nmeasure: optgen evaluate {out}")
+    click.echo(
+        f"look:    {f'{out}/samples, ' if drawn else ''}{out}/curves.png"
+        + f"\nsample:  optgen sample {out}" * drawn
+        + f"\nmeasure: optgen evaluate {out}"
+    )
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-8
-def widths(hidden: str, flag: str="--hidden") -> list:
-    r"Whole numbers from text such as 512,256."
+def widths(hidden: str, flag: str = "--hidden") -> list:
+    """Whole numbers from text such as 512,256."""
     try:
         numbers = [int(h) for h in hidden.split(",")]
-        if min(numbers) < 1: raise ValueError
-    except ValueError: raise click.UsageError(f"{flag} takes whole numbers such as 512,256, got {hidden!r}") from None
+        if min(numbers) < 1:
+            raise ValueError
+    except ValueError:
+        raise click.UsageError(
+            f"{flag} takes whole numbers such as 512,256, got {hidden!r}"
+        ) from None
     return numbers
 
+
 def build_beta_vae(options: dict, shape: tuple):
-    r"The scheme `beta-vae`."
+    """The scheme `beta-vae`."""
     from optgen.models.autoregressive import AutoregressiveVAE
     from optgen.models.vae import VAE, ConvVAE, GaussianVAE
     from optgen.schemes.elbo import BetaVAE
-    kind, hidden, likelihood = options["model"], widths(options["hidden"]), options.get("likelihood", "bernoulli")  # a run of optgen 0.2 has no likelihood
-    if kind != "conv" and len(hidden) != 2: raise click.UsageError(f"--hidden takes two whole numbers such as 512,256, got {options['hidden']!r}")
-    if likelihood == "gaussian" and (kind != "mlp" or options["binarize"] != "none"): raise click.UsageError("--likelihood gaussian is of grey pixels and the mlp: add --model mlp --binarize none")
-    if kind == "autoregressive" and options["binarize"] == "none": raise click.UsageError("--model autoregressive draws black or white pixels: leave --binarize dynamic or static")
-    if likelihood == "gaussian": model = GaussianVAE(math.prod(shape), *hidden, options["z_dim"])
-    elif kind == "mlp": model = VAE(math.prod(shape), *hidden, options["z_dim"])
-    else: model = {"conv": ConvVAE, "autoregressive": AutoregressiveVAE}[kind](shape, options["z_dim"])
+
+    kind, hidden, likelihood = (
+        options["model"],
+        widths(options["hidden"]),
+        options.get("likelihood", "bernoulli"),
+    )  # a run of optgen 0.2 has no likelihood
+    if kind != "conv" and len(hidden) != 2:
+        raise click.UsageError(
+            f"--hidden takes two whole numbers such as 512,256, got {options['hidden']!r}"
+        )
+    if likelihood == "gaussian" and (kind != "mlp" or options["binarize"] != "none"):
+        raise click.UsageError(
+            "--likelihood gaussian is of grey pixels and the mlp: add --model mlp --binarize none"
+        )
+    if kind == "autoregressive" and options["binarize"] == "none":
+        raise click.UsageError(
+            "--model autoregressive draws black or white pixels: leave --binarize dynamic or static"
+        )
+    if likelihood == "gaussian":
+        model = GaussianVAE(math.prod(shape), *hidden, options["z_dim"])
+    elif kind == "mlp":
+        model = VAE(math.prod(shape), *hidden, options["z_dim"])
+    else:
+        model = {"conv": ConvVAE, "autoregressive": AutoregressiveVAE}[kind](
+            shape, options["z_dim"]
+        )
     optimizer = lambda params: build_optimizer(options["optimizer"], params, options["lr"])
-    return BetaVAE(model, build_beta(options["beta"], options, shape), estimator=options.get("estimator", "elbo"), k=options.get("k", 1), sampled=options.get("sampled", False),
-                   **build_inference(options.get("inference", "amortised"), model, optimizer))
+    return BetaVAE(
+        model,
+        build_beta(options["beta"], options, shape),
+        estimator=options.get("estimator", "elbo"),
+        k=options.get("k", 1),
+        sampled=options.get("sampled", False),
+        **build_inference(options.get("inference", "amortised"), model, optimizer),
+    )
+
 
 def vae_pixels(options: dict) -> str:
-    r"What was done to the pixels that a VAE is measured on."
-    if options.get("likelihood") == "gaussian": return "grey"
+    """What was done to the pixels that a VAE is measured on."""
+    if options.get("likelihood") == "gaussian":
+        return "grey"
     return "grey: a score, not a likelihood" if options["binarize"] == "none" else "binarised once"
 
-add_scheme("beta-vae", Scheme(build_beta_vae, "variational auto-encoder, its rate weighted by beta", vae_pixels, k=1000), [
-    click.option("--beta", default="1", show_default=True, metavar="NUMBER|NAME[:KEY=VALUE,…]", help="Weight of the rate, or what sets it, such as geco:target=90; optgen list names them."),
-    click.option("--estimator", type=click.Choice(["elbo", "stl", "iwae", "dreg"]), default="elbo", show_default=True, help="Bound, and estimator of its gradient."),
-    click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Samples an image."),
-    click.option("--sampled", is_flag=True, help="Differentiate one of the k samples, of iwae and dreg: as right, cheaper, noisier."),
-    click.option("--inference", default="amortised", show_default=True, metavar="NAME[:KEY=VALUE,…]", help="amortised, aggressive, or semi:steps=5."),
-    click.option("--model", type=click.Choice(["mlp", "conv", "autoregressive"]), default="mlp", show_default=True),
-    click.option("--likelihood", type=click.Choice(["bernoulli", "gaussian"]), default="bernoulli", show_default=True, help="Of the mlp's pixels; gaussian wants --binarize none."),
-    click.option("--hidden", default="512,256", show_default=True, metavar="H1,H2", help="Units of the mlp."),
-    click.option("--z-dim", type=click.IntRange(1), default=20, show_default=True, help="Latent dimensions."),
-    click.option("--binarize", type=click.Choice(["dynamic", "static", "none"]), default="dynamic", show_default=True,
-                 help="Draw black or white for each grey pixel: anew at each visit, once, or not (then the loss is no likelihood).")])
+
+add_scheme(
+    "beta-vae",
+    Scheme(
+        build_beta_vae, "variational auto-encoder, its rate weighted by beta", vae_pixels, k=1000
+    ),
+    [
+        click.option(
+            "--beta",
+            default="1",
+            show_default=True,
+            metavar="NUMBER|NAME[:KEY=VALUE,…]",
+            help="Weight of the rate, or what sets it, such as geco:target=90; optgen list names them.",
+        ),
+        click.option(
+            "--estimator",
+            type=click.Choice(["elbo", "stl", "iwae", "dreg"]),
+            default="elbo",
+            show_default=True,
+            help="Bound, and estimator of its gradient.",
+        ),
+        click.option(
+            "--k", type=click.IntRange(1), default=1, show_default=True, help="Samples an image."
+        ),
+        click.option(
+            "--sampled",
+            is_flag=True,
+            help="Differentiate one of the k samples, of iwae and dreg: as right, cheaper, noisier.",
+        ),
+        click.option(
+            "--inference",
+            default="amortised",
+            show_default=True,
+            metavar="NAME[:KEY=VALUE,…]",
+            help="amortised, aggressive, or semi:steps=5.",
+        ),
+        click.option(
+            "--model",
+            type=click.Choice(["mlp", "conv", "autoregressive"]),
+            default="mlp",
+            show_default=True,
+        ),
+        click.option(
+            "--likelihood",
+            type=click.Choice(["bernoulli", "gaussian"]),
+            default="bernoulli",
+            show_default=True,
+            help="Of the mlp's pixels; gaussian wants --binarize none.",
+        ),
+        click.option(
+            "--hidden",
+            default="512,256",
+            show_default=True,
+            metavar="H1,H2",
+            help="Units of the mlp.",
+        ),
+        click.option(
+            "--z-dim",
+            type=click.IntRange(1),
+            default=20,
+            show_default=True,
+            help="Latent dimensions.",
+        ),
+        click.option(
+            "--binarize",
+            type=click.Choice(["dynamic", "static", "none"]),
+            default="dynamic",
+            show_default=True,
+            help="Draw black or white for each grey pixel: anew at each visit, once, or not (then the loss is no likelihood).",
+        ),
+    ],
+)
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-9
 def build_feedback_gan(options: dict, shape: tuple):
-    r"The scheme `feedback-gan`."
+    """The scheme `feedback-gan`."""
     from optgen.models.gan import ConvDiscriminator, ConvGenerator, MLPDiscriminator, MLPGenerator
     from optgen.schemes.feedback import FeedbackGAN
+
     if options["model"] == "conv":
-        generator, discriminator = ConvGenerator(shape, options["z_dim"], width=options["width"]), ConvDiscriminator(shape, width=options["width"])
+        generator, discriminator = (
+            ConvGenerator(shape, options["z_dim"], width=options["width"]),
+            ConvDiscriminator(shape, width=options["width"]),
+        )
     else:
         hidden = widths(options["hidden"])
-        generator, discriminator = MLPGenerator(options["z_dim"], hidden, shape, out="sigmoid"), MLPDiscriminator(shape, hidden)
-    adam = {"betas": (.5, .99)} if options["optimizer"].startswith("adam") else {}
-    optimizers = [build_optimizer(options["optimizer"], net.parameters(), options["lr"], **adam) for net in (generator, discriminator)]
-    return FeedbackGAN(generator, discriminator, loss=options["loss"], rule=build_rule(options["rule"], options["weight"]), optimizers=optimizers, r1=options["r1"], r2=options["r2"])
+        generator, discriminator = (
+            MLPGenerator(options["z_dim"], hidden, shape, out="sigmoid"),
+            MLPDiscriminator(shape, hidden),
+        )
+    adam = {"betas": (0.5, 0.99)} if options["optimizer"].startswith("adam") else {}
+    optimizers = [
+        build_optimizer(options["optimizer"], net.parameters(), options["lr"], **adam)
+        for net in (generator, discriminator)
+    ]
+    return FeedbackGAN(
+        generator,
+        discriminator,
+        loss=options["loss"],
+        rule=build_rule(options["rule"], options["weight"]),
+        optimizers=optimizers,
+        r1=options["r1"],
+        r2=options["r2"],
+    )
 
-add_scheme("feedback-gan", Scheme(build_feedback_gan, "generative adversarial network, stepped by a rule of gradient feedback"), [
-    click.option("--rule", default="alternating", show_default=True, metavar="NAME[:KEY=VALUE,…]", help="How the players step; optgen list names the rules."),
-    click.option("--weight", type=click.FloatRange(0), help="Weight of the rule's feedback.  [default: the rule's usual]"),
-    click.option("--loss", type=click.Choice(["saturating", "non-saturating", "hinge", "wasserstein", "relativistic"]), default="non-saturating", show_default=True),
-    click.option("--r1", type=click.FloatRange(0), default=0., show_default=True, help="Weight of D's squared input gradient at real images,"),
-    click.option("--r2", type=click.FloatRange(0), default=0., show_default=True, help="and at generated ones."),
-    click.option("--model", type=click.Choice(["mlp", "conv"]), default="conv", show_default=True),
-    click.option("--width", type=click.IntRange(1), default=16, show_default=True, help="Channels of the conv networks at full resolution."),
-    click.option("--hidden", default="256,256", show_default=True, metavar="H1,H2,…", help="Units of the mlps."),
-    click.option("--z-dim", type=click.IntRange(1), default=64, show_default=True, help="Latent dimensions.")], ema=.999)
+
+add_scheme(
+    "feedback-gan",
+    Scheme(
+        build_feedback_gan, "generative adversarial network, stepped by a rule of gradient feedback"
+    ),
+    [
+        click.option(
+            "--rule",
+            default="alternating",
+            show_default=True,
+            metavar="NAME[:KEY=VALUE,…]",
+            help="How the players step; optgen list names the rules.",
+        ),
+        click.option(
+            "--weight",
+            type=click.FloatRange(0),
+            help="Weight of the rule's feedback.  [default: the rule's usual]",
+        ),
+        click.option(
+            "--loss",
+            type=click.Choice(
+                ["saturating", "non-saturating", "hinge", "wasserstein", "relativistic"]
+            ),
+            default="non-saturating",
+            show_default=True,
+        ),
+        click.option(
+            "--r1",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="Weight of D's squared input gradient at real images,",
+        ),
+        click.option(
+            "--r2",
+            type=click.FloatRange(0),
+            default=0.0,
+            show_default=True,
+            help="and at generated ones.",
+        ),
+        click.option(
+            "--model", type=click.Choice(["mlp", "conv"]), default="conv", show_default=True
+        ),
+        click.option(
+            "--width",
+            type=click.IntRange(1),
+            default=16,
+            show_default=True,
+            help="Channels of the conv networks at full resolution.",
+        ),
+        click.option(
+            "--hidden",
+            default="256,256",
+            show_default=True,
+            metavar="H1,H2,…",
+            help="Units of the mlps.",
+        ),
+        click.option(
+            "--z-dim",
+            type=click.IntRange(1),
+            default=64,
+            show_default=True,
+            help="Latent dimensions.",
+        ),
+    ],
+    ema=0.999,
+)
 
 # %% ../nbs/40_training/43_cli.ipynb #8ad92d1b
 def class_names(images) -> list:
-    r"Of the labels 0, 1, …"
-    return list(images.classes) or [str(c) for c in range(0 if images.labels is None else int(images.labels.max()) + 1)]
+    """Of the labels 0, 1, …."""
+    return list(images.classes) or [
+        str(c) for c in range(0 if images.labels is None else int(images.labels.max()) + 1)
+    ]
+
 
 def few_of(options: dict, images) -> tuple:
-    r"As many labelled images as were asked for, of every class alike many, and all of the set without their classes; of the other labelled images some, at most as many, are kept for validation. Where all labels are asked for, a part of every class is kept."
+    """As many labelled images as were asked for, of every class alike many, and all of the set
+    without their classes; of the other labelled images some, at most as many, are kept for
+    validation. Where all labels are asked for, a part of every class is kept.
+    """
     import torch
     from optgen.data import ImageFiles, few_labels
+
     asked, part, seed = options["labels"], options["holdout"], options["seed"]
-    if asked != "all" and not asked.isdecimal(): raise click.UsageError(f"--labels takes a whole number or all, got {asked!r}")
+    if asked != "all" and not asked.isdecimal():
+        raise click.UsageError(f"--labels takes a whole number or all, got {asked!r}")
     options["classes"], order = class_names(images), torch.Generator().manual_seed(seed)
-    chosen = few_labels(images, int(asked) if asked != "all" else len(options["classes"]), seed)  # which tells of missing labels
+    chosen = few_labels(
+        images, int(asked) if asked != "all" else len(options["classes"]), seed
+    )  # which tells of missing labels
     known = (images.labels >= 0).nonzero().flatten()
     some = lambda places, n: places[torch.randperm(len(places), generator=order)[:n]]
-    if asked == "all": held = torch.cat([some(p, min(math.ceil(part * len(p)), len(p) - 1)) for c in range(len(options["classes"])) for p in [known[images.labels[known] == c]]])
-    else: held = some(known[~torch.isin(known, chosen)], min(math.ceil(part * len(known)), int(asked)))
-    if len(held) < 2: raise click.UsageError(f"--labels {asked} leaves {len(held)} of {len(known)} labelled images for validation, which needs two at least")
+    if asked == "all":
+        held = torch.cat(
+            [
+                some(p, min(math.ceil(part * len(p)), len(p) - 1))
+                for c in range(len(options["classes"]))
+                for p in [known[images.labels[known] == c]]
+            ]
+        )
+    else:
+        held = some(
+            known[~torch.isin(known, chosen)], min(math.ceil(part * len(known)), int(asked))
+        )
+    if len(held) < 2:
+        raise click.UsageError(
+            f"--labels {asked} leaves {len(held)} of {len(known)} labelled images for validation, which needs two at least"
+        )
     held = held.sort().values
     rest = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held, False).nonzero().flatten()
-    if asked == "all": chosen = known[~torch.isin(known, held)]
+    if asked == "all":
+        chosen = known[~torch.isin(known, held)]
     options["labelled"] = chosen.tolist() if asked != "all" else "all"
     images, valid, few = images.take(rest), images.take(held), images.take(chosen)
-    if len(few) == len(images): return images, valid, {}  # every batch brings its own classes
-    if isinstance(few, ImageFiles) and len(few) * math.prod(few.shape) > 2**31: raise click.UsageError(f"--labels {asked}: {len(few)} labelled images of shape {few.shape} do not go into 2 GiB of memory, where those beside unlabelled ones must lie: ask for fewer")
+    if len(few) == len(images):
+        return images, valid, {}  # every batch brings its own classes
+    if isinstance(few, ImageFiles) and len(few) * math.prod(few.shape) > 2**31:
+        raise click.UsageError(
+            f"--labels {asked}: {len(few)} labelled images of shape {few.shape} do not go into 2 GiB of memory, where those beside unlabelled ones must lie: ask for fewer"
+        )
     return images, valid, {"labelled": few.read() if isinstance(few, ImageFiles) else few}
 
+
 def build_assisted(options: dict, shape: tuple, labelled=None):
-    r"The scheme `assisted`."
+    """The scheme `assisted`."""
     from optgen.models.classifier import Classifier
     from optgen.schemes import assisted
+
     word = lambda w: w if w.replace("-", "").isalpha() else number("--method", options["method"])(w)
     method, given = parse("--method", options["method"], METHODS, word)
     kind, usual, _ = METHODS[method]
-    if options["model"] == "conv" and method in ("m1", "m1+m2", "ladder", "gamma"): raise click.UsageError(f"--method {method} has a classifier of its own: leave out --model conv")
-    if given and not kind: raise click.UsageError(f"--method {method} takes no arguments, got {', '.join(given)}")
-    if options["weight"] is not None and method in ("plain", "m1"): raise click.UsageError(f"--weight weighs an assistance, and --method {method} has none")
-    if options["dropout"] and method in ("ladder", "gamma"): raise click.UsageError(f"--dropout: the {method} has noise of its own: leave it out, or take --method {method}:noise=…")
-    classes, noise = len(options["classes"]), {"noise": given.pop("noise")} if method in ("ladder", "gamma") and "noise" in given else {}
-    classifier = Classifier(shape, classes, dropout=options["dropout"]) if options["model"] == "conv" else None
-    parts = assisted.networks(method, (math.prod(shape), *widths(options["hidden"]), classes), options["z_dim"], classifier=classifier, dropout=options["dropout"], **noise)
-    if given: parts["coupling"] = made("--method", method, getattr(assisted, kind), {}, given)
-    optimizers = {name: build_optimizer(options["optimizer"], m.parameters(), options["lr"]) for name in ("classifier", "generator", "features") if (m := parts[name]) is not None}
-    return assisted.Assisted(**parts, labelled=labelled, alpha=options["alpha"], binarize=options["binarize"] == "dynamic",
-                             optimizers=optimizers, **build_weight(usual if options["weight"] is None else options["weight"], options))
+    if options["model"] == "conv" and method in ("m1", "m1+m2", "ladder", "gamma"):
+        raise click.UsageError(
+            f"--method {method} has a classifier of its own: leave out --model conv"
+        )
+    if given and not kind:
+        raise click.UsageError(f"--method {method} takes no arguments, got {', '.join(given)}")
+    if options["weight"] is not None and method in ("plain", "m1"):
+        raise click.UsageError(f"--weight weighs an assistance, and --method {method} has none")
+    if options["dropout"] and method in ("ladder", "gamma"):
+        raise click.UsageError(
+            f"--dropout: the {method} has noise of its own: leave it out, or take --method {method}:noise=…"
+        )
+    classes, noise = (
+        len(options["classes"]),
+        {"noise": given.pop("noise")} if method in ("ladder", "gamma") and "noise" in given else {},
+    )
+    classifier = (
+        Classifier(shape, classes, dropout=options["dropout"])
+        if options["model"] == "conv"
+        else None
+    )
+    parts = assisted.networks(
+        method,
+        (math.prod(shape), *widths(options["hidden"]), classes),
+        options["z_dim"],
+        classifier=classifier,
+        dropout=options["dropout"],
+        **noise,
+    )
+    if given:
+        parts["coupling"] = made("--method", method, getattr(assisted, kind), {}, given)
+    optimizers = {
+        name: build_optimizer(options["optimizer"], m.parameters(), options["lr"])
+        for name in ("classifier", "generator", "features")
+        if (m := parts[name]) is not None
+    }
+    return assisted.Assisted(
+        **parts,
+        labelled=labelled,
+        alpha=options["alpha"],
+        binarize=options["binarize"] == "dynamic",
+        optimizers=optimizers,
+        **build_weight(usual if options["weight"] is None else options["weight"], options),
+    )
 
-add_scheme("assisted", Scheme(build_assisted, "classifier with few labels, assisted by a generative model", classifies=True, divide=few_of), [
-    click.option("--labels", default="100", show_default=True, metavar="N|all", help="Labelled images to learn from, of every class alike many. The rest serves without its classes, as does a folder unlabelled/; of it at most as many, with their classes, for validation."),
-    click.option("--method", default="agreement", show_default=True, metavar="NAME[:KEY=VALUE,…]", help="How the generator assists; optgen list names the methods."),
-    click.option("--weight", metavar="NUMBER|NAME[:KEY=VALUE,…]", help="Weight of the assistance, or what sets it, such as balanced.  [default: the method's usual]"),
-    click.option("--alpha", type=click.FloatRange(0), default=1., show_default=True, help="Weight of the classification loss."),
-    click.option("--model", type=click.Choice(["mlp", "conv"]), default="mlp", show_default=True, help="The classifier."),
-    click.option("--hidden", default="500,250", show_default=True, metavar="H1,H2,…", help="Units of the mlp, and of the generator's layers."),
-    click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True, help="Share of the classifier's units that are dropped in training."),
-    click.option("--z-dim", type=click.IntRange(1), default=50, show_default=True, help="Latent dimensions of the generator."),
-    click.option("--binarize", type=click.Choice(["none", "dynamic"]), default="none", show_default=True, help="Draw black or white for each grey pixel, anew at each visit: then a generator's bound is a likelihood.")])
+
+add_scheme(
+    "assisted",
+    Scheme(
+        build_assisted,
+        "classifier with few labels, assisted by a generative model",
+        classifies=True,
+        divide=few_of,
+    ),
+    [
+        click.option(
+            "--labels",
+            default="100",
+            show_default=True,
+            metavar="N|all",
+            help="Labelled images to learn from, of every class alike many. The rest serves without its classes, as does a folder unlabelled/; of it at most as many, with their classes, for validation.",
+        ),
+        click.option(
+            "--method",
+            default="agreement",
+            show_default=True,
+            metavar="NAME[:KEY=VALUE,…]",
+            help="How the generator assists; optgen list names the methods.",
+        ),
+        click.option(
+            "--weight",
+            metavar="NUMBER|NAME[:KEY=VALUE,…]",
+            help="Weight of the assistance, or what sets it, such as balanced.  [default: the method's usual]",
+        ),
+        click.option(
+            "--alpha",
+            type=click.FloatRange(0),
+            default=1.0,
+            show_default=True,
+            help="Weight of the classification loss.",
+        ),
+        click.option(
+            "--model",
+            type=click.Choice(["mlp", "conv"]),
+            default="mlp",
+            show_default=True,
+            help="The classifier.",
+        ),
+        click.option(
+            "--hidden",
+            default="500,250",
+            show_default=True,
+            metavar="H1,H2,…",
+            help="Units of the mlp, and of the generator's layers.",
+        ),
+        click.option(
+            "--dropout",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            show_default=True,
+            help="Share of the classifier's units that are dropped in training.",
+        ),
+        click.option(
+            "--z-dim",
+            type=click.IntRange(1),
+            default=50,
+            show_default=True,
+            help="Latent dimensions of the generator.",
+        ),
+        click.option(
+            "--binarize",
+            type=click.Choice(["none", "dynamic"]),
+            default="none",
+            show_default=True,
+            help="Draw black or white for each grey pixel, anew at each visit: then a generator's bound is a likelihood.",
+        ),
+    ],
+)
 
 # %% ../nbs/40_training/43_cli.ipynb #43b10002
-def treatment(options: dict) -> tuple:  # "binary" or "levels", and how many levels
-    r"What a pixel model is given."
+def treatment(options: dict) -> tuple:
+    """What a pixel model is given.
+
+    Returns:
+        "binary" or "levels", and how many levels.
+    """
     binarised = options["binarize"] != "none"
     levels = options["levels"] or (2 if binarised else 256)
-    if binarised and levels != 2: raise click.UsageError(f"--levels {levels} is of grey pixels: add --binarize none")
+    if binarised and levels != 2:
+        raise click.UsageError(f"--levels {levels} is of grey pixels: add --binarize none")
     return "binary" if binarised else "levels", levels
 
+
 def level_pixels(options: dict) -> str:
-    r"What was done to the pixels that a pixel model is measured on."
+    """What was done to the pixels that a pixel model is measured on."""
     data, levels = treatment(options)
-    return "binarised once" if data == "binary" else f"grey, {levels} levels" + " rounded down from 256" * (levels < 256)
+    return (
+        "binarised once"
+        if data == "binary"
+        else f"grey, {levels} levels" + " rounded down from 256" * (levels < 256)
+    )
+
 
 def flow_pixels(options: dict) -> str:
-    r"What was done to the pixels that a flow is measured on."
+    """What was done to the pixels that a flow is measured on."""
     return "grey, dequantised: an upper bound of 256 levels"
 
+
 def by_sides(options: dict, images) -> tuple:
-    r"As `apart`. Whether a RealNVP is of images or flat is settled here, where it was left open."
+    """As `apart`. Whether a RealNVP is of images or flat is settled here, where it was left open."""
     if options["model"] == "auto":
-        C, H, W = images.shape; fits = not (H % 2**options["scales"] or W % 2**options["scales"])
+        C, H, W = images.shape
+        fits = not (H % 2 ** options["scales"] or W % 2 ** options["scales"])
         options["model"] = "image" if fits else "flat"
-        click.echo(f"realnvp: couplings of {'images' if fits else 'flat vectors'}, since {H} x {W} {'can' if fits else 'cannot'} be halved {options['scales']} times")
+        click.echo(
+            f"realnvp: couplings of {'images' if fits else 'flat vectors'}, since {H} x {W} {'can' if fits else 'cannot'} be halved {options['scales']} times"
+        )
     return apart(options, images)
 
 # %% ../nbs/40_training/43_cli.ipynb #43b10003
 def build_likelihood(name: str, options: dict, shape: tuple):
-    r"The schemes `lstm`, `pixelcnn`, `made`, `realnvp` and `maf`."
+    """The schemes `lstm`, `pixelcnn`, `made`, `realnvp` and `maf`."""
     from optgen.models import flow, pixels
     from optgen.schemes.likelihood import MaximumLikelihood
+
     if name in ("realnvp", "maf"):
-        if options["batch_size"] < 2: raise click.UsageError("--batch-size 1: a flow's ActNorm starts from its first batch, which needs two images at least")
+        if options["batch_size"] < 2:
+            raise click.UsageError(
+                "--batch-size 1: a flow's ActNorm starts from its first batch, which needs two images at least"
+            )
         data, before, D = "dequantised", [flow.Logit(options["alpha"])], math.prod(shape)
-    else: data, levels = treatment(options)
-    if name == "lstm": model = pixels.PixelLSTM(shape, options["hidden"], options["layers"], levels)
-    elif name == "pixelcnn": model = pixels.PixelCNN(shape, options["channels"], options["layers"], levels=levels)
-    elif name == "made": model = pixels.MADE(shape, widths(options["hidden"]), levels, dropout=options["dropout"], direct=options["direct"])
-    elif name == "maf": model = flow.maf(D, options["layers"], widths(options["hidden"]), before=before)
-    elif options["model"] == "flat": model = flow.realnvp(D, options["layers"], widths(options["hidden"]), before=before)
-    else: model = flow.image_flow(shape, options["scales"], options["couplings"], options["channels"], 1, before=before)
-    return MaximumLikelihood(model, data, build_optimizer(options["optimizer"], model.parameters(), options["lr"]), shape=shape)
+    else:
+        data, levels = treatment(options)
+    if name == "lstm":
+        model = pixels.PixelLSTM(shape, options["hidden"], options["layers"], levels)
+    elif name == "pixelcnn":
+        model = pixels.PixelCNN(shape, options["channels"], options["layers"], levels=levels)
+    elif name == "made":
+        model = pixels.MADE(
+            shape,
+            widths(options["hidden"]),
+            levels,
+            dropout=options["dropout"],
+            direct=options["direct"],
+        )
+    elif name == "maf":
+        model = flow.maf(D, options["layers"], widths(options["hidden"]), before=before)
+    elif options["model"] == "flat":
+        model = flow.realnvp(D, options["layers"], widths(options["hidden"]), before=before)
+    else:
+        model = flow.image_flow(
+            shape, options["scales"], options["couplings"], options["channels"], 1, before=before
+        )
+    return MaximumLikelihood(
+        model,
+        data,
+        build_optimizer(options["optimizer"], model.parameters(), options["lr"]),
+        shape=shape,
+    )
+
 
 def count(flag: str, default: int, what: str):
-    r"An option that counts from 1."
+    """An option that counts from 1."""
     return click.option(flag, type=click.IntRange(1), default=default, show_default=True, help=what)
 
-GREY = [click.option("--binarize", type=click.Choice(["dynamic", "static", "none"]), default="dynamic", show_default=True, help="Draw black or white for each grey pixel: anew at each visit, once, or not."),
-        click.option("--levels", type=click.IntRange(2, 256), help="Grey levels, of --binarize none; fewer than 256 are rounded down to.  [default: 256]")]
-LOGIT = [click.option("--alpha", type=click.FloatRange(0, .5, min_open=True, max_open=True), default=1e-6, show_default=True, help="How far the logit that comes first stays away from black and white.")]
 
-add_scheme("lstm", Scheme(functools.partial(build_likelihood, "lstm"), "LSTM that reads an image pixel after pixel", level_pixels),
-           [count("--hidden", 64, "Units of a layer."), count("--layers", 1, "Layers."), *GREY], epochs=5)
-add_scheme("pixelcnn", Scheme(functools.partial(build_likelihood, "pixelcnn"), "masked convolutions, pixel after pixel, of images of one channel", level_pixels, samples=16),
-           [count("--channels", 16, "Channels of a layer."), count("--layers", 5, "Layers; a pixel sees as many rows and three more."), *GREY], epochs=3)
-add_scheme("made", Scheme(functools.partial(build_likelihood, "made"), "masked perceptron, pixel after pixel", level_pixels, samples=16),
-           [click.option("--hidden", default="500", show_default=True, metavar="H1,H2,…", help="Units of the layers."),
-            click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True, help="Share of the units that are dropped in training."),
-            click.option("--direct/--no-direct", default=True, show_default=True, help="Whether pixels go to the output directly too."), *GREY])
-add_scheme("realnvp", Scheme(functools.partial(build_likelihood, "realnvp"), "flow by couplings, of images in several scales where their sides allow", flow_pixels, k=1, divide=by_sides),
-           [click.option("--model", type=click.Choice(["auto", "image", "flat"]), default="auto", show_default=True, help="image wants sides that can be halved as often as there are scales; auto takes it where they can."),
-            count("--scales", 2, "Of an image flow."), count("--couplings", 2, "Of an image flow, of either kind in a scale."), count("--channels", 16, "Of an image flow's convolutions."),
-            count("--layers", 6, "Couplings of a flat flow."), click.option("--hidden", default="256,256", show_default=True, metavar="H1,H2,…", help="Units of a flat flow's networks."), *LOGIT], epochs=8)
-add_scheme("maf", Scheme(functools.partial(build_likelihood, "maf"), "flow by masked autoregressive layers", flow_pixels, k=1, samples=16),
-           [count("--layers", 5, "Masked layers."), click.option("--hidden", default="100", show_default=True, metavar="H1,H2,…", help="Units of their networks."), *LOGIT])
+GREY = [
+    click.option(
+        "--binarize",
+        type=click.Choice(["dynamic", "static", "none"]),
+        default="dynamic",
+        show_default=True,
+        help="Draw black or white for each grey pixel: anew at each visit, once, or not.",
+    ),
+    click.option(
+        "--levels",
+        type=click.IntRange(2, 256),
+        help="Grey levels, of --binarize none; fewer than 256 are rounded down to.  [default: 256]",
+    ),
+]
+LOGIT = [
+    click.option(
+        "--alpha",
+        type=click.FloatRange(0, 0.5, min_open=True, max_open=True),
+        default=1e-6,
+        show_default=True,
+        help="How far the logit that comes first stays away from black and white.",
+    )
+]
+
+add_scheme(
+    "lstm",
+    Scheme(
+        functools.partial(build_likelihood, "lstm"),
+        "LSTM that reads an image pixel after pixel",
+        level_pixels,
+    ),
+    [count("--hidden", 64, "Units of a layer."), count("--layers", 1, "Layers."), *GREY],
+    epochs=5,
+)
+add_scheme(
+    "pixelcnn",
+    Scheme(
+        functools.partial(build_likelihood, "pixelcnn"),
+        "masked convolutions, pixel after pixel, of images of one channel",
+        level_pixels,
+        samples=16,
+    ),
+    [
+        count("--channels", 16, "Channels of a layer."),
+        count("--layers", 5, "Layers; a pixel sees as many rows and three more."),
+        *GREY,
+    ],
+    epochs=3,
+)
+add_scheme(
+    "made",
+    Scheme(
+        functools.partial(build_likelihood, "made"),
+        "masked perceptron, pixel after pixel",
+        level_pixels,
+        samples=16,
+    ),
+    [
+        click.option(
+            "--hidden",
+            default="500",
+            show_default=True,
+            metavar="H1,H2,…",
+            help="Units of the layers.",
+        ),
+        click.option(
+            "--dropout",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.0,
+            show_default=True,
+            help="Share of the units that are dropped in training.",
+        ),
+        click.option(
+            "--direct/--no-direct",
+            default=True,
+            show_default=True,
+            help="Whether pixels go to the output directly too.",
+        ),
+        *GREY,
+    ],
+)
+add_scheme(
+    "realnvp",
+    Scheme(
+        functools.partial(build_likelihood, "realnvp"),
+        "flow by couplings, of images in several scales where their sides allow",
+        flow_pixels,
+        k=1,
+        divide=by_sides,
+    ),
+    [
+        click.option(
+            "--model",
+            type=click.Choice(["auto", "image", "flat"]),
+            default="auto",
+            show_default=True,
+            help="image wants sides that can be halved as often as there are scales; auto takes it where they can.",
+        ),
+        count("--scales", 2, "Of an image flow."),
+        count("--couplings", 2, "Of an image flow, of either kind in a scale."),
+        count("--channels", 16, "Of an image flow's convolutions."),
+        count("--layers", 6, "Couplings of a flat flow."),
+        click.option(
+            "--hidden",
+            default="256,256",
+            show_default=True,
+            metavar="H1,H2,…",
+            help="Units of a flat flow's networks.",
+        ),
+        *LOGIT,
+    ],
+    epochs=8,
+)
+add_scheme(
+    "maf",
+    Scheme(
+        functools.partial(build_likelihood, "maf"),
+        "flow by masked autoregressive layers",
+        flow_pixels,
+        k=1,
+        samples=16,
+    ),
+    [
+        count("--layers", 5, "Masked layers."),
+        click.option(
+            "--hidden",
+            default="100",
+            show_default=True,
+            metavar="H1,H2,…",
+            help="Units of their networks.",
+        ),
+        *LOGIT,
+    ],
+)
 
 # %% ../nbs/40_training/43_cli.ipynb #43d1ff00
-SCHEDULES = {"linear": "LinearSchedule", "cosine": "CosineSchedule", "straight": "StraightSchedule", "log-normal": "LogNormalSchedule"}
+SCHEDULES = {
+    "linear": "LinearSchedule",
+    "cosine": "CosineSchedule",
+    "straight": "StraightSchedule",
+    "log-normal": "LogNormalSchedule",
+}
+
 
 def build_diffusion(options: dict, shape: tuple):
-    r"The schemes `ddpm` and `flow-matching`."
+    """The schemes `ddpm` and `flow-matching`."""
     from optgen.models import diffusion
     from optgen.schemes import denoising
-    model = diffusion.Denoiser(diffusion.UNet(shape, options["channels"], widths(options["multiples"], "--multiples"), options["blocks"], dropout=options["dropout"]), shape, options["target"])
-    levels, uncertainty = denoising.AdaptiveLevels() if options["levels"] == "adaptive" else None, denoising.Uncertainty() if options["uncertainty"] else None
-    return denoising.DenoisingDiffusion(model, options["weight"], getattr(diffusion, SCHEDULES[options["schedule"]])(), levels, options["coupling"] == "optimal", uncertainty, optimizers=build_optimizer(options["optimizer"], model.parameters(), options["lr"]))
 
-def diffusion_options(target: str, schedule: str) -> list:  # with a scheme's own defaults
-    r"The options of a diffusion model."
-    choice = lambda flag, names, default, what: click.option(flag, type=click.Choice(names), default=default, show_default=True, help=what)
-    return [count("--channels", 16, "Of the U-Net's first level."), click.option("--multiples", default="1,2,2", show_default=True, metavar="M1,M2,…", help="Channels of each level as multiples of these; a level halves the image."), count("--blocks", 1, "Residual blocks of a level, on either way."),
-            click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), default=0., show_default=True), choice("--target", ["x0", "eps", "v", "flow"], target, "What the network is asked for."),
-            choice("--weight", ["x0", "eps", "v", "flow", "min-snr", "p2", "elbo"], target, "How levels of noise are weighted; by the name of a target, as its error without a weight."), choice("--schedule", list(SCHEDULES), schedule, "Which levels a process passes."),
-            choice("--levels", ["uniform", "adaptive"], "uniform", "Where in the schedule levels are drawn; adaptive draws more where losses are large."), choice("--coupling", ["random", "optimal"], "random", "Which noise an image is paired with."),
-            click.option("--uncertainty", is_flag=True, help="A second player learns what each level's loss is divided by.")]
+    model = diffusion.Denoiser(
+        diffusion.UNet(
+            shape,
+            options["channels"],
+            widths(options["multiples"], "--multiples"),
+            options["blocks"],
+            dropout=options["dropout"],
+        ),
+        shape,
+        options["target"],
+    )
+    levels, uncertainty = (
+        denoising.AdaptiveLevels() if options["levels"] == "adaptive" else None,
+        denoising.Uncertainty() if options["uncertainty"] else None,
+    )
+    return denoising.DenoisingDiffusion(
+        model,
+        options["weight"],
+        getattr(diffusion, SCHEDULES[options["schedule"]])(),
+        levels,
+        options["coupling"] == "optimal",
+        uncertainty,
+        optimizers=build_optimizer(options["optimizer"], model.parameters(), options["lr"]),
+    )
 
-for name, what, target, schedule in (("ddpm", "diffusion model: noise is taken away step by step", "eps", "linear"), ("flow-matching", "diffusion model along straight lines from noise to images", "flow", "straight")):
-    add_scheme(name, Scheme(build_diffusion, what, flow_pixels, k=8, samples=16, steps=True), diffusion_options(target, schedule), epochs=8, ema=.999)
+
+def diffusion_options(target: str, schedule: str) -> list:
+    """The options of a diffusion model.
+
+    Returns:
+        with a scheme's own defaults.
+    """
+    choice = lambda flag, names, default, what: click.option(
+        flag, type=click.Choice(names), default=default, show_default=True, help=what
+    )
+    return [
+        count("--channels", 16, "Of the U-Net's first level."),
+        click.option(
+            "--multiples",
+            default="1,2,2",
+            show_default=True,
+            metavar="M1,M2,…",
+            help="Channels of each level as multiples of these; a level halves the image.",
+        ),
+        count("--blocks", 1, "Residual blocks of a level, on either way."),
+        click.option(
+            "--dropout", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True
+        ),
+        choice("--target", ["x0", "eps", "v", "flow"], target, "What the network is asked for."),
+        choice(
+            "--weight",
+            ["x0", "eps", "v", "flow", "min-snr", "p2", "elbo"],
+            target,
+            "How levels of noise are weighted; by the name of a target, as its error without a weight.",
+        ),
+        choice("--schedule", list(SCHEDULES), schedule, "Which levels a process passes."),
+        choice(
+            "--levels",
+            ["uniform", "adaptive"],
+            "uniform",
+            "Where in the schedule levels are drawn; adaptive draws more where losses are large.",
+        ),
+        choice(
+            "--coupling", ["random", "optimal"], "random", "Which noise an image is paired with."
+        ),
+        click.option(
+            "--uncertainty",
+            is_flag=True,
+            help="A second player learns what each level's loss is divided by.",
+        ),
+    ]
+
+
+for name, what, target, schedule in (
+    ("ddpm", "diffusion model: noise is taken away step by step", "eps", "linear"),
+    (
+        "flow-matching",
+        "diffusion model along straight lines from noise to images",
+        "flow",
+        "straight",
+    ),
+):
+    add_scheme(
+        name,
+        Scheme(build_diffusion, what, flow_pixels, k=8, samples=16, steps=True),
+        diffusion_options(target, schedule),
+        epochs=8,
+        ema=0.999,
+    )
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-10
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @click.option("--n", type=click.IntRange(1), default=64, show_default=True, help="How many images.")
-@click.option("--out", type=click.Path(dir_okay=False), help="PNG file.  [default: DIR/samples.png]")
-@click.option("--steps", type=click.IntRange(1), help="Of a diffusion model's sampler.  [default: 18]")
-@click.option("--sampler", type=click.Choice(["heun", "ddim", "ancestral"]), help="Of a diffusion model.  [default: heun]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="PNG file.  [default: DIR/samples.png]"
+)
+@click.option(
+    "--steps", type=click.IntRange(1), help="Of a diffusion model's sampler.  [default: 18]"
+)
+@click.option(
+    "--sampler",
+    type=click.Choice(["heun", "ddim", "ancestral"]),
+    help="Of a diffusion model.  [default: heun]",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True)
 def sample(folder, n, out, steps, sampler, seed, device):
     """Draw new images from the run in DIR."""
     import torch
     from optgen.viz import save_grid
+
     config, scheme, _ = open_run(folder, device)
     torch.manual_seed(seed)
     out = Path(out or Path(folder) / "samples.png")
-    if out.suffix != ".png": raise click.UsageError(f"--out takes a .png file, got {out}")
+    if out.suffix != ".png":
+        raise click.UsageError(f"--out takes a .png file, got {out}")
     how = {k: v for k, v in (("steps", steps), ("sampler", sampler)) if v}
-    if how and not SCHEMES[config["scheme"]].steps: raise click.UsageError(f"--{next(iter(how))} is of a diffusion model, and {config['scheme']} is drawn at once")
-    try: images = scheme.sample(n, **how)
-    except ValueError as e: raise click.UsageError(str(e)) from None
-    if images is None: raise click.ClickException(f"{folder} has nothing to draw from: of the methods of {config['scheme']}, agreement, m1 and m1+m2 have")
+    if how and not SCHEMES[config["scheme"]].steps:
+        raise click.UsageError(
+            f"--{next(iter(how))} is of a diffusion model, and {config['scheme']} is drawn at once"
+        )
+    try:
+        images = scheme.sample(n, **how)
+    except ValueError as e:
+        raise click.UsageError(str(e)) from None
+    if images is None:
+        raise click.ClickException(
+            f"{folder} has nothing to draw from: of the methods of {config['scheme']}, agreement, m1 and m1+m2 have"
+        )
     save_grid(images.reshape(n, *config["shape"]), out)
     click.echo(f"{n} samples in {out}")
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-11
 @cli.command()
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--k", type=click.IntRange(1), help="Samples an image by which a likelihood is measured, of a VAE or a flow, or levels, of a diffusion model.  [default: 1000 of a VAE, 1 of a flow, 8]")
-@click.option("--limit", type=click.IntRange(1), help="Measure the first so many images only (rounded up to hundreds).")
-@click.option("--fid-steps", type=click.IntRange(1), help="Compare as many samples of a diffusion model, each by so many steps of Heun, with the images.")
-@click.option("--ode-steps", type=click.IntRange(1), help="Measure a diffusion model's likelihood along its curves, too, by so many steps.")
-@click.option("--outside", metavar="digits|mnist|fashion-mnist|PATH", help="Images of another kind, which the classifier and its generator are to tell from the run's.")
+@click.option(
+    "--k",
+    type=click.IntRange(1),
+    help="Samples an image by which a likelihood is measured, of a VAE or a flow, or levels, of a diffusion model.  [default: 1000 of a VAE, 1 of a flow, 8]",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(1),
+    help="Measure the first so many images only (rounded up to hundreds).",
+)
+@click.option(
+    "--fid-steps",
+    type=click.IntRange(1),
+    help="Compare as many samples of a diffusion model, each by so many steps of Heun, with the images.",
+)
+@click.option(
+    "--ode-steps",
+    type=click.IntRange(1),
+    help="Measure a diffusion model's likelihood along its curves, too, by so many steps.",
+)
+@click.option(
+    "--outside",
+    metavar="digits|mnist|fashion-mnist|PATH",
+    help="Images of another kind, which the classifier and its generator are to tell from the run's.",
+)
 @click.option("--split", type=click.Choice(["train", "test"]), default="test", show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the importance samples.")
 @click.option("--device", default="auto", show_default=True)
@@ -584,112 +1541,258 @@ def sample(folder, n, out, steps, sampler, seed, device):
 def evaluate(folder, k, limit, fid_steps, ode_steps, outside, split, seed, device, as_json):
     """Measure the run in DIR.
 
-    A VAE: the bound and its parts, rate and distortion, the negative log-likelihood by k importance samples an image, its standard errors, the mutual information of latents and images with the ceiling of its estimate,
-    and the active units. A pixel model: its negative log-likelihood, exact. A flow: the bound of it that dequantisation gives, which --k tightens. A diffusion model: its loss and the variational bound, at k levels of noise an image; --ode-steps and --fid-steps ask for more. Each in nats an image and in bits/dim, beside what was done to the pixels:
-    numbers of pixels treated otherwise are not to be compared. A GAN: its losses, and the Fréchet distance of as many samples
-    to the images, in the features of the classifier of digits that comes with the package (for images of another shape than 1 x 28 x 28, in their 8 x 8 means), beside the distance that real images would have.
-    A classifier: its error with a 95 % interval, the negative log-likelihood of the classes, its calibration error and the diagram of it; and how well test images (or all those of a folder) from outside are told, by the
-    generator's likelihood and by the classifier's confidence: the area under the ROC curve.
+    A VAE: the bound and its parts, rate and distortion, the negative log-likelihood by k importance
+    samples an image, its standard errors, the mutual information of latents and images with the
+    ceiling of its estimate, and the active units. A pixel model: its negative log-likelihood,
+    exact. A flow: the bound of it that dequantisation gives, which --k tightens. A diffusion model:
+    its loss and the variational bound, at k levels of noise an image; --ode-steps and --fid-steps
+    ask for more. Each in nats an image and in bits/dim, beside what was done to the pixels: numbers
+    of pixels treated otherwise are not to be compared. A GAN: its losses, and the Fréchet distance
+    of as many samples to the images, in the features of the classifier of digits that comes with
+    the package (for images of another shape than 1 x 28 x 28, in their 8 x 8 means), beside the
+    distance that real images would have. A classifier: its error with a 95 % interval, the negative
+    log-likelihood of the classes, its calibration error and the diagram of it; and how well test
+    images (or all those of a folder) from outside are told, by the generator's likelihood and by
+    the classifier's confidence: the area under the ROC curve.
     """
     from optgen import data
+
     config, scheme, state = open_run(folder, device)
     options, known = config["options"], SCHEMES[config["scheme"]]
-    if k and not known.k: raise click.UsageError(f"--k counts samples by which a likelihood is measured, and {config['scheme']} has {'an exact one' if known.pixels else 'none'}")
-    if outside and not known.classifies: raise click.UsageError(f"--outside is told from the run's images by a classifier, which {config['scheme']} has not")
+    if k and not known.k:
+        raise click.UsageError(
+            f"--k counts samples by which a likelihood is measured, and {config['scheme']} has {'an exact one' if known.pixels else 'none'}"
+        )
+    if outside and not known.classifies:
+        raise click.UsageError(
+            f"--outside is told from the run's images by a classifier, which {config['scheme']} has not"
+        )
     grey = options.get("binarize", "none") == "none"
-    def batches(name, split, part=.1):
-        images = data.image_folder(name, split, options["image_size"], holdout=part) if Path(name).is_dir() else data.load(name, split)
-        if list(images.shape) != config["shape"]: raise click.UsageError(f"{images.name} has images of shape {tuple(images.shape)}, and the run's are {tuple(config['shape'])}")
-        loader = data.Loader(images, 100, device=pick_device(device), shuffle=False, binarize=None if grey else "static" if isinstance(images, data.Images) else "dynamic")
+
+    def batches(name, split, part=0.1):
+        images = (
+            data.image_folder(name, split, options["image_size"], holdout=part)
+            if Path(name).is_dir()
+            else data.load(name, split)
+        )
+        if list(images.shape) != config["shape"]:
+            raise click.UsageError(
+                f"{images.name} has images of shape {tuple(images.shape)}, and the run's are {tuple(config['shape'])}"
+            )
+        loader = data.Loader(
+            images,
+            100,
+            device=pick_device(device),
+            shuffle=False,
+            binarize=None if grey else "static" if isinstance(images, data.Images) else "dynamic",
+        )
         return images, lambda: itertools.islice(loader, limit and math.ceil(limit / 100))
+
     images, inside = batches(options["data"], split)
     more = {"k": k or known.k} if known.k else {}
     asked = {name: n for name, n in (("ode", ode_steps), ("fid_steps", fid_steps)) if n}
-    if asked and not known.steps: raise click.UsageError(f"--{'ode-steps' if ode_steps else 'fid-steps'} is of a diffusion model, which {config['scheme']} is not")
+    if asked and not known.steps:
+        raise click.UsageError(
+            f"--{'ode-steps' if ode_steps else 'fid-steps'} is of a diffusion model, which {config['scheme']} is not"
+        )
     more |= asked
     if known.classifies:
-        if images.labels is not None and class_names(images) != options["classes"]: raise click.ClickException(f"{images.name} has the classes {', '.join(class_names(images))}, and the run learnt {', '.join(options['classes'])}")
-        more = {"diagram": Path(folder) / f"reliability-{split}.png"} | ({"outside": batches(outside, "test", part=1.)[1]()} if outside else {})
+        if images.labels is not None and class_names(images) != options["classes"]:
+            raise click.ClickException(
+                f"{images.name} has the classes {', '.join(class_names(images))}, and the run learnt {', '.join(options['classes'])}"
+            )
+        more = {"diagram": Path(folder) / f"reliability-{split}.png"} | (
+            {"outside": batches(outside, "test", part=1.0)[1]()} if outside else {}
+        )
     result = scheme.evaluate(inside(), seed=seed, **more)
-    if known.classifies: result["diagram"] = str(more["diagram"])
-    told = ({"pixels": known.pixels(options)} if known.pixels else {}) | ({"k": more["k"]} if known.k else {})
-    result = {"run": str(folder), "scheme": config["scheme"], "data": images.name, "split": split, "epoch": state["epoch"], **told, **result}
-    if as_json: return click.echo(json.dumps(result))
+    if known.classifies:
+        result["diagram"] = str(more["diagram"])
+    told = ({"pixels": known.pixels(options)} if known.pixels else {}) | (
+        {"k": more["k"]} if known.k else {}
+    )
+    result = {
+        "run": str(folder),
+        "scheme": config["scheme"],
+        "data": images.name,
+        "split": split,
+        "epoch": state["epoch"],
+        **told,
+        **result,
+    }
+    if as_json:
+        return click.echo(json.dumps(result))
     width = max(map(len, result))
     for name, value in result.items():
-        click.echo(f"{click.style(name.replace('_', ' ').ljust(width), fg='cyan')}  {f'{value:.4f}' if isinstance(value, float) else value}")
+        click.echo(
+            f"{click.style(name.replace('_', ' ').ljust(width), fg='cyan')}  {f'{value:.4f}' if isinstance(value, float) else value}"
+        )
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-12
 @cli.command("list")
 def list_():
-    """Say what can be named: schemes, data, optimizers, what sets beta, inference, methods of assistance and what weighs it, rules, claims."""
-    for title, names in (("schemes", {k: v.what for k, v in SCHEMES.items()}), ("data", DATA), ("optimizers", OPTIMIZERS),
-                         ("what sets beta", {k: v[2] for k, v in BETAS.items()}), ("inference", {k: v[2] for k, v in INFERENCE.items()}),
-                         ("methods of assistance", {k: v[2] for k, v in METHODS.items()}), ("what weighs it", {k: v[2] for k, v in WEIGHTS.items()}),
-                         ("rules", {k: v[2] for k, v in RULES.items()}), ("claims to reproduce", {k: v[1] for k, v in CLAIMS.items()})):
+    """Say what can be named: schemes, data, optimizers, what sets beta, inference, methods of
+    assistance and what weighs it, rules, claims.
+    """
+    for title, names in (
+        ("schemes", {k: v.what for k, v in SCHEMES.items()}),
+        ("data", DATA),
+        ("optimizers", OPTIMIZERS),
+        ("what sets beta", {k: v[2] for k, v in BETAS.items()}),
+        ("inference", {k: v[2] for k, v in INFERENCE.items()}),
+        ("methods of assistance", {k: v[2] for k, v in METHODS.items()}),
+        ("what weighs it", {k: v[2] for k, v in WEIGHTS.items()}),
+        ("rules", {k: v[2] for k, v in RULES.items()}),
+        ("claims to reproduce", {k: v[1] for k, v in CLAIMS.items()}),
+    ):
         click.secho(title, bold=True)
-        for name, what in names.items(): click.echo(f"  {name.ljust(17)} {what}")
+        for name, what in names.items():
+            click.echo(f"  {name.ljust(17)} {what}")
+
 
 @cli.command()
-@click.option("--out", type=click.Path(dir_okay=False), help="Also write the result as JSON to this file.")
-@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True, help="Runs of each variant, in turn; medians are reported.")
-@click.option("--data", type=click.Choice(["digits", "mnist"]), help="[default: mnist where it is found, else digits]")
-@click.option("--only", multiple=True, type=click.Choice(["epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"]), help="Part to run; may be repeated.  [default: all]")
+@click.option(
+    "--out", type=click.Path(dir_okay=False), help="Also write the result as JSON to this file."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Runs of each variant, in turn; medians are reported.",
+)
+@click.option(
+    "--data",
+    type=click.Choice(["digits", "mnist"]),
+    help="[default: mnist where it is found, else digits]",
+)
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(
+        ["epoch", "optimizers", "rules", "elbo", "assisted", "generative", "scaling"]
+    ),
+    help="Part to run; may be repeated.  [default: all]",
+)
 def bench(out, repeats, data, only):
     """Measure speed on this machine.
 
-    Side by side, each in turn: an epoch of the article's loop, of a loop by hand, of fit and of fit --compile; the steps of the optimizers; those of the update rules, with their memory;
-    those of a VAE under controllers, with many samples and with inner steps, and its training beside pythae's where that is installed; those of assisted classifiers; of pixel models, flows and diffusion, of their samplers and of an average of the weights; two processes against one.
+    Side by side, each in turn: an epoch of the article's loop, of a loop by hand, of fit and of fit
+    --compile; the steps of the optimizers; those of the update rules, with their memory; those of a
+    VAE under controllers, with many samples and with inner steps, and its training beside pythae's
+    where that is installed; those of assisted classifiers; of pixel models, flows and diffusion, of
+    their samplers and of an average of the weights; two processes against one.
     """
     from optgen.bench import run_bench, show_bench
+
     result = run_bench(repeats=repeats, data=data, only=only)
     click.echo(show_bench(result))
-    if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    if out:
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
 
-CLAIMS = {"assisted": ("optgen.evidence.assisted", "a generative model that assists a classifier: few labels and all, MNIST and Fashion-MNIST", ("hundred", "ladder", "weights", "mnist-labels", "fashion-labels")),
-          "denoising": ("optgen.evidence.denoising", "the optimizer's side of a diffusion model, an ingredient at a time: MNIST and Fashion-MNIST at half their size", ("mnist", "fashion")),
-          "elbo": ("optgen.evidence.elbo", "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion", ("toy", "strong", "density", "curve")),
-          "likelihood": ("optgen.evidence.likelihood", "pixel models and a flow on MNIST: nats and bits for how much", ("anchors", "steps")),
-          "feedback": ("optgen.evidence.feedback", "gradient feedback and update rules: mixtures, stacked digits, MNIST", ("tune", "ring", "mnist", "stacked", "grid"))}
+
+CLAIMS = {
+    "assisted": (
+        "optgen.evidence.assisted",
+        "a generative model that assists a classifier: few labels and all, MNIST and Fashion-MNIST",
+        ("hundred", "ladder", "weights", "mnist-labels", "fashion-labels"),
+    ),
+    "denoising": (
+        "optgen.evidence.denoising",
+        "the optimizer's side of a diffusion model, an ingredient at a time: MNIST and Fashion-MNIST at half their size",
+        ("mnist", "fashion"),
+    ),
+    "elbo": (
+        "optgen.evidence.elbo",
+        "β, inference and the optimizer of a VAE: posterior collapse, density, rate and distortion",
+        ("toy", "strong", "density", "curve"),
+    ),
+    "likelihood": (
+        "optgen.evidence.likelihood",
+        "pixel models and a flow on MNIST: nats and bits for how much",
+        ("anchors", "steps"),
+    ),
+    "feedback": (
+        "optgen.evidence.feedback",
+        "gradient feedback and update rules: mixtures, stacked digits, MNIST",
+        ("tune", "ring", "mnist", "stacked", "grid"),
+    ),
+}
+
 
 @cli.command()
 @click.argument("claim", type=click.Choice(list(CLAIMS)))
-@click.option("--only", multiple=True, metavar="STAGE", help="Stage to run; may be repeated.  [default: all]")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes of one thread each.")
-@click.option("--out", type=click.Path(file_okay=False), help="Folder of the results, one JSON a run.  [default: results/CLAIM]")
+@click.option(
+    "--only", multiple=True, metavar="STAGE", help="Stage to run; may be repeated.  [default: all]"
+)
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Processes of one thread each.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False),
+    help="Folder of the results, one JSON a run.  [default: results/CLAIM]",
+)
 def reproduce(claim, only, jobs, out):
     """Run the experiments behind CLAIM.
 
-    What is in the folder already is not run again, so that a stopped command goes on where it was. A run that fails leaves its error in its file and is told at the end.
+    What is in the folder already is not run again, so that a stopped command goes on where it was.
+    A run that fails leaves its error in its file and is told at the end.
     """
     module, _, stages = CLAIMS[claim]
-    if unknown := set(only) - set(stages): raise click.UsageError(f"--only {unknown.pop()} is none of {', '.join(stages)}")
+    if unknown := set(only) - set(stages):
+        raise click.UsageError(f"--only {unknown.pop()} is none of {', '.join(stages)}")
     from optgen.reproduce import reproduce_stages
+
     page = importlib.import_module(module)
     found = reproduce_stages(page.STAGES, page.experiment, only, out or f"results/{claim}", jobs)
-    click.echo(f"{found['done']} runs done, {found['skipped']} were there, in {out or f'results/{claim}'}")
+    click.echo(
+        f"{found['done']} runs done, {found['skipped']} were there, in {out or f'results/{claim}'}"
+    )
 
 # %% ../nbs/40_training/43_cli.ipynb #23a2fcf4-13
 @contextlib.contextmanager
 def as_one():
-    r"Of several processes that torchrun started, the first speaks, and an error is told once."
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1: yield; return
+    """Of several processes that torchrun started, the first speaks, and an error is told once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
     from optgen.parallel import init, together
-    ranks = init()
-    with together(ranks), contextlib.redirect_stdout(io.StringIO() if ranks and ranks.rank else sys.stdout): yield
 
-def main(args=None):  # command line, by default `sys.argv[1:]`
-    r"Entry point of `optgen`. Exits 0 when done, 1 for what can be mended, 2 for a usage error, 128 + n for signal n."
-    fail = lambda code, message: (click.echo(click.style("optgen: ", fg="red") + " ".join(str(message).split()), err=True), sys.exit(code))
+    ranks = init()
+    with (
+        together(ranks),
+        contextlib.redirect_stdout(io.StringIO() if ranks and ranks.rank else sys.stdout),
+    ):
+        yield
+
+
+def main(args=None):
+    """Entry point of `optgen`. Exits 0 when done, 1 for what can be mended, 2 for a usage error,
+    128 + n for signal n.
+    """
+    fail = lambda code, message: (
+        click.echo(click.style("optgen: ", fg="red") + " ".join(str(message).split()), err=True),
+        sys.exit(code),
+    )
     try:
-        with as_one(): cli.main(args, prog_name="optgen", standalone_mode=False)
-    except click.UsageError as e: fail(2, f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'optgen'} --help)")
-    except click.ClickException as e: fail(e.exit_code, e.format_message())
-    except click.Abort: fail(130, "stopped")
+        with as_one():
+            cli.main(args, prog_name="optgen", standalone_mode=False)
+    except click.UsageError as e:
+        fail(2, f"{e.format_message()} (see {e.ctx.command_path if e.ctx else 'optgen'} --help)")
+    except click.ClickException as e:
+        fail(e.exit_code, e.format_message())
+    except click.Abort:
+        fail(130, "stopped")
     except Exception as e:
         from optgen.checkpoint import CheckpointError
         from optgen.data import DataError
         from optgen.parallel import RankError
         from optgen.trainer import NonFinite
-        if isinstance(e, (CheckpointError, DataError, NonFinite, OSError, RankError)): fail(1, e)
+
+        if isinstance(e, (CheckpointError, DataError, NonFinite, OSError, RankError)):
+            fail(1, e)
         raise

@@ -17,198 +17,331 @@ from .rules import check_count, check_number
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0071414
 class Optimum(NamedTuple):
-    r"Where a linear-Gaussian VAE rests, Eq. (water-filling)."
-    beta: Tensor       # multiplier of the rate, 0-dim
-    rate: Tensor       # nats of each latent, (z_dim,), largest first
-    distortion: Tensor # nats, 0-dim
+    """Where a linear-Gaussian VAE rests, Eq. (water-filling).
+
+    Attributes:
+        beta: multiplier of the rate, 0-dim.
+        rate: nats of each latent, (z_dim,), largest first.
+        distortion: nats, 0-dim.
+    """
+
+    beta: Tensor
+    rate: Tensor
+    distortion: Tensor
+
 
 def water_filling(
-    variances: Tensor,  # $s_j$, eigenvalues of the data's covariance, (x_dim,), > 0
+    variances: Tensor,
     *,
-    beta=None,          # one of three: the multiplier $\beta>0$; `ValueError` for none, several, or a value out of reach
-    rate=None,          # or the rate $C\ge0$, nats
-    distortion=None,    # or the distortion $\tau$, nats
-    sigma: float=1.,    # standard deviation $\sigma$ of the decoder
-    z_dim: int|None=None, # latents; by default as many as `variances`
+    beta=None,
+    rate=None,
+    distortion=None,
+    sigma: float = 1.0,
+    z_dim: int | None = None,
 ) -> Optimum:
-    r"The optimum of a linear-Gaussian VAE at a multiplier, a rate or a distortion, Eq. (water-filling)."
-    if sum(x is not None for x in (beta, rate, distortion)) != 1: raise ValueError("water_filling takes one of beta, rate and distortion")
+    r"""The optimum of a linear-Gaussian VAE at a multiplier, a rate or a distortion, Eq.
+    (water-filling).
+
+    Args:
+        variances: $s_j$, eigenvalues of the data's covariance, (x_dim,), > 0.
+        beta: one of three: the multiplier $\beta>0$; `ValueError` for none, several, or a value out
+            of reach.
+        rate: or the rate $C\ge0$, nats.
+        distortion: or the distortion $\tau$, nats.
+        sigma: standard deviation $\sigma$ of the decoder.
+        z_dim: latents; by default as many as `variances`.
+    """
+    if sum(x is not None for x in (beta, rate, distortion)) != 1:
+        raise ValueError("water_filling takes one of beta, rate and distortion")
     a = variances.sort(descending=True).values / sigma**2
-    a, left = a[:z_dim], a[len(a) if z_dim is None else z_dim:].sum() / 2 + len(a) * math.log(sigma * math.sqrt(2 * math.pi))
+    a, left = (
+        a[:z_dim],
+        a[len(a) if z_dim is None else z_dim :].sum() / 2
+        + len(a) * math.log(sigma * math.sqrt(2 * math.pi)),
+    )
     k = torch.arange(1, len(a) + 1, dtype=a.dtype, device=a.device)
-    if rate is not None: beta = ((a.log().cumsum(0) - 2 * rate) / k).max().exp()
-    if distortion is not None: beta = ((2 * (distortion - left) - a.sum() + a.cumsum(0)) / k).max()
+    if rate is not None:
+        beta = ((a.log().cumsum(0) - 2 * rate) / k).max().exp()
+    if distortion is not None:
+        beta = ((2 * (distortion - left) - a.sum() + a.cumsum(0)) / k).max()
     beta = torch.as_tensor(beta, dtype=a.dtype, device=a.device)
-    if not 0 < beta <= (math.inf if distortion is None else a[0]) or (rate is not None and rate < 0):
-        raise ValueError(f"out of reach: with these variances the rate lies in [0, inf), the distortion in ({left:.4g}, {left + a.sum() / 2:.4g}]")
+    if not 0 < beta <= (math.inf if distortion is None else a[0]) or (
+        rate is not None and rate < 0
+    ):
+        raise ValueError(
+            f"out of reach: with these variances the rate lies in [0, inf), the distortion in ({left:.4g}, {left + a.sum() / 2:.4g}]"
+        )
     return Optimum(beta, (a / beta).log().clamp(min=0) / 2, left + torch.minimum(a, beta).sum() / 2)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0121414
 class Controller:
-    r"A multiplier on the rate, set from what a batch measures, Eq. (controller). One of your own overrides `multiplier`."
-    def __init__(self,
-        value: float, # $\beta$ before the first update
-        **memory,     # numbers it remembers, 0-dim tensors from now on
-    ):
-        self.t, self.memory = torch.tensor(0), ("value", *memory)  # updates so far; names of what it remembers
-        for name, x in {"value": value, **memory}.items(): setattr(self, name, torch.tensor(x, dtype=torch.float64))
+    r"""A multiplier on the rate, set from what a batch measures, Eq. (controller). One of your own
+    overrides `multiplier`.
 
-    def multiplier(self, rate: Tensor, distortion: Tensor|None) -> Tensor:  # the new $\beta$; what it remembers it replaces, never writes into
+    Args:
+        value: $\beta$ before the first update.
+        **memory: numbers it remembers, 0-dim tensors from now on.
+    """
+
+    def __init__(self, value: float, **memory):
+        self.t, self.memory = (
+            torch.tensor(0),
+            ("value", *memory),
+        )  # updates so far; names of what it remembers
+        for name, x in {"value": value, **memory}.items():
+            setattr(self, name, torch.tensor(x, dtype=torch.float64))
+
+    def multiplier(self, rate: Tensor, distortion: Tensor | None) -> Tensor:
+        r"""Return the new $\beta$; what it remembers it replaces, never writes into."""
         raise NotImplementedError(f"{type(self).__name__} is a controller without a `multiplier`")
 
-    def update(self,
-        rate: Tensor,                 # mean KL of the batch, nats: of each latent (z_dim,), or of all together, 0-dim; averaged over ranks
-        distortion: Tensor|None=None, # mean $-\log p(x\mid z)$ of the batch, nats, 0-dim; `ValueError` where a controller needs it
-    ) -> Tensor:                      # the new `value`: 0-dim, or (z_dim,) where each latent has its own; at least float32, without a graph
-        r"Measure, then set: what comes back multiplies the rate of this very batch."
-        rate, distortion = (x if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (rate, distortion))
-        for name in self.memory: setattr(self, name, getattr(self, name).to(rate))
+    def update(self, rate: Tensor, distortion: Tensor | None = None) -> Tensor:
+        r"""Measure, then set: what comes back multiplies the rate of this very batch.
+
+        Args:
+            rate: mean KL of the batch, nats: of each latent (z_dim,), or of all together, 0-dim;
+                averaged over ranks.
+            distortion: mean $-\log p(x\mid z)$ of the batch, nats, 0-dim; `ValueError` where a
+                controller needs it.
+
+        Returns:
+            the new `value`: 0-dim, or (z_dim,) where each latent has its own; at least float32,
+            without a graph.
+        """
+        rate, distortion = (
+            x if x is None else x.detach().to(torch.promote_types(x.dtype, torch.float32))
+            for x in (rate, distortion)
+        )
+        for name in self.memory:
+            setattr(self, name, getattr(self, name).to(rate))
         self.t = self.t.to(rate.device)
         self.value = self.multiplier(rate, distortion)
         self.t = self.t + 1
         return self.value
 
-    def measured(self, distortion: Tensor|None) -> Tensor:  # `ValueError` where there is none
-        if distortion is None: raise ValueError(f"{type(self).__name__} is set from the distortion: call update(rate, distortion)")
+    def measured(self, distortion: Tensor | None) -> Tensor:
+        """Return `ValueError` where there is none."""
+        if distortion is None:
+            raise ValueError(
+                f"{type(self).__name__} is set from the distortion: call update(rate, distortion)"
+            )
         return distortion
 
-    def state_dict(self) -> dict:  # its name and memory
-        return {"name": type(self).__name__, **{name: getattr(self, name) for name in ("t", *self.memory)}}
+    def state_dict(self) -> dict:
+        """Return its name and memory."""
+        return {
+            "name": type(self).__name__,
+            **{name: getattr(self, name) for name in ("t", *self.memory)},
+        }
 
-    def check_state(self, state: dict):  # `ValueError` where `state` is another controller's
+    def check_state(self, state: dict):
+        """`ValueError` where `state` is another controller's."""
         if state.get("name") != type(self).__name__ or state.keys() != self.state_dict().keys():
-            raise ValueError(f"the state is of the controller {state.get('name')} with {sorted(state)}, this is {type(self).__name__} "
-                             f"with {sorted(self.state_dict())}: go on with the same controller")
+            raise ValueError(
+                f"the state is of the controller {state.get('name')} with {sorted(state)}, this is {type(self).__name__} "
+                f"with {sorted(self.state_dict())}: go on with the same controller"
+            )
 
-    def load_state_dict(self, state: dict):  # what `state_dict` gave for the same controller, else `ValueError` and nothing is loaded
+    def load_state_dict(self, state: dict):
+        """what `state_dict` gave for the same controller, else `ValueError` and nothing is loaded."""
         self.check_state(state)
-        for name in ("t", *self.memory): setattr(self, name, state[name])
+        for name in ("t", *self.memory):
+            setattr(self, name, state[name])
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0141414
 class Constant(Controller):
-    r"The $\beta$-VAE: a price that stays. Higgins et al. (2017)."
-    def __init__(self, beta: float=1.):  # $\beta\ge0$
-        check_number("Constant", 0., beta=beta)
+    r"""The $\beta$-VAE: a price that stays. Higgins et al. (2017)."""
+
+    def __init__(self, beta: float = 1.0):
+        check_number("Constant", 0.0, beta=beta)
         super().__init__(beta)
         self.beta = beta
 
-    def multiplier(self, rate, distortion): return rate.new_full((), self.beta)
+    def multiplier(self, rate, distortion):
+        return rate.new_full((), self.beta)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0171414
-def linear_ramp(
-    t: Tensor,    # updates so far
-    steps: int,   # until the end
-    start: float, # value at t = 0
-    end: float,   # value from t = steps on, exactly
-) -> Tensor:
-    r"From `start` to `end` in `steps`, then `end`, Eq. (ramp)."
+def linear_ramp(t: Tensor, steps: int, start: float, end: float) -> Tensor:
+    """From `start` to `end` in `steps`, then `end`, Eq. (ramp).
+
+    Args:
+        t: updates so far.
+        steps: until the end.
+        start: value at t = 0.
+        end: value from t = steps on, exactly.
+    """
     return torch.where(t < steps, start + (end - start) / steps * t, end)
 
+
 class LinearWarmup(Controller):
-    r"$\beta$ rises (or falls) along Eq. (ramp). Bowman et al. (2016), Sønderby et al. (2016)."
-    def __init__(self,
-        steps: int,      # updates until `beta` is reached, at least 1
-        beta: float=1.,  # $\beta\ge0$ from then on
-        start: float=0., # $\beta\ge0$ of the first update
-    ):
-        check_count("LinearWarmup", steps=steps); check_number("LinearWarmup", 0., beta=beta, start=start)
+    r"""$\beta$ rises (or falls) along Eq. (ramp). Bowman et al. (2016), Sønderby et al. (2016).
+
+    Args:
+        steps: updates until `beta` is reached, at least 1.
+        beta: $\beta\ge0$ from then on.
+        start: $\beta\ge0$ of the first update.
+    """
+
+    def __init__(self, steps: int, beta: float = 1.0, start: float = 0.0):
+        check_count("LinearWarmup", steps=steps)
+        check_number("LinearWarmup", 0.0, beta=beta, start=start)
         super().__init__(start)
         self.steps, self.beta, self.start = steps, beta, start
 
-    def multiplier(self, rate, distortion): return linear_ramp(self.t.to(rate), self.steps, self.start, self.beta)
+    def multiplier(self, rate, distortion):
+        return linear_ramp(self.t.to(rate), self.steps, self.start, self.beta)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0201414
 class Cyclical(Controller):
-    r"Warm-up over and over, Eq. (cyclical). Fu et al. (2019)."
-    def __init__(self,
-        steps: int,     # updates of all cycles together; $\beta$ is constant afterwards
-        cycles: int=4,  # $M$, at most `steps`
-        ramp: float=.5, # share $\rho$ of a cycle in which $\beta$ rises, in (0, 1]
-        beta: float=1., # $\beta\ge0$ at the top
-    ):
-        check_count("Cyclical", steps=steps, cycles=cycles); check_number("Cyclical", 0., beta=beta)
-        if cycles > steps: raise ValueError(f"Cyclical: {steps} steps can't hold {cycles} cycles")
-        if not 0 < ramp <= 1: raise ValueError(f"Cyclical: ramp must lie in (0, 1], got {ramp!r}")
-        super().__init__(0.)
+    r"""Warm-up over and over, Eq. (cyclical). Fu et al. (2019).
+
+    Args:
+        steps: updates of all cycles together; $\beta$ is constant afterwards.
+        cycles: $M$, at most `steps`.
+        ramp: share $\rho$ of a cycle in which $\beta$ rises, in (0, 1].
+        beta: $\beta\ge0$ at the top.
+    """
+
+    def __init__(self, steps: int, cycles: int = 4, ramp: float = 0.5, beta: float = 1.0):
+        check_count("Cyclical", steps=steps, cycles=cycles)
+        check_number("Cyclical", 0.0, beta=beta)
+        if cycles > steps:
+            raise ValueError(f"Cyclical: {steps} steps can't hold {cycles} cycles")
+        if not 0 < ramp <= 1:
+            raise ValueError(f"Cyclical: ramp must lie in (0, 1], got {ramp!r}")
+        super().__init__(0.0)
         self.steps, self.cycles, self.ramp, self.beta = steps, cycles, ramp, beta
 
     def multiplier(self, rate, distortion):
         s = (self.t * self.cycles % self.steps).to(rate) / self.steps
-        return self.beta * torch.where(self.t < self.steps, (s / self.ramp).clamp(max=1), 1.)
+        return self.beta * torch.where(self.t < self.steps, (s / self.ramp).clamp(max=1), 1.0)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0231414
 class Capacity(Controller):
-    r"The gradient of $\gamma\lvert R-C_t\rvert$, Eq. (capacity). Burgess et al. (2018)."
-    def __init__(self,
-        target: float,   # $C\ge0$, nats, at the end
-        steps: int,      # updates in which $C_t$ gets there
-        weight: float,   # $\gamma\ge0$; holds the rate at $C$ if it is above $\beta^\star(C)$
-        start: float=0., # $C_0\ge0$, nats
-    ):
-        check_count("Capacity", steps=steps); check_number("Capacity", 0., target=target, weight=weight, start=start)
-        super().__init__(0.)
+    r"""The gradient of $\gamma\lvert R-C_t\rvert$, Eq. (capacity). Burgess et al. (2018).
+
+    Args:
+        target: $C\ge0$, nats, at the end.
+        steps: updates in which $C_t$ gets there.
+        weight: $\gamma\ge0$; holds the rate at $C$ if it is above $\beta^\star(C)$.
+        start: $C_0\ge0$, nats.
+    """
+
+    def __init__(self, target: float, steps: int, weight: float, start: float = 0.0):
+        check_count("Capacity", steps=steps)
+        check_number("Capacity", 0.0, target=target, weight=weight, start=start)
+        super().__init__(0.0)
         self.target, self.steps, self.weight, self.start = target, steps, weight, start
 
-    def multiplier(self, rate, distortion): return self.weight * (rate.sum() - linear_ramp(self.t.to(rate), self.steps, self.start, self.target)).sign()
+    def multiplier(self, rate, distortion):
+        return (
+            self.weight
+            * (
+                rate.sum() - linear_ramp(self.t.to(rate), self.steps, self.start, self.target)
+            ).sign()
+        )
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0261414
 class FreeBits(Controller):
-    r"The gradient of $\beta\sum_g\max(\lambda, R_g)$, Eq. (free-bits). Kingma et al. (2016)."
-    def __init__(self,
-        minimum: float,        # $\lambda\ge0$, nats a group may have for nothing
-        groups: int|None=None, # so many equal groups of consecutive latents; by default each latent is its own
-        beta: float=1.,        # $\beta\ge0$ of what is above
-    ):
-        check_number("FreeBits", 0., minimum=minimum, beta=beta)
-        if groups is not None: check_count("FreeBits", groups=groups)
+    r"""The gradient of $\beta\sum_g\max(\lambda, R_g)$, Eq. (free-bits). Kingma et al. (2016).
+
+    Args:
+        minimum: $\lambda\ge0$, nats a group may have for nothing.
+        groups: so many equal groups of consecutive latents; by default each latent is its own.
+        beta: $\beta\ge0$ of what is above.
+    """
+
+    def __init__(self, minimum: float, groups: int | None = None, beta: float = 1.0):
+        check_number("FreeBits", 0.0, minimum=minimum, beta=beta)
+        if groups is not None:
+            check_count("FreeBits", groups=groups)
         super().__init__(beta)
         self.minimum, self.groups, self.beta = minimum, groups, beta
 
     def multiplier(self, rate, distortion):
         groups = len(rate) if self.groups is None and rate.dim() else self.groups
         if groups is None or rate.numel() % groups:
-            raise ValueError(f"FreeBits(groups={self.groups}) got a rate of shape {tuple(rate.shape)}: give the mean KL of each latent, in a number that "
-                             "the groups divide, or take groups=1 where there is only the sum")
+            raise ValueError(
+                f"FreeBits(groups={self.groups}) got a rate of shape {tuple(rate.shape)}: give the mean KL of each latent, in a number that "
+                "the groups divide, or take groups=1 where there is only the sum"
+            )
         R = rate.reshape(groups, -1)
-        return self.beta * (R.sum(1, keepdim=True) > self.minimum).to(R).expand_as(R).reshape(rate.shape)
+        return self.beta * (R.sum(1, keepdim=True) > self.minimum).to(R).expand_as(R).reshape(
+            rate.shape
+        )
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0291414
 class Geco(Controller):
-    r"Least rate at distortion $\tau$: $\beta=1/\lambda$, and $\lambda$ grows while $D>\tau$, Eq. (geco). Rezende & Viola (2018)."
-    def __init__(self,
-        target: float,        # $\tau$, nats
-        rate: float=1e-3,     # $r\ge0$: how far $\log\lambda$ moves for a nat; at 0 it is a VAE
-        smoothing: float=.99, # $\alpha$ of the running mean $\bar C$, in [0, 1)
-        clip: float=.05,      # largest move of $\log\lambda$ an update
-        low: float=1e-4,      # smallest $\beta$, in (0, 1]
-        high: float=1e4,      # largest $\beta$, at least 1
+    r"""Least rate at distortion $\tau$: $\beta=1/\lambda$, and $\lambda$ grows while $D>\tau$, Eq.
+    (geco). Rezende & Viola (2018).
+
+    Args:
+        target: $\tau$, nats.
+        rate: $r\ge0$: how far $\log\lambda$ moves for a nat; at 0 it is a VAE.
+        smoothing: $\alpha$ of the running mean $\bar C$, in [0, 1).
+        clip: largest move of $\log\lambda$ an update.
+        low: smallest $\beta$, in (0, 1].
+        high: largest $\beta$, at least 1.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        rate: float = 1e-3,
+        smoothing: float = 0.99,
+        clip: float = 0.05,
+        low: float = 1e-4,
+        high: float = 1e4,
     ):
-        check_number("Geco", target=target); check_number("Geco", 0., rate=rate, clip=clip)
-        if not 0 <= smoothing < 1: raise ValueError(f"Geco: smoothing must lie in [0, 1), got {smoothing!r}")
-        if not 0 < low <= 1 <= high < math.inf: raise ValueError(f"Geco: beta starts at 1, so that 0 < low <= 1 <= high < inf must hold; got low {low!r}, high {high!r}")
-        super().__init__(1., mean=0., log_lambda=0.)
-        self.target, self.rate, self.smoothing, self.clip, self.low, self.high = target, rate, smoothing, clip, low, high
+        check_number("Geco", target=target)
+        check_number("Geco", 0.0, rate=rate, clip=clip)
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"Geco: smoothing must lie in [0, 1), got {smoothing!r}")
+        if not 0 < low <= 1 <= high < math.inf:
+            raise ValueError(
+                f"Geco: beta starts at 1, so that 0 < low <= 1 <= high < inf must hold; got low {low!r}, high {high!r}"
+            )
+        super().__init__(1.0, mean=0.0, log_lambda=0.0)
+        self.target, self.rate, self.smoothing, self.clip, self.low, self.high = (
+            target,
+            rate,
+            smoothing,
+            clip,
+            low,
+            high,
+        )
 
     def multiplier(self, rate, distortion):
         C = self.measured(distortion) - self.target
-        self.mean = torch.where(self.t == 0, C, self.smoothing * self.mean + (1 - self.smoothing) * C)
+        self.mean = torch.where(
+            self.t == 0, C, self.smoothing * self.mean + (1 - self.smoothing) * C
+        )
         move = (self.rate * self.mean).clamp(-self.clip, self.clip)
         self.log_lambda = (self.log_lambda + move).clamp(-math.log(self.high), -math.log(self.low))
         return (-self.log_lambda).exp()
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0341414
 class ControlVae(Controller):
-    r"Least distortion at rate $C$: a PI controller in its velocity form sets $\beta$, Eq. (control-vae). Shao et al. (2020)."
-    def __init__(self,
-        target: float,  # $C\ge0$, nats
-        kp: float=.01,  # $K_p\ge0$, damps
-        ki: float=1e-4, # $K_i\ge0$, step of the dual ascent
-        low: float=0.,  # smallest $\beta\ge0$
-        high: float=1., # largest $\beta$; the rate is held at $C$ if $\beta^\star(C)$ lies between
+    r"""Least distortion at rate $C$: a PI controller in its velocity form sets $\beta$, Eq.
+    (control-vae). Shao et al. (2020).
+
+    Args:
+        target: $C\ge0$, nats.
+        kp: $K_p\ge0$, damps.
+        ki: $K_i\ge0$, step of the dual ascent.
+        low: smallest $\beta\ge0$.
+        high: largest $\beta$; the rate is held at $C$ if $\beta^\star(C)$ lies between.
+    """
+
+    def __init__(
+        self, target: float, kp: float = 0.01, ki: float = 1e-4, low: float = 0.0, high: float = 1.0
     ):
-        check_number("ControlVae", 0., target=target, kp=kp, ki=ki)
-        if not 0 <= low <= high < math.inf: raise ValueError(f"ControlVae: 0 <= low <= high < inf must hold, got low {low!r}, high {high!r}")
-        super().__init__(low, P=0.)
+        check_number("ControlVae", 0.0, target=target, kp=kp, ki=ki)
+        if not 0 <= low <= high < math.inf:
+            raise ValueError(
+                f"ControlVae: 0 <= low <= high < inf must hold, got low {low!r}, high {high!r}"
+            )
+        super().__init__(low, P=0.0)
         self.target, self.kp, self.ki, self.low, self.high = target, kp, ki, low, high
 
     def multiplier(self, rate, distortion):
@@ -218,17 +351,27 @@ class ControlVae(Controller):
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0391414
 class SigmaVae(Controller):
-    r"$\beta=\hat\sigma^2$, the variance of the Gaussian decoder under which the batch is likeliest, Eq. (sigma-vae). Rybkin et al. (2021)."
-    def __init__(self, dim: int):  # numbers in an example; `update` takes $\frac12\lVert x-\hat x\rVert^2$, averaged over the batch, as the distortion
+    r"""$\beta=\hat\sigma^2$, the variance of the Gaussian decoder under which the batch is
+    likeliest, Eq. (sigma-vae). Rybkin et al. (2021).
+    """
+
+    def __init__(self, dim: int):
         check_count("SigmaVae", dim=dim)
-        super().__init__(1.)
+        super().__init__(1.0)
         self.dim = dim
 
-    def multiplier(self, rate, distortion): return 2 * self.measured(distortion) / self.dim
+    def multiplier(self, rate, distortion):
+        return 2 * self.measured(distortion) / self.dim
 
-def calibrated_nll(
-    distortion: Tensor, # mean $\frac12\lVert x-\hat x\rVert^2$ of the batch, > 0
-    dim: int,           # $n$, numbers in an example
-) -> Tensor:            # nats an example
-    r"$-\log\mathcal N(x;\hat x,\hat\sigma^2 I)$ at the best variance, Eq. (sigma-nll)."
+
+def calibrated_nll(distortion: Tensor, dim: int) -> Tensor:
+    r"""$-\log\mathcal N(x;\hat x,\hat\sigma^2 I)$ at the best variance, Eq. (sigma-nll).
+
+    Args:
+        distortion: mean $\frac12\lVert x-\hat x\rVert^2$ of the batch, > 0.
+        dim: $n$, numbers in an example.
+
+    Returns:
+        nats an example.
+    """
     return dim / 2 * (1 + (4 * math.pi * distortion / dim).log())

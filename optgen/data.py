@@ -27,402 +27,813 @@ from torchvision.transforms.functional import pil_to_tensor
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-2
 class DataError(ValueError):
-    r"Data that is missing, damaged or not what was asked for; the message names it and says how to mend it."
+    """Data that is missing, damaged or not what was asked for; the message names it and says how
+    to mend it.
+    """
 
-def _bad(where, found, mend): return DataError(f"{where}: {found}. To mend it: {mend}")
+
+def _bad(where, found, mend):
+    return DataError(f"{where}: {found}. To mend it: {mend}")
+
 
 SPLITS = "train", "test"
 UNLABELLED = "unlabelled"  # folder of images of unknown class, whose label is -1
 
+
 def _check_split(split):
-    if split not in SPLITS: raise _bad(f"split {split!r}", "expected 'train' or 'test'", "pass one of the two")
+    if split not in SPLITS:
+        raise _bad(f"split {split!r}", "expected 'train' or 'test'", "pass one of the two")
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-3
 class Batch(NamedTuple):
-    r"What a model is given: `x` (B, C, H, W) floats in [0, 1], or (B, T) int64 tokens, and `y` (B,) int64 labels or None, both on the training device."
+    """What a model is given: `x` (B, C, H, W) floats in [0, 1], or (B, T) int64 tokens, and `y`
+    (B,) int64 labels or None, both on the training device.
+    """
+
     x: torch.Tensor
     y: torch.Tensor | None = None
 
+
 @dataclass(frozen=True, eq=False)
 class Images:
-    r"An image set held in memory, as bytes."
-    images: torch.Tensor               # (N, C, H, W) uint8
-    labels: torch.Tensor | None = None # (N,) int64, -1 where the class is unknown
-    name: str = "images"               # for messages and run folders
-    split: str = "train"               # "train" or "test"
-    classes: tuple = ()                # names of the labels 0, 1, ...
+    """An image set held in memory, as bytes.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64, -1 where the class is unknown.
+        name: for messages and run folders.
+        split: "train" or "test".
+        classes: names of the labels 0, 1, ...
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None = None
+    name: str = "images"
+    split: str = "train"
+    classes: tuple = ()
 
     def __post_init__(self):
         _check_split(self.split)
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4: raise _bad(self.name, f"images are {self.images.dtype} with shape "
-            f"{tuple(self.images.shape)}, expected uint8 (N, C, H, W)", "scale to 0..255, .to(torch.uint8), and .view(N, C, H, W)")
-        if self.labels is not None and (self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]): raise _bad(self.name,
-            f"labels are {self.labels.dtype} with shape {tuple(self.labels.shape)}, expected int64 ({len(self)},)", "pass one label an image")
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
+            raise _bad(
+                self.name,
+                f"images are {self.images.dtype} with shape "
+                f"{tuple(self.images.shape)}, expected uint8 (N, C, H, W)",
+                "scale to 0..255, .to(torch.uint8), and .view(N, C, H, W)",
+            )
+        if self.labels is not None and (
+            self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]
+        ):
+            raise _bad(
+                self.name,
+                f"labels are {self.labels.dtype} with shape {tuple(self.labels.shape)}, expected int64 ({len(self)},)",
+                "pass one label an image",
+            )
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
 
     @property
-    def shape(self): return tuple(self.images.shape[1:])
+    def shape(self):
+        return tuple(self.images.shape[1:])
 
     def take(self, places: torch.Tensor):
-        r"The images at these places, (n,) int64."
-        return replace(self, images=self.images[places], labels=None if self.labels is None else self.labels[places])
+        """The images at these places, (n,) int64."""
+        return replace(
+            self,
+            images=self.images[places],
+            labels=None if self.labels is None else self.labels[places],
+        )
 
     @cached_property
     def fingerprint(self):
-        r"A number that changes with any byte of the images or labels: a saved loader state belongs to one set."
+        """A number that changes with any byte of the images or labels: a saved loader state
+        belongs to one set.
+        """
         tensors = (self.images,) if self.labels is None else (self.images, self.labels)
-        return zlib.crc32(repr(self.shape).encode() + b"".join(zlib.crc32(t.cpu().contiguous().numpy()).to_bytes(4) for t in tensors))
+        return zlib.crc32(
+            repr(self.shape).encode()
+            + b"".join(zlib.crc32(t.cpu().contiguous().numpy()).to_bytes(4) for t in tensors)
+        )
 
 # %% ../nbs/00_foundations/01_data.ipynb #967893a5
 SEQUENCE_SPLITS = "train", "valid", "test"
 
+
 class Sequences(Images):
-    r"Token sequences held in memory: `images` is (N, T) int64, the tokens from 0, and so are a loader's batches. DataError for anything else."
+    """Token sequences held in memory: `images` is (N, T) int64, the tokens from 0, and so are a
+    loader's batches. DataError for anything else.
+    """
+
     def __post_init__(self):
         x = self.images
-        if self.split not in SEQUENCE_SPLITS: raise _bad(f"split {self.split!r}", f"expected one of {', '.join(SEQUENCE_SPLITS)}", "pass one of them")
-        if x.dtype != torch.int64 or x.ndim != 2: raise _bad(self.name, f"tokens are {x.dtype} with shape {tuple(x.shape)}, expected int64 (N, T)", "pad them to one length and call .long()")
-        if not x.is_meta and len(x) and x.min() < 0: raise _bad(self.name, f"a token is {x.min()}", "number the tokens from 0")
+        if self.split not in SEQUENCE_SPLITS:
+            raise _bad(
+                f"split {self.split!r}",
+                f"expected one of {', '.join(SEQUENCE_SPLITS)}",
+                "pass one of them",
+            )
+        if x.dtype != torch.int64 or x.ndim != 2:
+            raise _bad(
+                self.name,
+                f"tokens are {x.dtype} with shape {tuple(x.shape)}, expected int64 (N, T)",
+                "pad them to one length and call .long()",
+            )
+        if not x.is_meta and len(x) and x.min() < 0:
+            raise _bad(self.name, f"a token is {x.min()}", "number the tokens from 0")
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-4
 _sha256 = {  # of the uncompressed files: (images, labels)
     ("MNIST", "train"): (
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5"),
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    ),
     ("MNIST", "test"): (
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2"),
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
     ("FashionMNIST", "train"): (
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    ),
     ("FashionMNIST", "test"): (
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
 }
 
-def read_idx(
-    path,        # the file, plain or ending in .gz
-    shape: tuple, # the dimensions it must have
-    sha256sum: str, # of the uncompressed file
-    mend: str,   # what mends a bad file, for the message
-) -> torch.Tensor: # uint8, of `shape`; DataError if the file is missing, truncated, altered or of another kind
-    r"The bytes of an idx file, checked."
-    try: raw = Path(path).read_bytes(); raw = bytearray(gzip.decompress(raw) if Path(path).suffix == ".gz" else raw)
-    except FileNotFoundError: raise _bad(path, "no such file", mend) from None
-    except (OSError, EOFError, zlib.error) as e: raise _bad(path, f"cannot be read ({e})", mend) from None
+
+def read_idx(path, shape: tuple, sha256sum: str, mend: str) -> torch.Tensor:
+    """The bytes of an idx file, checked.
+
+    Args:
+        path: the file, plain or ending in .gz.
+        shape: the dimensions it must have.
+        sha256sum: of the uncompressed file.
+        mend: what mends a bad file, for the message.
+
+    Returns:
+        uint8, of `shape`; DataError if the file is missing, truncated, altered or of another kind.
+    """
+    try:
+        raw = Path(path).read_bytes()
+        raw = bytearray(gzip.decompress(raw) if Path(path).suffix == ".gz" else raw)
+    except FileNotFoundError:
+        raise _bad(path, "no such file", mend) from None
+    except (OSError, EOFError, zlib.error) as e:
+        raise _bad(path, f"cannot be read ({e})", mend) from None
     head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4) for n in shape)
     size, mend = len(head) + math.prod(shape), f"delete it, then {mend}"
-    if raw[:4] != head[:4]: raise _bad(path, f"starts with {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} axes", mend)
-    if len(raw) != size: raise _bad(path, f"holds {len(raw):,} bytes, expected {size:,}: {'truncated' if len(raw) < size else 'too long'}", mend)
-    if raw[:len(head)] != head: raise _bad(path, f"its header does not say {' x '.join(map(str, shape))}", mend)
-    if (found := sha256(raw).hexdigest()) != sha256sum: raise _bad(path, f"altered: its SHA-256 is {found[:8]}..., expected {sha256sum[:8]}...", mend)
+    if raw[:4] != head[:4]:
+        raise _bad(
+            path,
+            f"starts with {raw[:4].hex()}, expected {head[:4].hex()}: not an idx file of {len(shape)} axes",
+            mend,
+        )
+    if len(raw) != size:
+        raise _bad(
+            path,
+            f"holds {len(raw):,} bytes, expected {size:,}: {'truncated' if len(raw) < size else 'too long'}",
+            mend,
+        )
+    if raw[: len(head)] != head:
+        raise _bad(path, f"its header does not say {' x '.join(map(str, shape))}", mend)
+    if (found := sha256(raw).hexdigest()) != sha256sum:
+        raise _bad(
+            path, f"altered: its SHA-256 is {found[:8]}..., expected {sha256sum[:8]}...", mend
+        )
     return torch.frombuffer(raw, dtype=torch.uint8, offset=len(head)).view(shape)
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-5
 def data_folders():
-    r"Where sets are looked for when no folder is named: `$OPTGEN_DATA` if it is set, then the cache folder."
+    """Where sets are looked for when no folder is named: `$OPTGEN_DATA` if it is set, then the
+    cache folder.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optgen"
     return [Path(os.environ["OPTGEN_DATA"]), cache] if os.environ.get("OPTGEN_DATA") else [cache]
 
+
 def _idx_set(kind, split, root, download):
     _check_split(split)
-    function, n, stem = {"MNIST": "mnist", "FashionMNIST": "fashion_mnist"}[kind], *{"train": (60_000, "train"), "test": (10_000, "t10k")}[split]
-    command = "python -c 'from optgen.data import {0}; {0}({1}download=True)'".format(function, "" if root is None else f'root="{root}", ')
-    mend = f"run {command}, or use the digits that come with optgen and need no file (--data digits)"
+    function, n, stem = (
+        {"MNIST": "mnist", "FashionMNIST": "fashion_mnist"}[kind],
+        *{"train": (60_000, "train"), "test": (10_000, "t10k")}[split],
+    )
+    command = "python -c 'from optgen.data import {0}; {0}({1}download=True)'".format(
+        function, "" if root is None else f'root="{root}", '
+    )
+    mend = (
+        f"run {command}, or use the digits that come with optgen and need no file (--data digits)"
+    )
     roots = data_folders() if root is None else [Path(root)]
+
     def find(root):
         raw = root / kind / "raw"
         plain = raw / f"{stem}-images-idx3-ubyte", raw / f"{stem}-labels-idx1-ubyte"
-        return [f if f.exists() or not (z := f.with_name(f.name + ".gz")).exists() else z for f in plain]
+        return [
+            f if f.exists() or not (z := f.with_name(f.name + ".gz")).exists() else z for f in plain
+        ]
+
     place = next((r for r in roots if any(f.exists() for f in find(r))), roots[0])
     if download and not all(f.exists() for f in find(place)):
-        try: getattr(datasets, kind)(place, train=split == "train", download=True)
+        try:
+            getattr(datasets, kind)(place, train=split == "train", download=True)
         except (OSError, RuntimeError) as e:
-            raise _bad(place, f"cannot download {kind} ({' '.join(str(e).split())})", f"get on the network and {mend}") from None
+            raise _bad(
+                place,
+                f"cannot download {kind} ({' '.join(str(e).split())})",
+                f"get on the network and {mend}",
+            ) from None
     elif not any(f.exists() for f in find(place)):
-        raise _bad(find(place)[0], f"no such file, looked for {kind}/raw in {' and '.join(map(str, roots))}", mend)
-    images, labels = (read_idx(f, s, h, mend) for f, s, h in zip(find(place), ((n, 28, 28), (n,)), _sha256[kind, split]))
-    return Images(images.unsqueeze(1), labels.long(), kind, split, tuple(getattr(datasets, kind).classes))
+        raise _bad(
+            find(place)[0],
+            f"no such file, looked for {kind}/raw in {' and '.join(map(str, roots))}",
+            mend,
+        )
+    images, labels = (
+        read_idx(f, s, h, mend)
+        for f, s, h in zip(find(place), ((n, 28, 28), (n,)), _sha256[kind, split])
+    )
+    return Images(
+        images.unsqueeze(1), labels.long(), kind, split, tuple(getattr(datasets, kind).classes)
+    )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-6
-def mnist(
-    split: str="train",   # "train" (60,000 images) or "test" (10,000)
-    root=None,            # folder that holds MNIST/raw; None: see `data_folders`
-    download: bool=False, # fetch the files if they are not there (torchvision does it, and checks their MD5)
-) -> Images:              # (N, 1, 28, 28); DataError if a file is missing, truncated or altered
-    r"The MNIST digits. LeCun, Cortes and Burges (1998)."
+def mnist(split: str = "train", root=None, download: bool = False) -> Images:
+    """The MNIST digits. LeCun, Cortes and Burges (1998).
+
+    Args:
+        split: "train" (60,000 images) or "test" (10,000).
+        root: folder that holds MNIST/raw; None: see `data_folders`.
+        download: fetch the files if they are not there (torchvision does it, and checks their MD5).
+
+    Returns:
+        (N, 1, 28, 28); DataError if a file is missing, truncated or altered.
+    """
     return _idx_set("MNIST", split, root, download)
 
-def fashion_mnist(
-    split: str="train",   # "train" (60,000 images) or "test" (10,000)
-    root=None,            # folder that holds FashionMNIST/raw; None: see `data_folders`
-    download: bool=False, # fetch the files if they are not there (torchvision does it, and checks their MD5)
-) -> Images:              # (N, 1, 28, 28); DataError if a file is missing, truncated or altered
-    r"Fashion-MNIST: ten kinds of clothing in MNIST's format. Xiao, Rasul and Vollgraf (2017)."
+
+def fashion_mnist(split: str = "train", root=None, download: bool = False) -> Images:
+    """Fashion-MNIST: ten kinds of clothing in MNIST's format. Xiao, Rasul and Vollgraf (2017).
+
+    Args:
+        split: "train" (60,000 images) or "test" (10,000).
+        root: folder that holds FashionMNIST/raw; None: see `data_folders`.
+        download: fetch the files if they are not there (torchvision does it, and checks their MD5).
+
+    Returns:
+        (N, 1, 28, 28); DataError if a file is missing, truncated or altered.
+    """
     return _idx_set("FashionMNIST", split, root, download)
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-7
 ASSETS = files("optgen") / "assets"
-_digits = {"train": (10_000, "08cec69065f86fe687e7acc4affbd071d612a466b61e8353aac31e83fa3cb858"),
-           "test": (2_000, "62e74c776d69296a95ceb1a37b7f1e34812dffd622ccf53dbdfb219e4fb0cd2f")}
+_digits = {
+    "train": (10_000, "08cec69065f86fe687e7acc4affbd071d612a466b61e8353aac31e83fa3cb858"),
+    "test": (2_000, "62e74c776d69296a95ceb1a37b7f1e34812dffd622ccf53dbdfb219e4fb0cd2f"),
+}
 
-def digits(
-    split: str="train", # "train" (10,000 images, 1,000 a class) or "test" (2,000, 200 a class)
-) -> Images:            # (N, 1, 28, 28); DataError if the package's file is missing, truncated or altered
-    r"Real MNIST digits that come with the package, Eq. (digits)."
+
+def digits(split: str = "train") -> Images:
+    """Real MNIST digits that come with the package, Eq. (digits).
+
+    Args:
+        split: "train" (10,000 images, 1,000 a class) or "test" (2,000, 200 a class).
+
+    Returns:
+        (N, 1, 28, 28); DataError if the package's file is missing, truncated or altered.
+    """
     _check_split(split)
     (n, sha), path = _digits[split], ASSETS / f"digits-{split}.xz"
     mend = "reinstall the package, pip install --force-reinstall --no-deps optgen"
-    try: raw = bytearray(lzma.decompress(path.read_bytes()))
-    except FileNotFoundError: raise _bad(path, "no such file", mend) from None
-    except (OSError, EOFError, lzma.LZMAError) as e: raise _bad(path, f"cannot be read ({e})", mend) from None
-    if (found := sha256(raw).hexdigest()) != sha: raise _bad(path, f"altered: its content's SHA-256 is {found[:8]}..., expected {sha[:8]}...", mend)
+    try:
+        raw = bytearray(lzma.decompress(path.read_bytes()))
+    except FileNotFoundError:
+        raise _bad(path, "no such file", mend) from None
+    except (OSError, EOFError, lzma.LZMAError) as e:
+        raise _bad(path, f"cannot be read ({e})", mend) from None
+    if (found := sha256(raw).hexdigest()) != sha:
+        raise _bad(
+            path, f"altered: its content's SHA-256 is {found[:8]}..., expected {sha[:8]}...", mend
+        )
     images, labels = torch.frombuffer(raw, dtype=torch.uint8).split((n * 784, n))
     return Images(images.view(n, 1, 28, 28), labels.long(), "digits", split, tuple("0123456789"))
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-8
-def read_image(
-    file,                # anything PIL opens, 8 bits a channel
-    size: int,           # side of the square, pixels
-    channels: int|None=None, # 1 grey, 3 colour, None as the file is
-) -> torch.Tensor:       # (channels, size, size) uint8; DataError if it cannot be read or has more than 8 bits
-    r"A picture as a square of bytes: turned upright, centre-cropped, scaled."
-    if size < 1 or channels not in (None, 1, 3): raise _bad(f"size={size}, channels={channels}", "expected size >= 1, channels 1 or 3", "pass such")
+def read_image(file, size: int, channels: int | None = None) -> torch.Tensor:
+    """A picture as a square of bytes: turned upright, centre-cropped, scaled.
+
+    Args:
+        file: anything PIL opens, 8 bits a channel.
+        size: side of the square, pixels.
+        channels: 1 grey, 3 colour, None as the file is.
+
+    Returns:
+        (channels, size, size) uint8; DataError if it cannot be read or has more than 8 bits.
+    """
+    if size < 1 or channels not in (None, 1, 3):
+        raise _bad(
+            f"size={size}, channels={channels}", "expected size >= 1, channels 1 or 3", "pass such"
+        )
     try:
-        with Image.open(file) as im: im = ImageOps.exif_transpose(im); im.load()
+        with Image.open(file) as im:
+            im = ImageOps.exif_transpose(im)
+            im.load()
     except Exception as e:  # PIL raises many kinds on a broken file
-        raise _bad(file, f"cannot be read as an image ({' '.join(str(e).split())})", "delete or replace it") from None
-    if im.mode[0] in "IF": raise _bad(file, f"has more than 8 bits a channel (PIL's mode {im.mode})", "save it with 8 bits")
+        raise _bad(
+            file, f"cannot be read as an image ({' '.join(str(e).split())})", "delete or replace it"
+        ) from None
+    if im.mode[0] in "IF":
+        raise _bad(
+            file, f"has more than 8 bits a channel (PIL's mode {im.mode})", "save it with 8 bits"
+        )
     mode = {1: "L", 3: "RGB", None: "L" if im.mode in ("1", "L", "LA", "La") else "RGB"}[channels]
-    if "A" in im.getbands() or "transparency" in im.info: im = Image.alpha_composite(Image.new("RGBA", im.size, "black"), im.convert("RGBA"))
+    if "A" in im.getbands() or "transparency" in im.info:
+        im = Image.alpha_composite(Image.new("RGBA", im.size, "black"), im.convert("RGBA"))
     return pil_to_tensor(ImageOps.fit(im.convert(mode), (size, size), Image.Resampling.BILINEAR))
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-9
-def _hash(*key):  # 32 bits, all that a CPU generator keeps of its seed
+def _hash(*key):
+    """32 bits, all that a CPU generator keeps of its seed."""
     return int(sha256("/".join(map(str, key)).encode()).hexdigest()[:8], 16)
 
+
 class ImageFiles(Dataset):
-    r"An image set that stays on disk; item `i` is its image (C, H, W) in bytes."
-    def __init__(self,
-        files: list,          # paths of the images
-        labels: torch.Tensor|None=None, # (N,) int64
-        size: int=28,         # side of the square, pixels
-        channels: int|None=None, # 1 grey, 3 colour, None: as the first file is, and so must be the others
-        name: str="images",   # for messages and run folders
-        split: str="train",   # "train" or "test"
-        classes: tuple=(),    # names of the labels 0, 1, ...
+    """An image set that stays on disk; item `i` is its image (C, H, W) in bytes.
+
+    Args:
+        files: paths of the images.
+        labels: (N,) int64.
+        size: side of the square, pixels.
+        channels: 1 grey, 3 colour, None: as the first file is, and so must be the others.
+        name: for messages and run folders.
+        split: "train" or "test".
+        classes: names of the labels 0, 1, ...
+    """
+
+    def __init__(
+        self,
+        files: list,
+        labels: torch.Tensor | None = None,
+        size: int = 28,
+        channels: int | None = None,
+        name: str = "images",
+        split: str = "train",
+        classes: tuple = (),
     ):
-        self.files, self.labels, self.name, self.split, self.classes = [Path(f) for f in files], labels, name, split, classes
+        self.files, self.labels, self.name, self.split, self.classes = (
+            [Path(f) for f in files],
+            labels,
+            name,
+            split,
+            classes,
+        )
         self.strict = channels is None
         self.shape = tuple(read_image(files[0], size, channels).shape)
 
-    def __len__(self): return len(self.files)
+    def __len__(self):
+        return len(self.files)
 
     def __getitem__(self, i):
         x = read_image(self.files[i], self.shape[1], None if self.strict else self.shape[0])
-        if len(x) != self.shape[0]: raise _bad(self.files[i], f"has {len(x)} channel(s), but {self.files[0]} has {self.shape[0]}",
-            "pass channels=1 to take all in grey or channels=3 in colour")
+        if len(x) != self.shape[0]:
+            raise _bad(
+                self.files[i],
+                f"has {len(x)} channel(s), but {self.files[0]} has {self.shape[0]}",
+                "pass channels=1 to take all in grey or channels=3 in colour",
+            )
         return x
 
     def take(self, places: torch.Tensor):
-        r"The images at these places, (n,) int64."
+        """The images at these places, (n,) int64."""
         labels = None if self.labels is None else self.labels[places]
-        return ImageFiles([self.files[i] for i in places.tolist()], labels, self.shape[1], None if self.strict else self.shape[0], self.name, self.split, self.classes)
+        return ImageFiles(
+            [self.files[i] for i in places.tolist()],
+            labels,
+            self.shape[1],
+            None if self.strict else self.shape[0],
+            self.name,
+            self.split,
+            self.classes,
+        )
 
     def read(self):
-        r"All of it, in memory."
+        """All of it, in memory."""
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:
-            for out, x in zip(images, pool.map(self.__getitem__, range(len(self)))): out.copy_(x)
+            for out, x in zip(images, pool.map(self.__getitem__, range(len(self)))):
+                out.copy_(x)
         return Images(images, self.labels, self.name, self.split, self.classes)
 
     @cached_property
     def fingerprint(self):
-        r"A number that changes with the files' names, sizes, labels and shape."
-        return _hash(self.shape, None if self.labels is None else self.labels.tolist(), *((f.name, f.stat().st_size) for f in self.files))
+        """A number that changes with the files' names, sizes, labels and shape."""
+        return _hash(
+            self.shape,
+            None if self.labels is None else self.labels.tolist(),
+            *((f.name, f.stat().st_size) for f in self.files),
+        )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-10
 def image_folder(
-    path,                # folder of images, in sub-folders by class or not
-    split: str="train",  # "train" or "test"
-    size: int=28,        # side of the square that each becomes, pixels
-    channels: int|None=None, # 1 grey, 3 colour, None: as they are, all alike
-    holdout: float=.1,   # part of the images in the test split where there are no train/ and test/, Eq. (holdout)
-    seed: int=0,         # of that choice
-    memory: int=2**31,   # bytes; a larger set stays on disk
-) -> Images|ImageFiles:  # DataError if the path is bad or a split empty, and if an image cannot be read
-    r"Your own images: read into memory, or streamed from disk if they need more than `memory`."
-    _check_split(split); path = Path(path)
-    if not path.is_dir(): raise _bad(path, "is a file, expected a folder of images" if path.exists() else "no such folder", "check the path")
+    path,
+    split: str = "train",
+    size: int = 28,
+    channels: int | None = None,
+    holdout: float = 0.1,
+    seed: int = 0,
+    memory: int = 2**31,
+) -> Images | ImageFiles:
+    """Your own images: read into memory, or streamed from disk if they need more than `memory`.
+
+    Args:
+        path: folder of images, in sub-folders by class or not.
+        split: "train" or "test".
+        size: side of the square that each becomes, pixels.
+        channels: 1 grey, 3 colour, None: as they are, all alike.
+        holdout: part of the images in the test split where there are no train/ and test/, Eq.
+            (holdout).
+        seed: of that choice.
+        memory: bytes; a larger set stays on disk.
+
+    Returns:
+        DataError if the path is bad or a split empty, and if an image cannot be read.
+    """
+    _check_split(split)
+    path = Path(path)
+    if not path.is_dir():
+        raise _bad(
+            path,
+            "is a file, expected a folder of images" if path.exists() else "no such folder",
+            "check the path",
+        )
     bases = {s: path / s for s in SPLITS if (path / s).is_dir()}
-    if bases and split not in bases: raise _bad(path / split, f"no such folder beside {path / next(iter(bases))}",
-        "make it, or move the images of the other up into the folder itself to have a part of them held out")
-    inside = lambda folder: sorted(f.relative_to(folder) for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS)
+    if bases and split not in bases:
+        raise _bad(
+            path / split,
+            f"no such folder beside {path / next(iter(bases))}",
+            "make it, or move the images of the other up into the folder itself to have a part of them held out",
+        )
+    inside = lambda folder: sorted(
+        f.relative_to(folder) for f in folder.rglob("*") if f.suffix.lower() in IMG_EXTENSIONS
+    )
     found = {s: inside(b) for s, b in (bases or {split: path}).items()}
     known = {s: [f for f in fs if f.parts[0] != UNLABELLED] for s, fs in found.items()}
-    every, names, base = [f for fs in known.values() for f in fs], known[split], bases.get(split, path)
+    every, names, base = (
+        [f for fs in known.values() for f in fs],
+        known[split],
+        bases.get(split, path),
+    )
     loose = [f for f in every if len(f.parts) == 1]
-    if 0 < len(loose) < len(every): raise _bad(path / loose[0], "an image beside folders of them, its class is unknown", f"move it into one, or into {UNLABELLED}/")
-    if not bases: names = [f for f in names if (_hash(seed, f.as_posix()) < holdout * 2**32) == (split == "test")]
-    unknown = [folder / f for folder in {base / UNLABELLED, path / UNLABELLED} for f in inside(folder)] if split == "train" else []
-    if not names and not unknown: raise _bad(base, f"no image in the {split} split ({len(every)} in all)", f"add some ({' '.join(IMG_EXTENSIONS)})")
+    if 0 < len(loose) < len(every):
+        raise _bad(
+            path / loose[0],
+            "an image beside folders of them, its class is unknown",
+            f"move it into one, or into {UNLABELLED}/",
+        )
+    if not bases:
+        names = [
+            f for f in names if (_hash(seed, f.as_posix()) < holdout * 2**32) == (split == "test")
+        ]
+    unknown = (
+        [folder / f for folder in {base / UNLABELLED, path / UNLABELLED} for f in inside(folder)]
+        if split == "train"
+        else []
+    )
+    if not names and not unknown:
+        raise _bad(
+            base,
+            f"no image in the {split} split ({len(every)} in all)",
+            f"add some ({' '.join(IMG_EXTENSIONS)})",
+        )
     classes = {} if loose else {c: i for i, c in enumerate(sorted({f.parts[0] for f in every}))}
-    labels = torch.tensor([classes[f.parts[0]] for f in names] + [-1] * len(unknown)) if classes else None
-    data = ImageFiles([*(base / f for f in names), *sorted(unknown)], labels, size, channels, path.resolve().name, split, tuple(classes))
+    labels = (
+        torch.tensor([classes[f.parts[0]] for f in names] + [-1] * len(unknown))
+        if classes
+        else None
+    )
+    data = ImageFiles(
+        [*(base / f for f in names), *sorted(unknown)],
+        labels,
+        size,
+        channels,
+        path.resolve().name,
+        split,
+        tuple(classes),
+    )
     return data.read() if len(data) * math.prod(data.shape) <= memory else data
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-11
-_sets = {"digits": lambda split, root: digits(split), "mnist": mnist, "fashion-mnist": fashion_mnist}
+_sets = {
+    "digits": lambda split, root: digits(split),
+    "mnist": mnist,
+    "fashion-mnist": fashion_mnist,
+}
 
-def load(
-    name: str,          # "digits", "mnist", "fashion-mnist" or the path of a folder of images
-    split: str="train", # "train" or "test"
-    root=None,          # where MNIST and Fashion-MNIST lie, see `mnist`
-    size: int=28,       # side of the images of a folder, see `image_folder`
-) -> Images|ImageFiles: # DataError as from the function of that set
-    r"The set that the command line calls `name`."
-    if name in _sets: return _sets[name](split, root)
-    if name and Path(name).exists(): return image_folder(name, split, size)
-    raise _bad(repr(str(name)), "neither the name of a set nor a folder", f"pass one of {', '.join(_sets)}, or the path of a folder of images")
+
+def load(name: str, split: str = "train", root=None, size: int = 28) -> Images | ImageFiles:
+    """The set that the command line calls `name`.
+
+    Args:
+        name: "digits", "mnist", "fashion-mnist" or the path of a folder of images.
+        split: "train" or "test".
+        root: where MNIST and Fashion-MNIST lie, see `mnist`.
+        size: side of the images of a folder, see `image_folder`.
+
+    Returns:
+        DataError as from the function of that set.
+    """
+    if name in _sets:
+        return _sets[name](split, root)
+    if name and Path(name).exists():
+        return image_folder(name, split, size)
+    raise _bad(
+        repr(str(name)),
+        "neither the name of a set nor a folder",
+        f"pass one of {', '.join(_sets)}, or the path of a folder of images",
+    )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-12
-def hold_out(
-    data: Images|ImageFiles, # of N images
-    part: float=.1,          # $h$ in (0, 1)
-    seed: int=0,             # of the choice
-) -> tuple:                  # (rest, held), each in the order of `data`; DataError if either would be empty
-    r"Part of a training set, kept for validation, Eq. (validation)."
+def hold_out(data: Images | ImageFiles, part: float = 0.1, seed: int = 0) -> tuple:
+    """Part of a training set, kept for validation, Eq. (validation).
+
+    Args:
+        data: of N images.
+        part: $h$ in (0, 1).
+        seed: of the choice.
+
+    Returns:
+        (rest, held), each in the order of `data`; DataError if either would be empty.
+    """
     n = math.ceil(part * len(data))
-    if not 0 < n < len(data): raise _bad(f"hold_out(part={part})", f"leaves {len(data) - n} and {n} of {len(data)} images", "pass a part between 0 and 1, or more images")
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(_hash("hold out", seed)))
+    if not 0 < n < len(data):
+        raise _bad(
+            f"hold_out(part={part})",
+            f"leaves {len(data) - n} and {n} of {len(data)} images",
+            "pass a part between 0 and 1, or more images",
+        )
+    order = torch.randperm(
+        len(data), generator=torch.Generator().manual_seed(_hash("hold out", seed))
+    )
     return data.take(order[n:].sort().values), data.take(order[:n].sort().values)
 
 # %% ../nbs/00_foundations/01_data.ipynb #2c7788fd
-def few_labels(
-    data: Images|ImageFiles, # with labels; those of unknown class, -1, are passed over
-    n: int,                  # at least one a class
-    seed: int=0,             # of the choice
-) -> torch.Tensor:           # (n,) int64, places in `data`, ascending; DataError without labels, and where a class has too few images
-    r"A class-balanced choice of labelled images, Eq. (few-labels)."
-    if data.labels is None or not (data.labels >= 0).any(): raise _bad(data.name, "has no labels", "put the images of each class in a folder of its own")
-    classes, rng = max(len(data.classes), int(data.labels.max()) + 1), torch.Generator().manual_seed(_hash("few labels", seed))
-    if n < classes: raise _bad(f"few_labels(n={n})", f"{data.name} has {classes} classes", "ask for one label a class at least")
-    more, chosen = torch.randperm(classes, generator=rng)[:n % classes].tolist(), []
+def few_labels(data: Images | ImageFiles, n: int, seed: int = 0) -> torch.Tensor:
+    """A class-balanced choice of labelled images, Eq. (few-labels).
+
+    Args:
+        data: with labels; those of unknown class, -1, are passed over.
+        n: at least one a class.
+        seed: of the choice.
+
+    Returns:
+        (n,) int64, places in `data`, ascending; DataError without labels, and where a class has too
+        few images.
+    """
+    if data.labels is None or not (data.labels >= 0).any():
+        raise _bad(
+            data.name, "has no labels", "put the images of each class in a folder of its own"
+        )
+    classes, rng = (
+        max(len(data.classes), int(data.labels.max()) + 1),
+        torch.Generator().manual_seed(_hash("few labels", seed)),
+    )
+    if n < classes:
+        raise _bad(
+            f"few_labels(n={n})",
+            f"{data.name} has {classes} classes",
+            "ask for one label a class at least",
+        )
+    more, chosen = torch.randperm(classes, generator=rng)[: n % classes].tolist(), []
     for c in range(classes):
         places, count = (data.labels.cpu() == c).nonzero().flatten(), n // classes + (c in more)
-        if len(places) < count: raise _bad(f"few_labels(n={n})", f"{data.name} has {len(places)} labelled images of class {data.classes[c] if data.classes else c}, wanted {count}", "ask for fewer")
+        if len(places) < count:
+            raise _bad(
+                f"few_labels(n={n})",
+                f"{data.name} has {len(places)} labelled images of class {data.classes[c] if data.classes else c}, wanted {count}",
+                "ask for fewer",
+            )
         chosen.append(places[torch.randperm(len(places), generator=rng)[:count]])
     return torch.cat(chosen).sort().values
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-13
-def bernoulli(
-    pixels: torch.Tensor,            # uint8, any shape
-    generator: torch.Generator|None=None, # on the device of `pixels`
-) -> torch.Tensor:                   # uint8 zeros and ones, of the same shape
-    r"A draw of every pixel, Eq. (binarise)."
+def bernoulli(pixels: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """A draw of every pixel, Eq. (binarise).
+
+    Args:
+        pixels: uint8, any shape.
+        generator: on the device of `pixels`.
+
+    Returns:
+        uint8 zeros and ones, of the same shape.
+    """
     return torch.empty_like(pixels).random_(0, 255, generator=generator).lt_(pixels)
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-14
-def _generator(device, *key): return torch.Generator(device).manual_seed(_hash(*key))
+def _generator(device, *key):
+    return torch.Generator(device).manual_seed(_hash(*key))
+
 
 class Order:
-    r"The places of `n` images in batches, epoch by epoch, in a seeded order that can be saved and restored between any two batches."
-    def __init__(self,
-        n: int,                # images
-        batch_size: int,       # images a batch
-        shuffle: bool=True,    # a new order every epoch; else 0, 1, 2, ...
-        seed: int=0,           # of the order, which is the same on every device
-        drop_last: bool=False, # leave out the smaller last batch
+    """The places of `n` images in batches, epoch by epoch, in a seeded order that can be saved and
+    restored between any two batches.
+
+    Args:
+        n: images.
+        batch_size: images a batch.
+        shuffle: a new order every epoch; else 0, 1, 2, ...
+        seed: of the order, which is the same on every device.
+        drop_last: leave out the smaller last batch.
+    """
+
+    def __init__(
+        self, n: int, batch_size: int, shuffle: bool = True, seed: int = 0, drop_last: bool = False
     ):
-        if not isinstance(batch_size, int) or batch_size < 1: raise _bad(f"batch_size={batch_size!r}", "expected a whole number from 1", "pass one")
-        if n < (batch_size if drop_last else 1): raise _bad(f"{n} images", f"make no batch of {batch_size}", "take smaller batches or more images")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise _bad(f"batch_size={batch_size!r}", "expected a whole number from 1", "pass one")
+        if n < (batch_size if drop_last else 1):
+            raise _bad(
+                f"{n} images",
+                f"make no batch of {batch_size}",
+                "take smaller batches or more images",
+            )
         self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
         self.random, self.epoch, self.restored = _generator("cpu", "order", seed), 0, False
         self.batch, self.start = 0, self.random.get_state()
 
-    def __len__(self): return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+    def __len__(self):
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
 
     def begin(self):
-        r"The places of each batch of a new epoch or, after `load_state_dict`, of what was left of that one."
-        if not self.restored: self.batch, self.start = 0, self.random.get_state()
+        """The places of each batch of a new epoch or, after `load_state_dict`, of what was left of
+        that one.
+        """
+        if not self.restored:
+            self.batch, self.start = 0, self.random.get_state()
         self.restored = False
-        order = torch.randperm(self.n, generator=self.random) if self.shuffle else torch.arange(self.n)
-        return order.split(self.batch_size)[self.batch:len(self)]
+        order = (
+            torch.randperm(self.n, generator=self.random) if self.shuffle else torch.arange(self.n)
+        )
+        return order.split(self.batch_size)[self.batch : len(self)]
 
     def end(self):
-        r"The epoch is finished."
+        """The epoch is finished."""
         self.epoch, self.batch, self.start = self.epoch + 1, 0, self.random.get_state()
 
     def state_dict(self):
-        r"The epochs done, the batches done of this one, and the generator as it was when it began."
+        """The epochs done, the batches done of this one, and the generator as it was when it
+        began.
+        """
         return dict(epoch=self.epoch, batch=self.batch, start=self.start.clone())
 
     def load_state_dict(self, state):
-        r"Go on from `state`: the next `begin` gives what was left of its epoch."
+        """Go on from `state`: the next `begin` gives what was left of its epoch."""
         self.random.set_state(state["start"].cpu())
-        self.epoch, self.batch, self.start, self.restored = state["epoch"], state["batch"], state["start"].cpu(), True
+        self.epoch, self.batch, self.start, self.restored = (
+            state["epoch"],
+            state["batch"],
+            state["start"].cpu(),
+            True,
+        )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-15
 def _stream(data, parts, workers, device):
-    source = DataLoader(data, batch_sampler=[p.tolist() for p in parts], num_workers=workers, pin_memory=device.type == "cuda",
-        generator=torch.Generator())  # one of its own, so that it leaves the global one alone
-    try: yield from (x.to(device, non_blocking=True) for x in source)
+    source = DataLoader(
+        data,
+        batch_sampler=[p.tolist() for p in parts],
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )  # one of its own, so that it leaves the global one alone
+    try:
+        yield from (x.to(device, non_blocking=True) for x in source)
     except DataError as e:  # from a worker it comes with a traceback
-        raise DataError(str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")) from None
+        raise DataError(
+            str(e).strip().splitlines()[-1].removeprefix("optgen.data.DataError: ")
+        ) from None
+
 
 class Source:
-    r"The images of a set at given places, as batches on the training device: sliced, scaled to [0, 1] and binarised there; tokens are only sliced."
-    def __init__(self, data, device=None, binarize=None, seed=0, static_seed=0, workers=2):  # as in `Loader`
+    """The images of a set at given places, as batches on the training device: sliced, scaled to
+    [0, 1] and binarised there; tokens are only sliced.
+    """
+
+    def __init__(self, data, device=None, binarize=None, seed=0, static_seed=0, workers=2):
         stream = isinstance(data, ImageFiles)
-        if not isinstance(data, (Images, ImageFiles)): raise _bad(type(data).__name__, "expected Images or ImageFiles", "wrap your tensor, Images(x)")
-        if binarize not in (None, "static", "dynamic"): raise _bad(f"binarize={binarize!r}", "expected None, 'static' or 'dynamic'", "pass one")
-        if binarize == "static" and stream: raise _bad("binarize='static'", f"{data.name} is streamed from disk", "pass 'dynamic', or data.read()")
-        if binarize and isinstance(data, Sequences): raise _bad(f"binarize={binarize!r}", f"{data.name} is of tokens, not of pixels", "leave it out")
+        if not isinstance(data, (Images, ImageFiles)):
+            raise _bad(
+                type(data).__name__, "expected Images or ImageFiles", "wrap your tensor, Images(x)"
+            )
+        if binarize not in (None, "static", "dynamic"):
+            raise _bad(f"binarize={binarize!r}", "expected None, 'static' or 'dynamic'", "pass one")
+        if binarize == "static" and stream:
+            raise _bad(
+                "binarize='static'",
+                f"{data.name} is streamed from disk",
+                "pass 'dynamic', or data.read()",
+            )
+        if binarize and isinstance(data, Sequences):
+            raise _bad(
+                f"binarize={binarize!r}", f"{data.name} is of tokens, not of pixels", "leave it out"
+            )
         self.data, self.binarize, self.workers = data, binarize, workers
         self.device = torch.device(device or ("cpu" if stream else data.images.device))
         self.noise = _generator(self.device, "noise", seed) if binarize == "dynamic" else None
         self.labels = None if data.labels is None else data.labels.to(self.device)
         if binarize == "static":
-            self.images = bernoulli(data.images.cpu(), _generator("cpu", "static", static_seed, data.fingerprint)).to(self.device)
-        elif not stream: self.images = data.images.to(self.device)
+            self.images = bernoulli(
+                data.images.cpu(), _generator("cpu", "static", static_seed, data.fingerprint)
+            ).to(self.device)
+        elif not stream:
+            self.images = data.images.to(self.device)
 
     def batches(self, parts):
-        r"A `Batch` for each index tensor of `parts`."
-        places = torch.cat(parts).to(self.device, non_blocking=True).split(len(parts[0])) if parts else ()
-        if isinstance(self.data, ImageFiles): pixels = _stream(self.data, parts, self.workers, self.device)
-        else: pixels = (self.images.index_select(0, i) for i in places)
+        """A `Batch` for each index tensor of `parts`."""
+        places = (
+            torch.cat(parts).to(self.device, non_blocking=True).split(len(parts[0]))
+            if parts
+            else ()
+        )
+        if isinstance(self.data, ImageFiles):
+            pixels = _stream(self.data, parts, self.workers, self.device)
+        else:
+            pixels = (self.images.index_select(0, i) for i in places)
         for x, i in zip(pixels, places):
-            if self.noise: x = bernoulli(x, self.noise)
-            yield Batch(x if isinstance(self.data, Sequences) else x / (1 if self.binarize else 255), None if self.labels is None else self.labels.index_select(0, i))
+            if self.noise:
+                x = bernoulli(x, self.noise)
+            yield Batch(
+                x if isinstance(self.data, Sequences) else x / (1 if self.binarize else 255),
+                None if self.labels is None else self.labels.index_select(0, i),
+            )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-16
 def _check_state(state, settings, noise, batches):
     need = ["epoch", "batch", "start"] + ["noise"] * (noise is not None)
-    wrong = [f"{k}: saved {state.get(k)}, here {v}" for k, v in settings.items() if state.get(k) != v] or [f"no {k}" for k in need if k not in state]
-    if not wrong and not 0 <= state["batch"] <= batches: wrong = [f"batch {state['batch']} of {batches}"]
-    if not wrong and noise and len(state["noise"]) != len(noise.get_state()): wrong = ["its noise was drawn on another kind of device"]
-    if wrong: raise _bad("loader state", f"belongs to another loader ({'; '.join(wrong)})", "make the loader as it was when the state was saved")
+    wrong = [
+        f"{k}: saved {state.get(k)}, here {v}" for k, v in settings.items() if state.get(k) != v
+    ] or [f"no {k}" for k in need if k not in state]
+    if not wrong and not 0 <= state["batch"] <= batches:
+        wrong = [f"batch {state['batch']} of {batches}"]
+    if not wrong and noise and len(state["noise"]) != len(noise.get_state()):
+        wrong = ["its noise was drawn on another kind of device"]
+    if wrong:
+        raise _bad(
+            "loader state",
+            f"belongs to another loader ({'; '.join(wrong)})",
+            "make the loader as it was when the state was saved",
+        )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-17
 class Loader:
-    r"Batches of an image set, epoch by epoch: an `Order` served by a `Source`."
-    def __init__(self,
-        data: Images|ImageFiles,  # from `load` or made by hand, or `Sequences`; `ImageFiles` are streamed through torch's `DataLoader`
-        batch_size: int,          # images a batch
+    """Batches of an image set, epoch by epoch: an `Order` served by a `Source`.
+
+    Args:
+        data: from `load` or made by hand, or `Sequences`; `ImageFiles` are streamed through torch's
+            `DataLoader`.
+        batch_size: images a batch.
+        device: where batches are made; None: where the images are.
+        shuffle: a new order every epoch.
+        binarize: None (grey), "static" or "dynamic", Eq. (binarise).
+        seed: of the order and of the dynamic binarisation.
+        drop_last: leave out the smaller last batch.
+        static_seed: of the static binarisation, apart so that runs with other seeds see the same
+            set.
+        workers: processes that read `ImageFiles`.
+
+    Returns:
+        DataError for a bad argument.
+    """
+
+    def __init__(
+        self,
+        data: Images | ImageFiles,
+        batch_size: int,
         *,
-        device=None,              # where batches are made; None: where the images are
-        shuffle: bool=True,       # a new order every epoch
-        binarize: str|None=None,  # None (grey), "static" or "dynamic", Eq. (binarise)
-        seed: int=0,              # of the order and of the dynamic binarisation
-        drop_last: bool=False,    # leave out the smaller last batch
-        static_seed: int=0,       # of the static binarisation, apart so that runs with other seeds see the same set
-        workers: int=2,           # processes that read `ImageFiles`
-    ):                            # DataError for a bad argument
+        device=None,
+        shuffle: bool = True,
+        binarize: str | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        static_seed: int = 0,
+        workers: int = 2,
+    ):
         self.source = Source(data, device, binarize, seed, static_seed, workers)
         self.order = Order(len(data), batch_size, shuffle, seed, drop_last)
         self.data, self.device, self.noise = data, self.source.device, self.source.noise
-        self.arguments = dict(batch_size=batch_size, seed=seed, shuffle=shuffle, drop_last=drop_last, static_seed=static_seed,
-            static=binarize == "static", dynamic=binarize == "dynamic")
+        self.arguments = dict(
+            batch_size=batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            static_seed=static_seed,
+            static=binarize == "static",
+            dynamic=binarize == "dynamic",
+        )
 
     epoch = property(lambda self: self.order.epoch, doc="The number of finished epochs.")
-    def __len__(self): return len(self.order)
+
+    def __len__(self):
+        return len(self.order)
 
     def __iter__(self):
         for batch in self.source.batches(self.order.begin()):
@@ -431,48 +842,98 @@ class Loader:
         self.order.end()
 
     def state_dict(self):
-        r"Where the loader is, and what it belongs to: integers and tensors."
+        """Where the loader is, and what it belongs to: integers and tensors."""
         state = self.arguments | {"data": self.data.fingerprint} | self.order.state_dict()
         return state | {"noise": self.noise.get_state()} if self.noise else state
 
     def load_state_dict(self, state):
-        r"Go on from `state`, bit for bit; DataError if it belongs to other data or another setting."
+        """Go on from `state`, bit for bit; DataError if it belongs to other data or another
+        setting.
+        """
         _check_state(state, self.arguments | {"data": self.data.fingerprint}, self.noise, len(self))
         self.order.load_state_dict(state)
-        if self.noise: self.noise.set_state(state["noise"].cpu())
+        if self.noise:
+            self.noise.set_state(state["noise"].cpu())
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-18
-def stacked(
-    data: Images,       # grey, with labels
-    n: int|None=None,   # images to make, each 3 times the bytes of one of `data`; None: as many as `data` has
-    channels: int=3,    # drawn for each, $C$
-    seed: int=0,        # of the draw, which is the same on every device
-) -> Images:            # (n, channels, H, W), labels 0 ... K**channels - 1; DataError unless `data` is grey and labelled
-    r"Images whose channels are images of `data` drawn at random, Eq. (stacked)."
-    if data.labels is None or data.shape[0] != 1: raise _bad(data.name, f"{data.shape[0]} channel(s), {'no ' * (data.labels is None)}labels",
-        "stack grey images with labels, mnist() say")
-    if (n is not None and n < 1) or channels < 1: raise _bad(f"stacked(n={n}, channels={channels})", "makes no image", "pass numbers from 1")
-    generator, classes = _generator("cpu", "stacked", seed), len(data.classes) or int(data.labels.max()) + 1
-    pick = torch.randint(len(data), (n or len(data), channels), generator=generator).to(data.images.device)
+def stacked(data: Images, n: int | None = None, channels: int = 3, seed: int = 0) -> Images:
+    """Images whose channels are images of `data` drawn at random, Eq. (stacked).
+
+    Args:
+        data: grey, with labels.
+        n: images to make, each 3 times the bytes of one of `data`; None: as many as `data` has.
+        channels: drawn for each, $C$.
+        seed: of the draw, which is the same on every device.
+
+    Returns:
+        (n, channels, H, W), labels 0 ... K**channels - 1; DataError unless `data` is grey and
+        labelled.
+    """
+    if data.labels is None or data.shape[0] != 1:
+        raise _bad(
+            data.name,
+            f"{data.shape[0]} channel(s), {'no ' * (data.labels is None)}labels",
+            "stack grey images with labels, mnist() say",
+        )
+    if (n is not None and n < 1) or channels < 1:
+        raise _bad(f"stacked(n={n}, channels={channels})", "makes no image", "pass numbers from 1")
+    generator, classes = (
+        _generator("cpu", "stacked", seed),
+        len(data.classes) or int(data.labels.max()) + 1,
+    )
+    pick = torch.randint(len(data), (n or len(data), channels), generator=generator).to(
+        data.images.device
+    )
     power = classes ** torch.arange(channels - 1, -1, -1, device=pick.device)
-    return Images(data.images[:, 0][pick], (data.labels[pick] * power).sum(1), f"stacked {data.name}", data.split)
+    return Images(
+        data.images[:, 0][pick],
+        (data.labels[pick] * power).sum(1),
+        f"stacked {data.name}",
+        data.split,
+    )
 
 # %% ../nbs/00_foundations/01_data.ipynb #4bf77e09
 class SyntheticSequences(nn.Module):
-    r"The source of Eq. (sequences): samples, and their exact likelihood. Its weights need no gradient."
-    def __init__(self,
-        seed: int=0,         # of the weights, the same on every device
-        vocab: int=1000,     # tokens
-        length: int=10,      # of a sequence, $T$
-        hidden: int=100,     # numbers in $h$
-        embed: int=100,      # numbers in a row of $E$
-        z_scale: float=5.,   # of $V$; the other weights are in (-1, 1)
-        *, device=None, dtype=None, # of the weights
-    ):                       # DataError for a size below 1
+    """The source of Eq. (sequences): samples, and their exact likelihood. Its weights need no
+    gradient.
+
+    Args:
+        seed: of the weights, the same on every device.
+        vocab: tokens.
+        length: of a sequence, $T$.
+        hidden: numbers in $h$.
+        embed: numbers in a row of $E$.
+        z_scale: of $V$; the other weights are in (-1, 1).
+        device: of the weights.
+        dtype: of the weights.
+
+    Returns:
+        DataError for a size below 1.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        vocab: int = 1000,
+        length: int = 10,
+        hidden: int = 100,
+        embed: int = 100,
+        z_scale: float = 5.0,
+        *,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        if min(vocab, length, hidden, embed) < 1: raise _bad("synthetic sequences", f"vocab={vocab}, length={length}, hidden={hidden}, embed={embed}", "take sizes from 1")
+        if min(vocab, length, hidden, embed) < 1:
+            raise _bad(
+                "synthetic sequences",
+                f"vocab={vocab}, length={length}, hidden={hidden}, embed={embed}",
+                "take sizes from 1",
+            )
         self.vocab, self.length, self.z_dim = vocab, length, 2
-        with torch.device("meta"):  # no default initialisation: it would move the caller's generator
+        with torch.device(
+            "meta"
+        ):  # no default initialisation: it would move the caller's generator
             self.embedding = nn.Embedding(vocab + 1, embed, dtype=dtype)
             self.lstm = nn.LSTM(embed + 2, hidden, batch_first=True, dtype=dtype)
             self.head = nn.Linear(hidden + 2, vocab, dtype=dtype)
@@ -480,122 +941,219 @@ class SyntheticSequences(nn.Module):
         generator = _generator("cpu", "sequences", seed)
         for p in self.parameters():
             w = 2 * torch.rand(p.shape, generator=generator, dtype=torch.float64) - 1
-            if p is self.head.weight: w[:, hidden:] *= z_scale
+            if p is self.head.weight:
+                w[:, hidden:] *= z_scale
             p.copy_(w)
 
     def forward(self, before, z, state=None):
-        r"Logits (B, t, vocab) of the tokens that follow `before` (B, t) int64, at `z` (B, 2), and the state of the network."
-        x = self.embedding(before); z = z.unsqueeze(1).expand(-1, x.shape[1], -1)
+        """Logits (B, t, vocab) of the tokens that follow `before` (B, t) int64, at `z` (B, 2), and
+        the state of the network.
+        """
+        x = self.embedding(before)
+        z = z.unsqueeze(1).expand(-1, x.shape[1], -1)
         h, state = self.lstm(torch.cat([x, z], -1), state)
         return self.head(torch.cat([h, z], -1)), state
 
     def log_likelihood(self, x, z):
-        r"$\log p(x\mid z)$, nats (..., n), of tokens `x` (n, T) at `z` (..., n, 2)."
+        r"""$\log p(x\mid z)$, nats (..., n), of tokens `x` (n, T) at `z` (..., n, 2)."""
         tokens = x.expand(*z.shape[:-1], -1).flatten(0, -2)
-        logits, _ = self(torch.cat([torch.full_like(tokens[:, :1], self.vocab), tokens[:, :-1]], 1), z.flatten(0, -2))
-        return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum((-1, -2)).view(z.shape[:-1])
+        logits, _ = self(
+            torch.cat([torch.full_like(tokens[:, :1], self.vocab), tokens[:, :-1]], 1),
+            z.flatten(0, -2),
+        )
+        return (
+            logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).sum((-1, -2)).view(z.shape[:-1])
+        )
 
     @torch.no_grad()
-    def sample(self,
-        n: int,           # sequences
-        generator: torch.Generator|None=None, # on the device of the weights; None is torch's global one
-    ) -> tuple:           # tokens (n, T) int64 and the z (n, 2) they were written at
-        r"Draws of Eq. (sequences), by inverting the distribution of each token."
+    def sample(self, n: int, generator: torch.Generator | None = None) -> tuple:
+        """Draws of Eq. (sequences), by inverting the distribution of each token.
+
+        Args:
+            n: sequences.
+            generator: on the device of the weights; None is torch's global one.
+
+        Returns:
+            tokens (n, T) int64 and the z (n, 2) they were written at.
+        """
         like = self.head.weight
-        z, state = torch.randn(n, 2, generator=generator, dtype=like.dtype, device=like.device), None
+        z, state = (
+            torch.randn(n, 2, generator=generator, dtype=like.dtype, device=like.device),
+            None,
+        )
         x = [torch.full((n, 1), self.vocab, device=like.device)]
         for _ in range(self.length):
             logits, state = self(x[-1], z, state)
             u = torch.rand(n, 1, generator=generator, dtype=like.dtype, device=like.device)
-            x.append(torch.searchsorted(logits[:, 0].softmax(-1).cumsum(-1), u, right=True).clamp(max=self.vocab - 1))
+            x.append(
+                torch.searchsorted(logits[:, 0].softmax(-1).cumsum(-1), u, right=True).clamp(
+                    max=self.vocab - 1
+                )
+            )
         return torch.cat(x[1:], 1), z
 
     @torch.no_grad()
-    def posterior(self,
-        x,                # tokens (n, T) int64
-        points: int=25,   # $P$, of a side of the grid
-        rounds: int=3,    # grids laid, each where the last one found the posterior
-        chunk: int=1000,  # latents at once, or the points of one sequence: this bounds the memory
-    ) -> tuple:           # $\log p(x)$ (n,), nats; posterior mean (n, 2) and covariance (n, 2, 2)
-        r"Quadrature over z, Eq. (sequences-marginal). DataError for fewer than 2 points or 1 round."
-        if points < 2 or rounds < 1: raise _bad("posterior", f"points={points}, rounds={rounds}", "take at least 2 points and 1 round")
+    def posterior(self, x, points: int = 25, rounds: int = 3, chunk: int = 1000) -> tuple:
+        r"""Quadrature over z, Eq. (sequences-marginal). DataError for fewer than 2 points or 1
+        round.
+
+        Args:
+            x: tokens (n, T) int64.
+            points: $P$, of a side of the grid.
+            rounds: grids laid, each where the last one found the posterior.
+            chunk: latents at once, or the points of one sequence: this bounds the memory.
+
+        Returns:
+            $\log p(x)$ (n,), nats; posterior mean (n, 2) and covariance (n, 2, 2).
+        """
+        if points < 2 or rounds < 1:
+            raise _bad(
+                "posterior",
+                f"points={points}, rounds={rounds}",
+                "take at least 2 points and 1 round",
+            )
         like, parts = self.head.weight, []
         t = torch.linspace(-6, 6, points, dtype=like.dtype, device=like.device)
         u, spacing = torch.cartesian_prod(t, t), 12 / (points - 1)
         for part in x.split(max(1, chunk // points**2)):
-            m, R = u.new_zeros(len(part), 2), torch.eye(2, dtype=u.dtype, device=u.device).expand(len(part), 2, 2)
+            m, R = (
+                u.new_zeros(len(part), 2),
+                torch.eye(2, dtype=u.dtype, device=u.device).expand(len(part), 2, 2),
+            )
             for _ in range(rounds):
                 z = m[:, None] + u @ R.mT
-                log_joint = self.log_likelihood(part, z.transpose(0, 1)).T - (z**2).sum(-1) / 2 - math.log(2 * math.pi)
-                log_p = log_joint.logsumexp(1) + 2 * math.log(spacing) + R.diagonal(dim1=1, dim2=2).log().sum(1)
-                w = log_joint.softmax(1).unsqueeze(-1); m = (w * z).sum(1); centred = z - m[:, None]
+                log_joint = (
+                    self.log_likelihood(part, z.transpose(0, 1)).T
+                    - (z**2).sum(-1) / 2
+                    - math.log(2 * math.pi)
+                )
+                log_p = (
+                    log_joint.logsumexp(1)
+                    + 2 * math.log(spacing)
+                    + R.diagonal(dim1=1, dim2=2).log().sum(1)
+                )
+                w = log_joint.softmax(1).unsqueeze(-1)
+                m = (w * z).sum(1)
+                centred = z - m[:, None]
                 cov = centred.mT @ (w * centred)
                 R = torch.linalg.cholesky_ex(cov + spacing**2 / 4 * R @ R.mT)[0]
             parts.append((log_p, m, cov))
         return tuple(map(torch.cat, zip(*parts)))
 
-    def log_marginal(self, x, points: int=25, rounds: int=3, chunk: int=1000):
-        r"$\log p(x)$, nats (n,), by `posterior`."
+    def log_marginal(self, x, points: int = 25, rounds: int = 3, chunk: int = 1000):
+        r"""$\log p(x)$, nats (n,), by `posterior`."""
         return self.posterior(x, points, rounds, chunk)[0]
 
-def synthetic_sequences(
-    split: str="train", # "train" (16,000 sequences), "valid" or "test" (2,000 each)
-    seed: int=0,        # of the source and of the draws
-) -> Sequences:         # (N, 10) int64, 1000 tokens; DataError for another split
-    r"Draws of `SyntheticSequences(seed)`, in double precision so that they are the same everywhere."
+
+def synthetic_sequences(split: str = "train", seed: int = 0) -> Sequences:
+    """Draws of `SyntheticSequences(seed)`, in double precision so that they are the same
+    everywhere.
+
+    Args:
+        split: "train" (16,000 sequences), "valid" or "test" (2,000 each).
+        seed: of the source and of the draws.
+
+    Returns:
+        (N, 10) int64, 1000 tokens; DataError for another split.
+    """
     n = {"train": 16_000, "valid": 2_000, "test": 2_000}
-    if split not in n: raise _bad(f"split {split!r}", f"expected one of {', '.join(n)}", "pass one of them")
+    if split not in n:
+        raise _bad(f"split {split!r}", f"expected one of {', '.join(n)}", "pass one of them")
     source = SyntheticSequences(seed, dtype=torch.float64)
-    return Sequences(source.sample(n[split], _generator("cpu", "sequences", split, seed))[0], name="synthetic sequences", split=split)
+    return Sequences(
+        source.sample(n[split], _generator("cpu", "sequences", split, seed))[0],
+        name="synthetic sequences",
+        split=split,
+    )
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-19
-def ring_centers(modes: int=8, radius: float=1., device=None):
-    r"(modes, 2) centres on a circle, from the right and anticlockwise."
+def ring_centers(modes: int = 8, radius: float = 1.0, device=None):
+    """(modes, 2) centres on a circle, from the right and anticlockwise."""
     angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
     return radius * torch.stack([angle.cos(), angle.sin()], -1)
 
-def grid_centers(side: int=5, spacing: float=2., device=None):
-    r"(side * side, 2) centres of a square grid about the origin, row by row."
+
+def grid_centers(side: int = 5, spacing: float = 2.0, device=None):
+    """(side * side, 2) centres of a square grid about the origin, row by row."""
     line = spacing * (torch.arange(side, device=device) - (side - 1) / 2)
     return torch.cartesian_prod(line, line)
 
-def _device(generator): return None if generator is None else generator.device
+
+def _device(generator):
+    return None if generator is None else generator.device
+
 
 def _mixture(n, centers, std, generator):
     if n < 0 or std < 0 or not len(centers):
-        raise _bad("toy mixture", f"n={n}, std={std}, {len(centers)} components", "take n and std from 0, components from 1")
+        raise _bad(
+            "toy mixture",
+            f"n={n}, std={std}, {len(centers)} components",
+            "take n and std from 0, components from 1",
+        )
     labels = torch.randint(len(centers), (n,), generator=generator, device=centers.device)
-    return centers.index_select(0, labels) + std * torch.randn(n, 2, generator=generator, device=centers.device), labels
+    return centers.index_select(0, labels) + std * torch.randn(
+        n, 2, generator=generator, device=centers.device
+    ), labels
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-20
 def ring(
-    n: int,             # points
-    modes: int=8,       # components
-    radius: float=1.,   # of the ring
-    std: float=.01,     # of a component, both ways
-    generator: torch.Generator|None=None, # also says the device; None is torch's global one
-) -> tuple:             # points (n, 2), component of each (n,) int64
-    r"A ring of Gaussians, Eq. (mixture)."
+    n: int,
+    modes: int = 8,
+    radius: float = 1.0,
+    std: float = 0.01,
+    generator: torch.Generator | None = None,
+) -> tuple:
+    """A ring of Gaussians, Eq. (mixture).
+
+    Args:
+        n: points.
+        modes: components.
+        radius: of the ring.
+        std: of a component, both ways.
+        generator: also says the device; None is torch's global one.
+
+    Returns:
+        points (n, 2), component of each (n,) int64.
+    """
     return _mixture(n, ring_centers(modes, radius, _device(generator)), std, generator)
 
+
 def grid(
-    n: int,             # points
-    side: int=5,        # side x side components
-    spacing: float=2.,  # between neighbours
-    std: float=.05,     # of a component, both ways
-    generator: torch.Generator|None=None, # also says the device; None is torch's global one
-) -> tuple:             # points (n, 2), component of each (n,) int64
-    r"A square grid of Gaussians, Eq. (mixture)."
+    n: int,
+    side: int = 5,
+    spacing: float = 2.0,
+    std: float = 0.05,
+    generator: torch.Generator | None = None,
+) -> tuple:
+    """A square grid of Gaussians, Eq. (mixture).
+
+    Args:
+        n: points.
+        side: side x side components.
+        spacing: between neighbours.
+        std: of a component, both ways.
+        generator: also says the device; None is torch's global one.
+
+    Returns:
+        points (n, 2), component of each (n,) int64.
+    """
     return _mixture(n, grid_centers(side, spacing, _device(generator)), std, generator)
 
 # %% ../nbs/00_foundations/01_data.ipynb #23a2fcf4-21
-def two_moons(
-    n: int,             # points
-    noise: float=.1,    # standard deviation about the curves
-    generator: torch.Generator|None=None, # also says the device; None is torch's global one
-) -> tuple:             # points (n, 2), moon of each (n,) int64: 0 the upper, 1 the lower
-    r"Two interleaved half circles, Eq. (moons)."
+def two_moons(n: int, noise: float = 0.1, generator: torch.Generator | None = None) -> tuple:
+    """Two interleaved half circles, Eq. (moons).
+
+    Args:
+        n: points.
+        noise: standard deviation about the curves.
+        generator: also says the device; None is torch's global one.
+
+    Returns:
+        points (n, 2), moon of each (n,) int64: 0 the upper, 1 the lower.
+    """
     noise_, labels = _mixture(n, torch.zeros(2, 2, device=_device(generator)), noise, generator)
     t = math.pi * torch.rand(n, generator=generator, device=_device(generator))
-    moons = torch.stack([torch.stack([t.cos(), t.sin()], -1), torch.stack([1 - t.cos(), .5 - t.sin()], -1)])
+    moons = torch.stack(
+        [torch.stack([t.cos(), t.sin()], -1), torch.stack([1 - t.cos(), 0.5 - t.sin()], -1)]
+    )
     return moons.gather(0, labels.view(1, n, 1).expand(1, n, 2))[0] + noise_, labels

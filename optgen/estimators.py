@@ -15,45 +15,82 @@ from torch import Tensor
 # %% ../nbs/10_optimizers/16_estimators.ipynb #c92e6142
 ESTIMATORS = ("elbo", "stl", "iwae", "dreg")
 
-def check_estimator(
-    estimator: str,      # one of `ESTIMATORS`
-    k: int=1,            # samples of z an image, at least 1
-    sampled: bool=False, # differentiate one of the k: iwae and dreg only
-):                       # `ValueError` for anything else
-    r"Refuse an estimator that is none, or that cannot be had so."
-    if estimator not in ESTIMATORS: raise ValueError(f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}; got {estimator!r}")
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1: raise ValueError(f"estimator {estimator!r}: k must be an integer, at least 1; got {k!r}")
+
+def check_estimator(estimator: str, k: int = 1, sampled: bool = False):
+    """Refuse an estimator that is none, or that cannot be had so.
+
+    Args:
+        estimator: one of `ESTIMATORS`.
+        k: samples of z an image, at least 1.
+        sampled: differentiate one of the k: iwae and dreg only.
+
+    Returns:
+        `ValueError` for anything else.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(
+            f"estimator must be one of {', '.join(map(repr, ESTIMATORS))}; got {estimator!r}"
+        )
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"estimator {estimator!r}: k must be an integer, at least 1; got {k!r}")
     if sampled and estimator in ("elbo", "stl"):
-        raise ValueError(f"estimator {estimator!r} has no weights to draw a sample by: take 'iwae' or 'dreg', or leave sampled=False with a smaller k")
+        raise ValueError(
+            f"estimator {estimator!r} has no weights to draw a sample by: take 'iwae' or 'dreg', or leave sampled=False with a smaller k"
+        )
 
 # %% ../nbs/10_optimizers/16_estimators.ipynb #fce340aa
-def price(
-    beta,               # number at least 0, tensor () or (z_dim,), or function of (distortion, rate) that returns one
-    distortion: Tensor, # nats, (B,)
-    rate: Tensor,       # nats, (B, z_dim)
-):                      # number or tensor. `ValueError` for a number or shape that is none of these
-    r"$\beta_j$ of Eq. (estimator-weight)."
-    if callable(beta): beta = beta(distortion.detach(), rate.detach())
+def price(beta, distortion: Tensor, rate: Tensor):
+    r"""$\beta_j$ of Eq. (estimator-weight).
+
+    Args:
+        beta: number at least 0, tensor () or (z_dim,), or function of (distortion, rate) that
+            returns one.
+        distortion: nats, (B,).
+        rate: nats, (B, z_dim).
+
+    Returns:
+        number or tensor. `ValueError` for a number or shape that is none of these.
+    """
+    if callable(beta):
+        beta = beta(distortion.detach(), rate.detach())
     if isinstance(beta, Tensor):
-        if beta.shape not in ((), rate.shape[-1:]): raise ValueError(f"beta must be one number, or one for each of {rate.shape[-1]} latents; got shape {tuple(beta.shape)}")
-    elif not (isinstance(beta, Real) and 0 <= beta < math.inf): raise ValueError(f"beta must be a finite number, at least 0, a tensor or a function; got {beta!r}")
+        if beta.shape not in ((), rate.shape[-1:]):
+            raise ValueError(
+                f"beta must be one number, or one for each of {rate.shape[-1]} latents; got shape {tuple(beta.shape)}"
+            )
+    elif not (isinstance(beta, Real) and 0 <= beta < math.inf):
+        raise ValueError(
+            f"beta must be a finite number, at least 0, a tensor or a function; got {beta!r}"
+        )
     return beta
 
 # %% ../nbs/10_optimizers/16_estimators.ipynb #eb8d374f
 def estimate(
-    model,           # has `encoder` and `log_likelihood`
-    x: Tensor,       # a batch (B, ...)
-    eps: Tensor,     # standard normal noise (k, B, z_dim)
-    estimator="elbo",# one of `ESTIMATORS`
-    beta=1.,         # price of the rate, as in `price`
-    q=None,          # (mean, log_var) of the encoder, if they are known already
-    sampled=False,   # differentiate one of the k samples, drawn by its weight
-    u=None,          # uniform noise (B,) in [0, 1) for that draw; torch's own if None
-) -> Tensor:         # nats, (B,). `ValueError` for what `check_estimator` and `price` refuse, or noise of another shape
-    r"A loss whose value is Eq. (estimator-elbo), (estimator-stl) or (estimator-iwae), and whose gradient is the estimator's own."
+    model, x: Tensor, eps: Tensor, estimator="elbo", beta=1.0, q=None, sampled=False, u=None
+) -> Tensor:
+    """A loss whose value is Eq. (estimator-elbo), (estimator-stl) or (estimator-iwae), and whose
+    gradient is the estimator's own.
+
+    Args:
+        model: has `encoder` and `log_likelihood`.
+        x: a batch (B, ...).
+        eps: standard normal noise (k, B, z_dim).
+        estimator: one of `ESTIMATORS`.
+        beta: price of the rate, as in `price`.
+        q: (mean, log_var) of the encoder, if they are known already.
+        sampled: differentiate one of the k samples, drawn by its weight.
+        u: uniform noise (B,) in [0, 1) for that draw; torch's own if None.
+
+    Returns:
+        nats, (B,). `ValueError` for what `check_estimator` and `price` refuse, or noise of another
+        shape.
+    """
     check_estimator(estimator, len(eps), sampled)
     mean, log_var = q or model.encoder(x)
-    if eps.shape[1:] != mean.shape: raise ValueError(f"noise must be (k, B, z_dim) = (k, {', '.join(map(str, mean.shape))}), got {tuple(eps.shape)}")
+    if eps.shape[1:] != mean.shape:
+        raise ValueError(
+            f"noise must be (k, B, z_dim) = (k, {', '.join(map(str, mean.shape))}), got {tuple(eps.shape)}"
+        )
     std, rate = (log_var / 2).exp(), (mean**2 + log_var.expm1() - log_var) / 2
     frozen = estimator in ("stl", "dreg")
 
@@ -62,25 +99,38 @@ def estimate(
         return z, model.log_likelihood(x, z)
 
     def weigh(eps, z, log_lik):  # Eq. (estimator-weight)
-        r = (z**2 - ((z - mean.detach()) / std.detach())**2 - log_var.detach() if frozen else z**2 - eps**2 - log_var) / 2
+        r = (
+            z**2 - ((z - mean.detach()) / std.detach()) ** 2 - log_var.detach()
+            if frozen
+            else z**2 - eps**2 - log_var
+        ) / 2
         return log_lik - (beta * r).sum(-1)
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not sampled): z, log_lik = decode(eps)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not sampled):
+        z, log_lik = decode(eps)
     distortion = -log_lik.mean(0)
     beta = price(beta, distortion, rate)
-    if estimator == "elbo": return distortion + (beta * rate).sum(-1)
+    if estimator == "elbo":
+        return distortion + (beta * rate).sum(-1)
     log_w = weigh(eps, z, log_lik)
-    if estimator == "stl": return -log_w.mean(0)
-    log_w = log_w.masked_fill(log_w < log_w.detach().amax(0) + 2 * math.log(torch.finfo(log_w.dtype).eps), -math.inf)
+    if estimator == "stl":
+        return -log_w.mean(0)
+    log_w = log_w.masked_fill(
+        log_w < log_w.detach().amax(0) + 2 * math.log(torch.finfo(log_w.dtype).eps), -math.inf
+    )
     loss, w = math.log(len(eps)) - log_w.logsumexp(0), log_w.detach().softmax(0)
     if sampled:  # Eq. (estimator-one)
         u = torch.rand_like(loss) if u is None else u
-        if u.shape != loss.shape: raise ValueError(f"u must hold a number for each of {len(loss)} images, got shape {tuple(u.shape)}")
+        if u.shape != loss.shape:
+            raise ValueError(
+                f"u must hold a number for each of {len(loss)} images, got shape {tuple(u.shape)}"
+            )
         upto = w.cumsum(0)
         i = (upto < (1 - u) * upto[-1]).sum(0, keepdim=True)
         eps, w = eps.take_along_dim(i.unsqueeze(-1), 0), w.take_along_dim(i, 0)
         z, log_lik = decode(eps)
         one = weigh(eps, z, log_lik).squeeze(0)
         loss = loss.detach() - (one - one.detach())
-    if estimator == "dreg" and z.requires_grad: z.register_hook(lambda dz: dz * (1 - beta * (1 - w).unsqueeze(-1)))  # Eq. (estimator-dreg)
+    if estimator == "dreg" and z.requires_grad:
+        z.register_hook(lambda dz: dz * (1 - beta * (1 - w).unsqueeze(-1)))  # Eq. (estimator-dreg)
     return loss

@@ -18,80 +18,155 @@ from .averaging import in_training, schedule_free
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-2
 class Player:
-    r"One player $i$ of a game: parameters $\theta_i$, the loss $L_i$ they descend, and the optimizer that steps them, Eq. (field)."
-    def __init__(self,
-        params: nn.Module | Iterable[Tensor],  # $\theta_i$: a module (its buffers then belong to the player's state) or its trainable tensors
-        loss: Callable,                        # batch -> 0-dim tensor $L_i$; it may read any player's parameters
-        optimizer: Optimizer,                  # steps exactly these parameters; `ValueError` where it owns others, or not all of them
-    ):
+    r"""One player $i$ of a game: parameters $\theta_i$, the loss $L_i$ they descend, and the
+    optimizer that steps them, Eq. (field).
+
+    Args:
+        params: $\theta_i$: a module (its buffers then belong to the player's state) or its
+            trainable tensors.
+        loss: batch -> 0-dim tensor $L_i$; it may read any player's parameters.
+        optimizer: steps exactly these parameters; `ValueError` where it owns others, or not all of
+            them.
+    """
+
+    def __init__(self, params: nn.Module | Iterable[Tensor], loss: Callable, optimizer: Optimizer):
         self.module = params if isinstance(params, nn.Module) else None
-        named = params.named_parameters() if self.module is not None else ((str(i), p) for i, p in enumerate(params))
+        named = (
+            params.named_parameters()
+            if self.module is not None
+            else ((str(i), p) for i, p in enumerate(params))
+        )
         named = [(name, p) for name, p in named if p.requires_grad]
         self.params = dict(named)
         self.loss, self.optimizer = loss, optimizer
-        if len({id(p) for _, p in named}) < len(named): raise ValueError("a player's parameters name the same tensor twice")
-        if isinstance(optimizer, LBFGS): raise ValueError("LBFGS evaluates the loss itself, as often as it likes: a game needs an optimizer that steps along a given gradient")
-        owned = {id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
+        if len({id(p) for _, p in named}) < len(named):
+            raise ValueError("a player's parameters name the same tensor twice")
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS evaluates the loss itself, as often as it likes: a game needs an optimizer that steps along a given gradient"
+            )
+        owned = {
+            id(p) for group in optimizer.param_groups for p in group["params"] if p.requires_grad
+        }
         mine = {id(p) for p in self.params.values()}
-        if not mine: raise ValueError("a player has no parameter that requires a gradient")
+        if not mine:
+            raise ValueError("a player has no parameter that requires a gradient")
         if owned != mine:
-            raise ValueError(f"the optimizer steps {len(owned - mine)} tensors that are not its player's and misses {len(mine - owned)} that are: "
-                             "make it from the same parameters, as in Player(model, loss, Adam(model.parameters()))")
+            raise ValueError(
+                f"the optimizer steps {len(owned - mine)} tensors that are not its player's and misses {len(mine - owned)} that are: "
+                "make it from the same parameters, as in Player(model, loss, Adam(model.parameters()))"
+            )
         self.to_train()
 
-    def to_train(self):  # a schedule-free optimizer holds the weights to train, but within `optgen.averaging.evaluating`
+    def to_train(self):
+        """a schedule-free optimizer holds the weights to train, but within
+        `optgen.averaging.evaluating`.
+        """
         for o in schedule_free(self.optimizer):
-            if not in_training(o): o.train()
+            if not in_training(o):
+                o.train()
 
-    def state_dict(self) -> dict:  # the parameters (and buffers) and the optimizer's state
+    def state_dict(self) -> dict:
+        """Return the parameters (and buffers) and the optimizer's state."""
         weights = self.params if self.module is None else self.module.state_dict()
-        return {"weights": {k: w.detach() for k, w in weights.items()}, "optimizer": self.optimizer.state_dict()}
+        return {
+            "weights": {k: w.detach() for k, w in weights.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
 
-    def check_state(self, state: dict):  # `ValueError` where `state` is of other weights
-        mine, theirs = ({k: tuple(w.shape) for k, w in weights.items() if isinstance(w, Tensor)} for weights in (self.state_dict()["weights"], state["weights"]))
+    def check_state(self, state: dict):
+        """`ValueError` where `state` is of other weights."""
+        mine, theirs = (
+            {k: tuple(w.shape) for k, w in weights.items() if isinstance(w, Tensor)}
+            for weights in (self.state_dict()["weights"], state["weights"])
+        )
         if odd := [k for k in mine | theirs if mine.get(k) != theirs.get(k)]:
-            raise ValueError(f"the weights {', '.join(odd[:3])}{' …' * (len(odd) > 3)} of the state are not this player's: {odd[0]} has shape {theirs.get(odd[0])} there and {mine.get(odd[0])} here")
+            raise ValueError(
+                f"the weights {', '.join(odd[:3])}{' …' * (len(odd) > 3)} of the state are not this player's: {odd[0]} has shape {theirs.get(odd[0])} there and {mine.get(odd[0])} here"
+            )
 
-    def load_state_dict(self, state: dict):  # what `state_dict` gave for a player of the same shapes, else `ValueError`
+    def load_state_dict(self, state: dict):
+        """what `state_dict` gave for a player of the same shapes, else `ValueError`."""
         self.check_state(state)
-        if self.module is not None: self.module.load_state_dict(state["weights"])
+        if self.module is not None:
+            self.module.load_state_dict(state["weights"])
         else:
             with torch.no_grad():
-                for k, w in state["weights"].items(): self.params[k].copy_(w)
+                for k, w in state["weights"].items():
+                    self.params[k].copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
         self.to_train()
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-3
 class Field(dict):
-    r"A vector over the players, Eq. (field): {name: tensors shaped as the player's parameters}. `+`, `-`, a number times it, and `@`, the inner product."
-    def __add__(self, other): return Field({k: torch._foreach_add(a, other[k]) for k, a in self.items()})
-    def __sub__(self, other): return Field({k: torch._foreach_sub(a, other[k]) for k, a in self.items()})
-    def __rmul__(self, c): return Field({k: torch._foreach_mul(a, c) for k, a in self.items()})
-    def __matmul__(self, other): return torch.stack([(x * y).sum() for k, a in self.items() for x, y in zip(a, other[k])]).sum()
-    def only(self, names): return Field({k: self[k] for k in names})
-    def clone(self): return Field({k: [x.clone() for x in a] for k, a in self.items()})
-    def to(self, *args, **kwargs): return Field({k: [x.to(*args, **kwargs) for x in a] for k, a in self.items()})
+    """A vector over the players, Eq. (field): {name: tensors shaped as the player's parameters}.
+    `+`, `-`, a number times it, and `@`, the inner product.
+    """
+
+    def __add__(self, other):
+        return Field({k: torch._foreach_add(a, other[k]) for k, a in self.items()})
+
+    def __sub__(self, other):
+        return Field({k: torch._foreach_sub(a, other[k]) for k, a in self.items()})
+
+    def __rmul__(self, c):
+        return Field({k: torch._foreach_mul(a, c) for k, a in self.items()})
+
+    def __matmul__(self, other):
+        return torch.stack(
+            [(x * y).sum() for k, a in self.items() for x, y in zip(a, other[k])]
+        ).sum()
+
+    def only(self, names):
+        return Field({k: self[k] for k in names})
+
+    def clone(self):
+        return Field({k: [x.clone() for x in a] for k, a in self.items()})
+
+    def to(self, *args, **kwargs):
+        return Field({k: [x.to(*args, **kwargs) for x in a] for k, a in self.items()})
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-4
 class Point:
-    r"A game at its present weights and one batch: gradients, and products with its Jacobian, each averaged over the ranks."
-    def __init__(self,
-        game,              # a `Game`
-        batch,             # with its noise, as the losses take it
-        move=None,         # names of the players who are about to move; by default all
-        graph: bool=False, # keep the graphs, so that gradients can be pulled
-    ):
-        self.game, self.batch, self.move, self.graph = game, batch, tuple(game.players if move is None else move), graph
+    """A game at its present weights and one batch: gradients, and products with its Jacobian, each
+    averaged over the ranks.
+
+    Args:
+        game: a `Game`.
+        batch: with its noise, as the losses take it.
+        move: names of the players who are about to move; by default all.
+        graph: keep the graphs, so that gradients can be pulled.
+    """
+
+    def __init__(self, game, batch, move=None, graph: bool = False):
+        self.game, self.batch, self.move, self.graph = (
+            game,
+            batch,
+            tuple(game.players if move is None else move),
+            graph,
+        )
         self.values, self.local, self.mean, self.losses = {}, {}, {}, {}
 
-    def grads(self, pairs) -> list:  # for each (loss, wrt), two names: $\nabla_{\theta_{wrt}} L_{loss}$, detached, a list of tensors
+    def grads(self, pairs) -> list:
+        r"""Return for each (loss, wrt), two names: $\nabla_{\theta_{wrt}} L_{loss}$, detached, a
+        list of tensors.
+        """
         wanted, names = {}, [loss for loss, _ in pairs]
         pairs = [(self.game.voice(loss), wrt) for loss, wrt in pairs]
         for loss, wrt in dict.fromkeys(pairs):
-            if (loss, wrt) not in self.mean: wanted.setdefault(loss, []).append(wrt)
-        for loss, players in wanted.items(): self.local |= {(loss, wrt): g for wrt, g in self.differentiate(loss, players).items()}
+            if (loss, wrt) not in self.mean:
+                wanted.setdefault(loss, []).append(wrt)
+        for loss, players in wanted.items():
+            self.local |= {(loss, wrt): g for wrt, g in self.differentiate(loss, players).items()}
         keys = [(loss, wrt) for loss, players in wanted.items() for wrt in players]
-        fresh = iter(self.game.mean([*(g.detach() for key in keys for g in self.local[key]), *(self.losses[loss] for loss in wanted)]))
+        fresh = iter(
+            self.game.mean(
+                [
+                    *(g.detach() for key in keys for g in self.local[key]),
+                    *(self.losses[loss] for loss in wanted),
+                ]
+            )
+        )
         self.mean |= {key: [next(fresh) for _ in self.local[key]] for key in keys}
         self.losses |= {loss: next(fresh) for loss in wanted}
         self.losses |= {name: self.losses[self.game.voice(name)] for name in names}
@@ -100,209 +175,380 @@ class Point:
     def differentiate(self, loss: str, names: list) -> dict:
         value = self.values[loss] if loss in self.values else self.game.loss_of(loss, self.batch)
         self.losses.setdefault(loss, value.detach())
-        if self.graph: self.values[loss] = value
+        if self.graph:
+            self.values[loss] = value
         params = [p for name in names for p in self.game.params(name)]
         grads = torch.autograd.grad(value, params, create_graph=self.graph, allow_unused=True)
         grads = iter(zip(grads, params))
         found = {name: [next(grads) for _ in self.game.params(name)] for name in names}
         for name, pairs in found.items():
-            if self.game.voice(name) == loss and all(g is None for g, _ in pairs): raise ValueError(f"the loss of player {name!r} does not depend on its own parameters")
-        return {name: [torch.zeros_like(p) if g is None else g for g, p in pairs] for name, pairs in found.items()}
+            if self.game.voice(name) == loss and all(g is None for g, _ in pairs):
+                raise ValueError(
+                    f"the loss of player {name!r} does not depend on its own parameters"
+                )
+        return {
+            name: [torch.zeros_like(p) if g is None else g for g, p in pairs]
+            for name, pairs in found.items()
+        }
 
-    def field(self, names=None) -> Field:  # $v$ over `names`, by default over all players
+    def field(self, names=None) -> Field:
+        """Return $v$ over `names`, by default over all players."""
         names = tuple(self.game.players if names is None else names)
         return Field(zip(names, self.grads([(name, name) for name in names])))
 
     @property
-    def v(self) -> Field: return self.field(self.move)  # over `move`
+    def v(self) -> Field:
+        """over `move`."""
+        return self.field(self.move)
 
-    def moving(self, *names):  # the same point, what was evaluated shared, with `names` about to move
-        other = copy.copy(self); other.move = names
+    def moving(self, *names):
+        """the same point, what was evaluated shared, with `names` about to move."""
+        other = copy.copy(self)
+        other.move = names
         return other
 
-    def pull(self, terms, to=None) -> Field:  # Eq. (pull) summed over `terms` (loss, wrt, u), by the parameters of the players `to`, by default `move`
+    def pull(self, terms, to=None) -> Field:
+        """Return Eq. (pull) summed over `terms` (loss, wrt, u), by the parameters of the players
+        `to`, by default `move`.
+        """
         return self.pulls({name: terms for name in (self.move if to is None else to)})
 
-    def pulls(self, terms: dict) -> Field:  # {player: its terms}; players with the same terms are pulled in one pass
-        if not self.graph: raise ValueError("products with the Jacobian need the graphs: game.at(batch, graph=True)")
+    def pulls(self, terms: dict) -> Field:
+        """Return {player: its terms}; players with the same terms are pulled in one pass."""
+        if not self.graph:
+            raise ValueError(
+                "products with the Jacobian need the graphs: game.at(batch, graph=True)"
+            )
         groups = {}
-        for name, t in terms.items(): groups.setdefault(tuple((loss, wrt, id(u)) for loss, wrt, u in t), (t, []))[1].append(name)
+        for name, t in terms.items():
+            groups.setdefault(tuple((loss, wrt, id(u)) for loss, wrt, u in t), (t, []))[1].append(
+                name
+            )
         out = {}
         for t, names in groups.values():
             self.grads([(loss, wrt) for loss, wrt, _ in t])
-            along = [(g, u) for loss, wrt, us in t for g, u in zip(self.local[self.game.voice(loss), wrt], us) if g.requires_grad]
+            along = [
+                (g, u)
+                for loss, wrt, us in t
+                for g, u in zip(self.local[self.game.voice(loss), wrt], us)
+                if g.requires_grad
+            ]
             params = [p for name in names for p in self.game.params(name)]
-            grads = iter(torch.autograd.grad([g for g, _ in along], params, [u for _, u in along], retain_graph=True, materialize_grads=True)
-                         if along else [torch.zeros_like(p) for p in params])
+            grads = iter(
+                torch.autograd.grad(
+                    [g for g, _ in along],
+                    params,
+                    [u for _, u in along],
+                    retain_graph=True,
+                    materialize_grads=True,
+                )
+                if along
+                else [torch.zeros_like(p) for p in params]
+            )
             out |= {name: [next(grads) for _ in self.game.params(name)] for name in names}
         fresh = iter(self.game.mean([g for name in terms for g in out[name]]))
         return Field({name: [next(fresh) for _ in out[name]] for name in terms})
 
-    def vjp(self, u: Field, diagonal: bool=True) -> Field:  # $J^\top u$ over `move`, Eq. (vjp); diagonal=False leaves out each player's own Hessian
+    def vjp(self, u: Field, diagonal: bool = True) -> Field:
+        r"""Return $J^\top u$ over `move`, Eq. (vjp); diagonal=False leaves out each player's own
+        Hessian.
+        """
         return self.pulls({j: [(i, i, u[i]) for i in u if diagonal or i != j] for j in self.move})
 
-    def jvp(self, u: Field, diagonal: bool=True) -> Field:  # $J u$ over `move`, Eq. (jvp)
+    def jvp(self, u: Field, diagonal: bool = True) -> Field:
+        """Return $J u$ over `move`, Eq. (jvp)."""
         return self.pulls({i: [(i, j, u[j]) for j in u if diagonal or i != j] for i in self.move})
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-5
 class Rule:
-    r"An update rule of a game: override `direction`, or `step`, or `correction` (what is added to the field; a list of these adds up)."
+    """An update rule of a game: override `direction`, or `step`, or `correction` (what is added to
+    the field; a list of these adds up).
+    """
+
     second_order = False  # does `direction` pull gradients? Then the graphs are kept
-    inner = None          # the rule this one is built on
-    taken = False         # by a game
+    inner = None  # the rule this one is built on
+    taken = False  # by a game
 
-    def __init__(self): self.memory = {}  # by name, `Field`s and numbers
+    def __init__(self):
+        self.memory = {}
 
-    def correction(self, at: Point) -> Field: raise TypeError(f"{type(self).__name__} is not a correction of the field: it can't be one of a list of rules")
-    def direction(self, at: Point) -> Field: return at.v  # over `at.move`
+    def correction(self, at: Point) -> Field:
+        raise TypeError(
+            f"{type(self).__name__} is not a correction of the field: it can't be one of a list of rules"
+        )
 
-    def step(self, game, batch) -> dict:  # losses by player, 0-dim tensors
+    def direction(self, at: Point) -> Field:
+        """over `at.move`."""
+        return at.v
+
+    def step(self, game, batch) -> dict:
+        """Return losses by player, 0-dim tensors."""
         at = game.at(batch, graph=self.second_order)
         game.apply(self.direction(at))
         return at.losses
 
-    def check(self, game):  # `ValueError` where the rule does not fit the game; called once
-        for part in self.parts(): part.check(game)
+    def check(self, game):
+        """`ValueError` where the rule does not fit the game; called once."""
+        for part in self.parts():
+            part.check(game)
 
-    def join(self):  # `ValueError` where the rule is another game's: it would remember that one's moves
-        if self.taken: raise ValueError(f"this {type(self).__name__} steps another game, whose moves it may remember: make one for each game")
+    def join(self):
+        """`ValueError` where the rule is another game's: it would remember that one's moves."""
+        if self.taken:
+            raise ValueError(
+                f"this {type(self).__name__} steps another game, whose moves it may remember: make one for each game"
+            )
         self.taken = True
-        for part in self.parts(): part.join()
+        for part in self.parts():
+            part.join()
 
     def named(self, game, *names):
         for name in names:
-            if name not in game.players: raise ValueError(f"{type(self).__name__} names a player {name!r}; this game has {', '.join(map(repr, game.players))}")
+            if name not in game.players:
+                raise ValueError(
+                    f"{type(self).__name__} names a player {name!r}; this game has {', '.join(map(repr, game.players))}"
+                )
 
-    def parts(self) -> list: return [self.inner] if self.inner else []  # the rules within
+    def parts(self) -> list:
+        """the rules within."""
+        return [self.inner] if self.inner else []
 
     def state_dict(self) -> dict:
-        return {"name": type(self).__name__, "memory": {k: dict(m) if isinstance(m, Field) else m for k, m in self.memory.items()}, "parts": [part.state_dict() for part in self.parts()]}
+        return {
+            "name": type(self).__name__,
+            "memory": {k: dict(m) if isinstance(m, Field) else m for k, m in self.memory.items()},
+            "parts": [part.state_dict() for part in self.parts()],
+        }
 
-    def check_state(self, state: dict):  # `ValueError` where `state` is another rule's
+    def check_state(self, state: dict):
+        """`ValueError` where `state` is another rule's."""
         if state["name"] != type(self).__name__ or len(state["parts"]) != len(self.parts()):
-            raise ValueError(f"the state is of the rule {state['name']}, this game steps by {type(self).__name__}: go on with the same rule")
-        for part, s in zip(self.parts(), state["parts"]): part.check_state(s)
+            raise ValueError(
+                f"the state is of the rule {state['name']}, this game steps by {type(self).__name__}: go on with the same rule"
+            )
+        for part, s in zip(self.parts(), state["parts"]):
+            part.check_state(s)
 
     def load_state_dict(self, state: dict):
         self.check_state(state)
-        self.memory = {k: Field(m) if isinstance(m, dict) else m for k, m in state["memory"].items()}
-        for part, s in zip(self.parts(), state["parts"]): part.load_state_dict(s)
+        self.memory = {
+            k: Field(m) if isinstance(m, dict) else m for k, m in state["memory"].items()
+        }
+        for part, s in zip(self.parts(), state["parts"]):
+            part.load_state_dict(s)
 
     def to(self, *args, **kwargs):
-        self.memory = {k: m.to(*args, **kwargs) if isinstance(m, Field) else m for k, m in self.memory.items()}
-        for part in self.parts(): part.to(*args, **kwargs)
+        self.memory = {
+            k: m.to(*args, **kwargs) if isinstance(m, Field) else m for k, m in self.memory.items()
+        }
+        for part in self.parts():
+            part.to(*args, **kwargs)
+
 
 class Simultaneous(Rule):
-    r"Every player descends its own gradient, all at the same point, Eq. (simultaneous). One gradient a step; on one player it is the optimizer itself."
+    """Every player descends its own gradient, all at the same point, Eq. (simultaneous). One
+    gradient a step; on one player it is the optimizer itself.
+    """
+
 
 class Corrections(Rule):
-    r"The field plus a sum of corrections, $u = v + \sum_k c_k$: what a list of rules means."
-    def __init__(self, rules):  # rules with a `correction`; `TypeError` for another
+    r"""The field plus a sum of corrections, $u = v + \sum_k c_k$: what a list of rules means."""
+
+    def __init__(self, rules):
         super().__init__()
         self.rules = list(rules)
         for rule in self.rules:
-            if type(rule).correction is Rule.correction: rule.correction(None)
+            if type(rule).correction is Rule.correction:
+                rule.correction(None)
         self.second_order = any(rule.second_order for rule in self.rules)
 
-    def parts(self): return self.rules
-    def direction(self, at): return sum((rule.correction(at) for rule in self.rules), start=at.v)
+    def parts(self):
+        return self.rules
 
-def as_rule(rule: Rule|Iterable[Rule]|None) -> Rule:
-    r"What a rule's place may be given: a rule, a list of corrections, or None for `Simultaneous()`."
-    if isinstance(rule, (str, type)): raise TypeError(f"a rule is an object, such as Extragradient() or Consensus(.1); got {rule!r}")
+    def direction(self, at):
+        return sum((rule.correction(at) for rule in self.rules), start=at.v)
+
+
+def as_rule(rule: Rule | Iterable[Rule] | None) -> Rule:
+    """What a rule's place may be given: a rule, a list of corrections, or None for
+    `Simultaneous()`.
+    """
+    if isinstance(rule, (str, type)):
+        raise TypeError(
+            f"a rule is an object, such as Extragradient() or Consensus(.1); got {rule!r}"
+        )
     return Simultaneous() if rule is None else rule if isinstance(rule, Rule) else Corrections(rule)
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-6
 class Game:
-    r"Players and the rule by which they step, Eq. (field)."
-    kept = ()                         # names of a scheme's attributes with a state beside the players' and the rule's: they have `state_dict`, `check_state` and `load_state_dict`
-    averages = ()                     # of its players' weights (`optgen.averaging.averages_of`): `fit` updates and keeps them, `evaluating` puts the first of each player in
-    criterion = "loss"                # the entry of a scheme's `evaluate` that is the better the smaller
-    autocast = contextlib.nullcontext # makes the context in which losses are evaluated
-    ranks = None                      # where the batch is spread over processes, who shards it and averages: see `optgen.parallel`
+    """Players and the rule by which they step, Eq. (field).
 
-    def __init__(self,
-        draw: Callable=lambda batch: batch,  # batch -> batch with its noise, called once a step, before any loss
-        rule: Rule|Iterable[Rule]|None=None, # by default `Simultaneous()`; a list adds corrections up
-        **players: Player,                   # by name; `ValueError` where two share a parameter
+    Args:
+        draw: batch -> batch with its noise, called once a step, before any loss.
+        rule: by default `Simultaneous()`; a list adds corrections up.
+        **players: by name; `ValueError` where two share a parameter.
+    """
+
+    kept = ()  # names of a scheme's attributes with a state beside the players' and the rule's: they have `state_dict`, `check_state` and `load_state_dict`
+    averages = ()  # of its players' weights (`optgen.averaging.averages_of`): `fit` updates and keeps them, `evaluating` puts the first of each player in
+    criterion = "loss"  # the entry of a scheme's `evaluate` that is the better the smaller
+    autocast = contextlib.nullcontext  # makes the context in which losses are evaluated
+    ranks = None  # where the batch is spread over processes, who shards it and averages: see `optgen.parallel`
+
+    def __init__(
+        self,
+        draw: Callable = lambda batch: batch,
+        rule: Rule | Iterable[Rule] | None = None,
+        **players: Player,
     ):
-        if not players: raise ValueError("a game needs a player: Game(model=Player(model, loss, optimizer))")
+        if not players:
+            raise ValueError("a game needs a player: Game(model=Player(model, loss, optimizer))")
         self.players, self.draw = players, draw
         owner = {}
         for name, player in players.items():
             for key, p in player.params.items():
                 other = owner.setdefault(id(p), name)
-                if other != name: raise ValueError(f"parameter {key!r} of player {name!r} belongs to player {other!r} too: a parameter has one owner")
+                if other != name:
+                    raise ValueError(
+                        f"parameter {key!r} of player {name!r} belongs to player {other!r} too: a parameter has one owner"
+                    )
         self.rule = as_rule(rule)
-        self.rule.check(self); self.rule.join()
+        self.rule.check(self)
+        self.rule.join()
 
-    def params(self, name: str) -> list: return list(self.players[name].params.values())
-    def voice(self, name: str) -> str: return next(n for n, player in self.players.items() if player.loss == self.players[name].loss)  # the first player of this loss: a shared loss is evaluated once
-    def mean(self, tensors: list) -> list: return self.ranks.mean(tensors) if self.ranks else tensors
-    def at(self, batch, move=None, graph: bool=False) -> Point: return Point(self, batch, move, graph)
+    def params(self, name: str) -> list:
+        return list(self.players[name].params.values())
 
-    def loss_of(self, name: str, batch) -> Tensor:  # 0-dim, with its graph; `ValueError` for another shape or none
-        with self.autocast(): loss = self.players[name].loss(batch)
-        if not isinstance(loss, Tensor): raise ValueError(f"the loss of player {name!r} is a {type(loss).__name__}, not a tensor with its graph")
-        if loss.ndim: raise ValueError(f"the loss of player {name!r} has shape {tuple(loss.shape)}; a loss is one number: take its mean or its sum")
-        if not loss.requires_grad: raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
+    def voice(self, name: str) -> str:
+        """the first player of this loss: a shared loss is evaluated once."""
+        return next(
+            n for n, player in self.players.items() if player.loss == self.players[name].loss
+        )
+
+    def mean(self, tensors: list) -> list:
+        return self.ranks.mean(tensors) if self.ranks else tensors
+
+    def at(self, batch, move=None, graph: bool = False) -> Point:
+        return Point(self, batch, move, graph)
+
+    def loss_of(self, name: str, batch) -> Tensor:
+        """Return 0-dim, with its graph; `ValueError` for another shape or none."""
+        with self.autocast():
+            loss = self.players[name].loss(batch)
+        if not isinstance(loss, Tensor):
+            raise ValueError(
+                f"the loss of player {name!r} is a {type(loss).__name__}, not a tensor with its graph"
+            )
+        if loss.ndim:
+            raise ValueError(
+                f"the loss of player {name!r} has shape {tuple(loss.shape)}; a loss is one number: take its mean or its sum"
+            )
+        if not loss.requires_grad:
+            raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
         return loss
 
-    def apply(self, u: Field):  # the optimizers of u's players step with u as the gradient
+    def apply(self, u: Field):
+        """the optimizers of u's players step with u as the gradient."""
         for name, grads in u.items():
-            for p, g in zip(self.params(name), grads, strict=True): p.grad = g
+            for p, g in zip(self.params(name), grads, strict=True):
+                p.grad = g
             self.players[name].optimizer.step()
 
-    def step(self, batch) -> dict:  # one step of the rule; losses by player, 0-dim tensors on the training device
+    def step(self, batch) -> dict:
+        """Return one step of the rule; losses by player, 0-dim tensors on the training device."""
         for name in self.players:
-            for p in self.params(name): p.grad = None  # so that the new gradients take the memory of the old
+            for p in self.params(name):
+                p.grad = None  # so that the new gradients take the memory of the old
         batch = self.draw(batch)
         return self.rule.step(self, self.ranks.shard(batch) if self.ranks else batch)
 
-    def weights(self) -> Field:  # copies
-        return Field({name: [p.detach().clone() for p in self.params(name)] for name in self.players})
+    def weights(self) -> Field:
+        """Return copies."""
+        return Field(
+            {name: [p.detach().clone() for p in self.params(name)] for name in self.players}
+        )
 
     @torch.no_grad()
-    def since(self, weights: Field) -> Field: return Field({name: torch._foreach_sub(self.params(name), values) for name, values in weights.items()})
+    def since(self, weights: Field) -> Field:
+        return Field(
+            {
+                name: torch._foreach_sub(self.params(name), values)
+                for name, values in weights.items()
+            }
+        )
 
     @torch.no_grad()
     def set_weights(self, weights: Field):
-        for name, values in weights.items(): torch._foreach_copy_(self.params(name), values)
+        for name, values in weights.items():
+            torch._foreach_copy_(self.params(name), values)
 
     @torch.no_grad()
     def shift(self, by: Field):
-        for name, values in by.items(): torch._foreach_add_(self.params(name), values)
+        for name, values in by.items():
+            torch._foreach_add_(self.params(name), values)
 
-    def compile(self):  # from now on every loss runs through `torch.compile`; `ValueError` for a rule of second order
-        if self.rule.second_order: raise ValueError(f"{type(self.rule).__name__} differentiates twice, which torch.compile can't: train without compile")
-        compiled = {player.loss: torch.compile(player.loss, mode="max-autotune-no-cudagraphs") for player in self.players.values()}
-        for player in self.players.values(): player.loss = compiled[player.loss]
+    def compile(self):
+        """from now on every loss runs through `torch.compile`; `ValueError` for a rule of second
+        order.
+        """
+        if self.rule.second_order:
+            raise ValueError(
+                f"{type(self.rule).__name__} differentiates twice, which torch.compile can't: train without compile"
+            )
+        compiled = {
+            player.loss: torch.compile(player.loss, mode="max-autotune-no-cudagraphs")
+            for player in self.players.values()
+        }
+        for player in self.players.values():
+            player.loss = compiled[player.loss]
         return self
 
-    def to(self, *args, **kwargs):  # moves parameters and the states of optimizers and rule, as `nn.Module.to`
+    def to(self, *args, **kwargs):
+        """moves parameters and the states of optimizers and rule, as `nn.Module.to`."""
         for player in self.players.values():
-            if player.module is not None: player.module.to(*args, **kwargs)
-            for p in player.params.values(): p.data = p.data.to(*args, **kwargs)
+            if player.module is not None:
+                player.module.to(*args, **kwargs)
+            for p in player.params.values():
+                p.data = p.data.to(*args, **kwargs)
             player.optimizer.load_state_dict(player.optimizer.state_dict())
         self.rule.to(*args, **kwargs)
         return self
 
-    def train(self, mode: bool=True):  # as `nn.Module.train`, for every player's module
+    def train(self, mode: bool = True):
+        """as `nn.Module.train`, for every player's module."""
         for player in self.players.values():
-            if player.module is not None: player.module.train(mode)
+            if player.module is not None:
+                player.module.train(mode)
         return self
 
-    def state_dict(self) -> dict:  # by player, the rule's, and of what is `kept`
-        return {name: player.state_dict() for name, player in self.players.items()} | {"rule": self.rule.state_dict()} | {name: getattr(self, name).state_dict() for name in self.kept}
+    def state_dict(self) -> dict:
+        """Return by player, the rule's, and of what is `kept`."""
+        return (
+            {name: player.state_dict() for name, player in self.players.items()}
+            | {"rule": self.rule.state_dict()}
+            | {name: getattr(self, name).state_dict() for name in self.kept}
+        )
 
-    def load_state_dict(self, state: dict):  # `ValueError`, and nothing loaded, where players, weights, rule or what is `kept` differ; a state of optgen 0.1 is of `Simultaneous`
+    def load_state_dict(self, state: dict):
+        """`ValueError`, and nothing loaded, where players, weights, rule or what is `kept` differ;
+        a state of optgen 0.1 is of `Simultaneous`.
+        """
         rule = state.get("rule", Simultaneous().state_dict())
-        if missing := [name for name in self.kept if name not in state]: raise ValueError(f"the state has no {missing[0]}: it is of another scheme than {type(self).__name__}")
+        if missing := [name for name in self.kept if name not in state]:
+            raise ValueError(
+                f"the state has no {missing[0]}: it is of another scheme than {type(self).__name__}"
+            )
         if (theirs := state.keys() - {"rule", *self.kept}) != self.players.keys():
-            raise ValueError(f"the state is of players {sorted(theirs)}, this game has {sorted(self.players)}")
+            raise ValueError(
+                f"the state is of players {sorted(theirs)}, this game has {sorted(self.players)}"
+            )
         self.rule.check_state(rule)
-        for name in self.kept: getattr(self, name).check_state(state[name])
-        for name, player in self.players.items(): player.check_state(state[name])
-        for name, player in self.players.items(): player.load_state_dict(state[name])
+        for name in self.kept:
+            getattr(self, name).check_state(state[name])
+        for name, player in self.players.items():
+            player.check_state(state[name])
+        for name, player in self.players.items():
+            player.load_state_dict(state[name])
         self.rule.load_state_dict(rule)
-        for name in self.kept: getattr(self, name).load_state_dict(state[name])
+        for name in self.kept:
+            getattr(self, name).load_state_dict(state[name])

@@ -19,75 +19,131 @@ from .optim import SGD, Descent, Momentum, moved
 from .rules import check_count, check_number
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-05
-def flat(state): return [t for part in state for t in part]
+def flat(state):
+    return [t for part in state for t in part]
 
-def plus(a, b): return b if a is None else a if b is None else a + b
+
+def plus(a, b):
+    return b if a is None else a if b is None else a + b
+
 
 def grad_of(outputs, inputs, along):
-    r"Gradient of $\sum\langle$output, along$\rangle$ by the inputs; None where there is none."
+    r"""Gradient of $\sum\langle$output, along$\rangle$ by the inputs; None where there is none."""
     pairs = [(y, a) for y, a in zip(outputs, along) if y.requires_grad and a is not None]
-    return grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True) if pairs else [None] * len(inputs)
+    return (
+        grad([y for y, _ in pairs], inputs, [a for _, a in pairs], allow_unused=True)
+        if pairs
+        else [None] * len(inputs)
+    )
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-06
 class Stepper:
-    r"A loss and an optimizer as the map of Eq. (inner-step), and its transpose, Eq. (inner-adjoint)."
-    def __init__(self,
-        loss: Callable,      # (tensors, step) -> $\ell_i$, 0-dim, or summed here
-        optimizer: Callable, # tensors -> an optimizer of `optgen.optim`, such as `partial(Momentum, lr=.1)`; `TypeError` for another
-        like: Tensor,        # a tensor that will be moved
-        clip=None,           # gradients -> gradients, before the optimizer sees them
-        eps=None,            # of Eq. (inner-difference), the most an entry is moved relative to max(1, |$\theta$|); None differentiates twice
-    ):
+    r"""A loss and an optimizer as the map of Eq. (inner-step), and its transpose, Eq.
+    (inner-adjoint).
+
+    Args:
+        loss: (tensors, step) -> $\ell_i$, 0-dim, or summed here.
+        optimizer: tensors -> an optimizer of `optgen.optim`, such as `partial(Momentum, lr=.1)`;
+            `TypeError` for another.
+        like: a tensor that will be moved.
+        clip: gradients -> gradients, before the optimizer sees them.
+        eps: of Eq. (inner-difference), the most an entry is moved relative to max(1, |$\theta$|);
+            None differentiates twice.
+    """
+
+    def __init__(self, loss: Callable, optimizer: Callable, like: Tensor, clip=None, eps=None):
         self.loss, self.clip, self.eps = loss, clip or (lambda grads: grads), eps
         self.opt = optimizer([torch.zeros((), dtype=like.dtype)], differentiable=True)
         if not isinstance(self.opt, Descent):
-            raise TypeError(f"the steps of {type(self.opt).__name__} are not a function to differentiate: use an optimizer of optgen.optim, as in partial(Adam, lr=.1)")
-        self.group, = self.opt.param_groups
+            raise TypeError(
+                f"the steps of {type(self.opt).__name__} are not a function to differentiate: use an optimizer of optgen.optim, as in partial(Adam, lr=.1)"
+            )
+        (self.group,) = self.opt.param_groups
         self.symbols = self.opt.memory(self.group).values()
         kind = like.device.type
         self.low = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        self.autocast = partial(torch.autocast, kind, torch.get_autocast_dtype(kind)) if self.low else lambda enabled: nullcontext()
+        self.autocast = (
+            partial(torch.autocast, kind, torch.get_autocast_dtype(kind))
+            if self.low
+            else lambda enabled: nullcontext()
+        )
 
-    def start(self, params): return [(x, *(self.opt.start(x) for _ in self.symbols)) for x in params]  # $s_0$, for each tensor ($\theta$, memory)
+    def start(self, params):
+        r"""$s_0$, for each tensor ($\theta$, memory)."""
+        return [(x, *(self.opt.start(x) for _ in self.symbols)) for x in params]
 
-    def gradient(self, i, params, wrt, graph=False, low=True):  # of $\ell_i$; None where it does not depend on a tensor
+    def gradient(self, i, params, wrt, graph=False, low=True):
+        r"""of $\ell_i$; None where it does not depend on a tensor."""
         with torch.enable_grad(), self.autocast(enabled=low):
             loss = self.loss(params, i).sum()
-            if not loss.requires_grad: raise ValueError(f"the inner loss of step {i} does not depend on the tensors it is given: compute it from its first argument")
+            if not loss.requires_grad:
+                raise ValueError(
+                    f"the inner loss of step {i} does not depend on the tensors it is given: compute it from its first argument"
+                )
             return grad(loss, wrt, create_graph=graph, allow_unused=True)
 
-    def slope(self, i, params, graph=False):  # $g_i$
-        return [torch.zeros_like(x) if g is None else g for g, x in zip(self.gradient(i, params, params, graph), params)]
+    def slope(self, i, params, graph=False):
+        """$g_i$."""
+        return [
+            torch.zeros_like(x) if g is None else g
+            for g, x in zip(self.gradient(i, params, params, graph), params)
+        ]
 
-    def move(self, i, state, grads):  # $U_i$
+    def move(self, i, state, grads):
+        """$U_i$."""
         count, out = {"t": i + 1} if self.opt.counts else {}, []
         for (x, *memory), g in zip(state, self.clip(grads)):
             x, kept = moved(self.opt, self.group, x, g, **count, **dict(zip(self.symbols, memory)))
             out.append((x, *(kept[s] for s in self.symbols)))
         return out
 
-    def product(self, i, params, u, wrt):  # $\nabla_{wrt}\langle g_i, u\rangle$ where wrt begins with `params`
-        if self.eps is None: return grad_of(self.slope(i, params, graph=True), wrt, u)
+    def product(self, i, params, u, wrt):
+        r"""$\nabla_{wrt}\langle g_i, u\rangle$ where wrt begins with `params`."""
+        if self.eps is None:
+            return grad_of(self.slope(i, params, graph=True), wrt, u)
         biggest = lambda tensors: torch.stack([t.abs().max() for t in tensors]).max()
-        h = self.eps * biggest(params).clamp(min=1) / biggest(u).clamp(min=torch.finfo(u[0].dtype).tiny)
+        h = (
+            self.eps
+            * biggest(params).clamp(min=1)
+            / biggest(u).clamp(min=torch.finfo(u[0].dtype).tiny)
+        )
+
         def beside(h):
             there = [(x + h * v).detach().requires_grad_() for x, v in zip(params, u)]
-            return self.gradient(i, there, [*there, *wrt[len(params):]], low=False)
+            return self.gradient(i, there, [*there, *wrt[len(params) :]], low=False)
+
         return [None if a is None else (a - b) / (2 * h) for a, b in zip(beside(h), beside(-h))]
 
-    def pull(self, i, state, grads, a, through):  # Eq. (inner-adjoint): $a_i$, and what is due to `through`
+    def pull(self, i, state, grads, a, through):
+        """Eq. (inner-adjoint): $a_i$, and what is due to `through`."""
         leaf = lambda t: None if t is None else t.detach().requires_grad_()
         state, grads = [[leaf(t) for t in part] for part in state], [leaf(g) for g in grads]
-        params, known, n = [x for x, *_ in state], [t for t in flat(state) if t is not None], len(grads)
-        with torch.enable_grad(): out = flat(self.move(i, state, grads))
+        params, known, n = (
+            [x for x, *_ in state],
+            [t for t in flat(state) if t is not None],
+            len(grads),
+        )
+        with torch.enable_grad():
+            out = flat(self.move(i, state, grads))
         u, direct = (lambda back: (back[:n], back[n:]))(grad_of(out, [*grads, *known, *through], a))
-        more = self.product(i, params, [torch.zeros_like(g) if v is None else v for v, g in zip(u, grads)], [*params, *through])
-        due = dict(zip(map(id, known), direct)); due |= {id(x): plus(due[id(x)], v) for x, v in zip(params, more)}
-        return [due.get(id(t)) for t in flat(state)], [plus(v, w) for v, w in zip(direct[len(known):], more[n:])]
+        more = self.product(
+            i,
+            params,
+            [torch.zeros_like(g) if v is None else v for v, g in zip(u, grads)],
+            [*params, *through],
+        )
+        due = dict(zip(map(id, known), direct))
+        due |= {id(x): plus(due[id(x)], v) for x, v in zip(params, more)}
+        return [due.get(id(t)) for t in flat(state)], [
+            plus(v, w) for v, w in zip(direct[len(known) :], more[n:])
+        ]
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-08
 class Adjoint(torch.autograd.Function):
-    "The steps, and the way back by Eq. (inner-adjoint); `tensors` are those moved, then those in `through`."
+    """The steps, and the way back by Eq. (inner-adjoint); `tensors` are those moved, then those in
+    `through`.
+    """
+
     @staticmethod
     def forward(ctx, stepper, steps, n, *tensors):
         state, kept = stepper.start([x.detach() for x in tensors[:n]]), []
@@ -102,102 +158,206 @@ class Adjoint(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *due):
-        if torch.is_grad_enabled(): raise RuntimeError("the steps were unrolled to be differentiated once: a second derivative (create_graph=True) needs mode='graph'")
-        stepper, n, width, saved = ctx.stepper, ctx.n, 1 + len(ctx.stepper.symbols), ctx.saved_tensors
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the steps were unrolled to be differentiated once: a second derivative (create_graph=True) needs mode='graph'"
+            )
+        stepper, n, width, saved = (
+            ctx.stepper,
+            ctx.n,
+            1 + len(ctx.stepper.symbols),
+            ctx.saved_tensors,
+        )
         count = len(saved) - ctx.steps * n * (width + 1)
         through, kept = saved[n:count], saved[count:]
         a, owed = flat([x, *[None] * (width - 1)] for x in due), [None] * len(through)
         for i in reversed(range(ctx.steps)):
-            part = kept[i * n * (width + 1):(i + 1) * n * (width + 1)]
-            state = [part[j * width:(j + 1) * width] for j in range(n)]
-            a, more = stepper.pull(i, state, part[n * width:], a, through)
+            part = kept[i * n * (width + 1) : (i + 1) * n * (width + 1)]
+            state = [part[j * width : (j + 1) * width] for j in range(n)]
+            a, more = stepper.pull(i, state, part[n * width :], a, through)
             owed = [plus(v, w) for v, w in zip(owed, more)]
         return None, None, None, *a[::width], *owed
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-09
-PASSES = {"graph": 6, "adjoint": 8, "difference": 8, "first-order": 2}  # of a decoder, a step and the way back through it, Eq. (inner-cost)
+PASSES = {
+    "graph": 6,
+    "adjoint": 8,
+    "difference": 8,
+    "first-order": 2,
+}  # of a decoder, a step and the way back through it, Eq. (inner-cost)
+
 
 def unroll(
-    loss: Callable,           # (tensors, step) -> $\ell_i$, a 0-dim tensor (or one that is summed), a function: noise is drawn beforehand
-    params: list,             # $\theta_0$, floating tensors, left as they are
-    steps: int,               # $k \ge 0$
-    optimizer: Callable=SGD,  # tensors -> an optimizer of `optgen.optim`, such as `partial(Adam, lr=.1)`; `TypeError` for another
-    through: Iterable=(),     # tensors in `loss` or `optimizer` that "adjoint" and "difference" must reach, such as a model's parameters
-    mode: str="graph",        # how the gradient comes back: a key of `PASSES`, else `ValueError`
-    clip: Callable=None,      # gradients -> gradients, before the optimizer sees them
-    eps: float=None,          # of Eq. (inner-difference), the most that an entry is moved there, relative to $\max(1,|\theta|)$; by default the cube root of the machine's epsilon
-) -> list:                    # $\theta_k$, with its graph where gradients are on
-    r"Steps of an optimizer that can be differentiated, Eq. (inner-step), by `params` and by what the loss reads."
+    loss: Callable,
+    params: list,
+    steps: int,
+    optimizer: Callable = SGD,
+    through: Iterable = (),
+    mode: str = "graph",
+    clip: Callable = None,
+    eps: float = None,
+) -> list:
+    r"""Steps of an optimizer that can be differentiated, Eq. (inner-step), by `params` and by what
+    the loss reads.
+
+    Args:
+        loss: (tensors, step) -> $\ell_i$, a 0-dim tensor (or one that is summed), a function: noise
+            is drawn beforehand.
+        params: $\theta_0$, floating tensors, left as they are.
+        steps: $k \ge 0$.
+        optimizer: tensors -> an optimizer of `optgen.optim`, such as `partial(Adam, lr=.1)`;
+            `TypeError` for another.
+        through: tensors in `loss` or `optimizer` that "adjoint" and "difference" must reach, such
+            as a model's parameters.
+        mode: how the gradient comes back: a key of `PASSES`, else `ValueError`.
+        clip: gradients -> gradients, before the optimizer sees them.
+        eps: of Eq. (inner-difference), the most that an entry is moved there, relative to
+            $\max(1,|\theta|)$; by default the cube root of the machine's epsilon.
+
+    Returns:
+        $\theta_k$, with its graph where gradients are on.
+    """
     check_count("unroll", 0, steps=steps)
-    if mode not in PASSES: raise ValueError(f"unroll: mode must be one of {', '.join(PASSES)}; got {mode!r}")
-    if eps is not None and not eps > 0: raise ValueError(f"unroll: eps must be above 0, or None; got {eps!r}")
-    if isinstance(params, Tensor): raise TypeError("unroll: params is a list of tensors: write [x] for a single one")
+    if mode not in PASSES:
+        raise ValueError(f"unroll: mode must be one of {', '.join(PASSES)}; got {mode!r}")
+    if eps is not None and not eps > 0:
+        raise ValueError(f"unroll: eps must be above 0, or None; got {eps!r}")
+    if isinstance(params, Tensor):
+        raise TypeError("unroll: params is a list of tensors: write [x] for a single one")
     params, through = list(params), [w for w in through if w.requires_grad]
-    if not steps: return params
-    eps = eps or torch.finfo(params[0].dtype).eps**(1/3)
+    if not steps:
+        return params
+    eps = eps or torch.finfo(params[0].dtype).eps ** (1 / 3)
     stepper = Stepper(loss, optimizer, params[0], clip, eps if mode == "difference" else None)
-    if mode in ("adjoint", "difference"): return list(Adjoint.apply(stepper, steps, len(params), *params, *through))
+    if mode in ("adjoint", "difference"):
+        return list(Adjoint.apply(stepper, steps, len(params), *params, *through))
     graph = mode == "graph" and torch.is_grad_enabled()
     state = stepper.start(params if graph else [x.detach() for x in params])
     for i in range(steps):
         here = [x if x.requires_grad else x.detach().requires_grad_() for x, *_ in state]
-        with torch.set_grad_enabled(graph): state = stepper.move(i, state, stepper.slope(i, here, graph))
+        with torch.set_grad_enabled(graph):
+            state = stepper.move(i, state, stepper.slope(i, here, graph))
     return [x if graph else x + (start - start.detach()) for (x, *_), start in zip(state, params)]
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-11
-def clip_rows(
-    grads,          # tensors (B, ...)
-    most: float,    # $c > 0$
-):                  # tensors of the same shapes
-    r"Shorten each row's gradient, over all tensors, to a norm of at most `most`, Eq. (inner-clip)."
+def clip_rows(grads, most: float):
+    """Shorten each row's gradient, over all tensors, to a norm of at most `most`, Eq.
+    (inner-clip).
+
+    Args:
+        grads: tensors (B, ...).
+        most: $c > 0$.
+
+    Returns:
+        tensors of the same shapes.
+    """
     square = sum(g.square().flatten(1).sum(1) for g in grads)
     scale = most * square.clamp(min=most**2).rsqrt()
     return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in grads]
 
+
 class Refinement:
-    r"The encoder's answer refined by steps on each image's own bound, Eq. (refinement)."
-    def __init__(self,
-        steps: int,                                       # $k \ge 0$
-        optimizer: Callable=partial(Momentum, lr=.02, momentum=.5), # as in `unroll`
-        beta: float=1.,                                   # $\beta \ge 0$
-        clip: float|None=5.,                              # $c > 0$ of Eq. (inner-clip); None clips nothing
-        mode: str="graph",                                # as in `unroll`
+    r"""The encoder's answer refined by steps on each image's own bound, Eq. (refinement).
+
+    Args:
+        steps: $k \ge 0$.
+        optimizer: as in `unroll`.
+        beta: $\beta \ge 0$.
+        clip: $c > 0$ of Eq. (inner-clip); None clips nothing.
+        mode: as in `unroll`.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        optimizer: Callable = partial(Momentum, lr=0.02, momentum=0.5),
+        beta: float = 1.0,
+        clip: float | None = 5.0,
+        mode: str = "graph",
     ):
-        check_count("Refinement", 0, steps=steps); check_number("Refinement", 0, beta=beta)
-        if mode not in PASSES: raise ValueError(f"Refinement: mode must be one of {', '.join(PASSES)}; got {mode!r}")
-        if clip is not None and not clip > 0: raise ValueError(f"Refinement: clip must be above 0, or None; got {clip!r}")
-        self.steps, self.optimizer, self.beta, self.clip, self.mode = steps, optimizer, beta, clip, mode
+        check_count("Refinement", 0, steps=steps)
+        check_number("Refinement", 0, beta=beta)
+        if mode not in PASSES:
+            raise ValueError(f"Refinement: mode must be one of {', '.join(PASSES)}; got {mode!r}")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Refinement: clip must be above 0, or None; got {clip!r}")
+        self.steps, self.optimizer, self.beta, self.clip, self.mode = (
+            steps,
+            optimizer,
+            beta,
+            clip,
+            mode,
+        )
 
     @property
-    def passes(self): return 3 + PASSES[self.mode] * self.steps  # of the decoder in a training step, Eq. (inner-cost); 3 without steps
+    def passes(self):
+        """of the decoder in a training step, Eq. (inner-cost); 3 without steps."""
+        return 3 + PASSES[self.mode] * self.steps
 
-    def refine(self,
-        model,        # `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`
-        x: Tensor,    # a batch (B, ...)
-        eps: Tensor,  # standard normal noise (steps, B, z_dim); `ValueError` for another shape
-    ) -> tuple:       # mean and log-variance, each (B, z_dim), with the gradient to the model's parameters
-        r"The refined answer."
+    def refine(self, model, x: Tensor, eps: Tensor) -> tuple:
+        """The refined answer.
+
+        Args:
+            model: `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`.
+            x: a batch (B, ...).
+            eps: standard normal noise (steps, B, z_dim); `ValueError` for another shape.
+
+        Returns:
+            mean and log-variance, each (B, z_dim), with the gradient to the model's parameters.
+        """
         return self.descend(model, model.encoder(x), x, eps)
 
-    def descend(self, model, start, x, eps):  # from `start`, (mean, log_var)
-        if eps.shape != (self.steps, *start[0].shape): raise ValueError(f"Refinement: eps must be (steps, B, z_dim) = {(self.steps, *start[0].shape)}, got {tuple(eps.shape)}")
+    def descend(self, model, start, x, eps):
+        """from `start`, (mean, log_var)."""
+        if eps.shape != (self.steps, *start[0].shape):
+            raise ValueError(
+                f"Refinement: eps must be (steps, B, z_dim) = {(self.steps, *start[0].shape)}, got {tuple(eps.shape)}"
+            )
+
         def loss(q, i):
             mean, log_var = q
             z = mean + (log_var / 2).exp() * eps[i]
-            return self.beta * (mean**2 + log_var.expm1() - log_var).sum(-1) / 2 - model.log_likelihood(x, z)
-        through = [x, *getattr(model, "parameters", tuple)()]
-        return tuple(unroll(loss, start, self.steps, self.optimizer, through, self.mode, self.clip and partial(clip_rows, most=self.clip)))
+            return self.beta * (mean**2 + log_var.expm1() - log_var).sum(
+                -1
+            ) / 2 - model.log_likelihood(x, z)
 
-    def applied(self,
-        model,       # as in `refine`
-        seed: int=0, # of the steps' noise, the same at every call: the refined encoder is a function
-    ):               # a shallow copy of the model, which shares its parameters and modules
-        r"The model with its `encoder` refined, to evaluate it."
+        through = [x, *getattr(model, "parameters", tuple)()]
+        return tuple(
+            unroll(
+                loss,
+                start,
+                self.steps,
+                self.optimizer,
+                through,
+                self.mode,
+                self.clip and partial(clip_rows, most=self.clip),
+            )
+        )
+
+    def applied(self, model, seed: int = 0):
+        """The model with its `encoder` refined, to evaluate it.
+
+        Args:
+            model: as in `refine`.
+            seed: of the steps' noise, the same at every call: the refined encoder is a function.
+
+        Returns:
+            a shallow copy of the model, which shares its parameters and modules.
+        """
         view = copy.copy(model)
         encode = view.encoder
+
         def encoder(x):
             mean, log_var = encode(x)
             rng = None if mean.is_meta else torch.Generator(device=mean.device).manual_seed(seed)
-            return self.descend(view, (mean, log_var), x, torch.randn(self.steps, *mean.shape, generator=rng, dtype=mean.dtype, device=mean.device))
+            return self.descend(
+                view,
+                (mean, log_var),
+                x,
+                torch.randn(
+                    self.steps, *mean.shape, generator=rng, dtype=mean.dtype, device=mean.device
+                ),
+            )
+
         vars(view)["encoder"] = encoder
         return view

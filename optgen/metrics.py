@@ -15,38 +15,56 @@ import torch
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-2
 @torch.no_grad()
-def rate(
-    model, # has `encoder`
-    x,     # a batch (B, ...)
-):         # nats, (B,), exact
-    r"$\mathrm{KL}(q(z\mid x)\|\mathcal N(0,I)) = \tfrac12\sum_j \mu_j^2 + \sigma_j^2 - 1 - \log\sigma_j^2$, Eq. (metrics-elbo)."
+def rate(model, x):
+    r"""$\mathrm{KL}(q(z\mid x)\|\mathcal N(0,I)) = \tfrac12\sum_j \mu_j^2 + \sigma_j^2 - 1 -
+    \log\sigma_j^2$, Eq. (metrics-elbo).
+
+    Args:
+        model: has `encoder`.
+        x: a batch (B, ...).
+
+    Returns:
+        nats, (B,), exact.
+    """
     mean, log_var = model.encoder(x)
     return (mean**2 + log_var.expm1() - log_var).sum(-1) / 2
 
+
 @torch.no_grad()
-def distortion(
-    model,          # has `encoder` and `log_likelihood`
-    x,              # a batch (B, ...)
-    k=1,            # samples of z an image
-    generator=None, # random generator on the device of `x`; torch's own if None
-):                  # nats, (B,), unbiased
-    r"$\mathbb E_q[-\log p(x\mid z)]$ by `k` samples, Eq. (metrics-elbo)."
+def distortion(model, x, k=1, generator=None):
+    r"""$\mathbb E_q[-\log p(x\mid z)]$ by `k` samples, Eq. (metrics-elbo).
+
+    Args:
+        model: has `encoder` and `log_likelihood`.
+        x: a batch (B, ...).
+        k: samples of z an image.
+        generator: random generator on the device of `x`; torch's own if None.
+
+    Returns:
+        nats, (B,), unbiased.
+    """
     mean, log_var = model.encoder(x)
     eps = torch.randn(k, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return -model.log_likelihood(x, mean + (log_var / 2).exp() * eps).mean(0)
 
+
 def elbo(model, x, k=1, generator=None):
-    r"The bound, Eq. (metrics-elbo), nats (B,): exact rate, distortion by `k` samples."
+    """The bound, Eq. (metrics-elbo), nats (B,): exact rate, distortion by `k` samples."""
     return -distortion(model, x, k, generator) - rate(model, x)
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-3
-def log_weights(
-    model,  # has `encoder` and `log_likelihood`
-    x,      # a batch (B, ...)
-    eps,    # standard normal noise (k, B, z_dim)
-    q=None, # (mean, log_var) of the encoder, if they are known already
-):          # $\log w$ and $\log p(x\mid z)$, nats, each (k, B)
-    r"Logarithms of the importance weights, Eq. (metrics-nll); gradients flow through them."
+def log_weights(model, x, eps, q=None):
+    r"""Logarithms of the importance weights, Eq. (metrics-nll); gradients flow through them.
+
+    Args:
+        model: has `encoder` and `log_likelihood`.
+        x: a batch (B, ...).
+        eps: standard normal noise (k, B, z_dim).
+        q: (mean, log_var) of the encoder, if they are known already.
+
+    Returns:
+        $\log w$ and $\log p(x\mid z)$, nats, each (k, B).
+    """
     mean, log_var = q or model.encoder(x)
     z = mean + (log_var / 2).exp() * eps
     log_lik = model.log_likelihood(x, z)
@@ -54,245 +72,458 @@ def log_weights(
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-4
 class Estimate(NamedTuple):
-    r"What `importance_nll` finds: tensors (B,), a value for each image, in nats but for `ess`."
-    nll: torch.Tensor        # $-\log\hat p_k(x)$
-    mc_se: torch.Tensor      # its standard error over other draws of z, Eq. (metrics-error)
-    ess: torch.Tensor        # effective sample size, 1 to k; where it is small, do not trust `mc_se`
-    rate: torch.Tensor       # exact
-    distortion: torch.Tensor # by the same k samples
+    r"""What `importance_nll` finds: tensors (B,), a value for each image, in nats but for `ess`.
+
+    Attributes:
+        nll: $-\log\hat p_k(x)$.
+        mc_se: its standard error over other draws of z, Eq. (metrics-error).
+        ess: effective sample size, 1 to k; where it is small, do not trust `mc_se`.
+        rate: exact.
+        distortion: by the same k samples.
+    """
+
+    nll: torch.Tensor
+    mc_se: torch.Tensor
+    ess: torch.Tensor
+    rate: torch.Tensor
+    distortion: torch.Tensor
+
 
 @torch.no_grad()
-def importance_nll(
-    model,          # has `encoder` and `log_likelihood`
-    x,              # a batch (B, ...)
-    k=5000,         # samples of z an image; state it beside every NLL
-    chunk=1000,     # latents decoded at once (samples times images): this bounds the memory
-    generator=None, # random generator on the device of `x`; torch's own if None
-):                  # an `Estimate`
-    r"Importance-sampled negative log-likelihood, Eq. (metrics-nll), and its error. Raises ValueError for a bad `k` or `chunk`, no images, or a NaN."
-    if k < 1 or chunk < 1 or not len(x): raise ValueError(f"k, chunk and the number of images must be at least 1, got {k}, {chunk} and {len(x)}")
+def importance_nll(model, x, k=5000, chunk=1000, generator=None):
+    """Importance-sampled negative log-likelihood, Eq. (metrics-nll), and its error. Raises
+    ValueError for a bad `k` or `chunk`, no images, or a NaN.
+
+    Args:
+        model: has `encoder` and `log_likelihood`.
+        x: a batch (B, ...).
+        k: samples of z an image; state it beside every NLL.
+        chunk: latents decoded at once (samples times images): this bounds the memory.
+        generator: random generator on the device of `x`; torch's own if None.
+
+    Returns:
+        an `Estimate`.
+    """
+    if k < 1 or chunk < 1 or not len(x):
+        raise ValueError(
+            f"k, chunk and the number of images must be at least 1, got {k}, {chunk} and {len(x)}"
+        )
     parts = []
     for x in x.split(chunk):
         mean, _ = q = model.encoder(x)
-        w, w2, log_lik, n = mean.new_tensor(-math.inf), mean.new_tensor(-math.inf), 0., max(1, chunk // len(x))
+        w, w2, log_lik, n = (
+            mean.new_tensor(-math.inf),
+            mean.new_tensor(-math.inf),
+            0.0,
+            max(1, chunk // len(x)),
+        )
         for i in range(0, k, n):
-            eps = torch.randn(min(n, k - i), *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+            eps = torch.randn(
+                min(n, k - i),
+                *mean.shape,
+                generator=generator,
+                dtype=mean.dtype,
+                device=mean.device,
+            )
             log_w, log_p = log_weights(model, x, eps, q)
-            w, w2, log_lik = w.logaddexp(log_w.logsumexp(0)), w2.logaddexp((2 * log_w).logsumexp(0)), log_lik + log_p.sum(0)
+            w, w2, log_lik = (
+                w.logaddexp(log_w.logsumexp(0)),
+                w2.logaddexp((2 * log_w).logsumexp(0)),
+                log_lik + log_p.sum(0),
+            )
         inverse_ess = (w2 - 2 * w).exp()
-        parts.append((math.log(k) - w, (inverse_ess - 1 / k).clamp(min=0).sqrt(), 1 / inverse_ess, rate(model, x), -log_lik / k))
+        parts.append(
+            (
+                math.log(k) - w,
+                (inverse_ess - 1 / k).clamp(min=0).sqrt(),
+                1 / inverse_ess,
+                rate(model, x),
+                -log_lik / k,
+            )
+        )
     found = Estimate(*map(torch.cat, zip(*parts)))
     if not found.nll.is_meta and found.nll.isnan().any():
         image = found.nll.isnan().nonzero()[0].item()
-        raise ValueError(f"the likelihood of image {image} of the batch is NaN: look for NaN in the images and in the model's weights")
+        raise ValueError(
+            f"the likelihood of image {image} of the batch is NaN: look for NaN in the images and in the model's weights"
+        )
     return found
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-5
-def bits_per_dim(
-    nats, # a negative log-likelihood or bound of one image, number or tensor
-    dim,  # numbers in the image, $D$ = C H W
-):        # bits, same type
-    r"Eq. (metrics-bits). Raises ValueError unless `dim` is at least 1."
-    if dim < 1: raise ValueError(f"dim is the number of pixels times channels, at least 1, got {dim}")
+def bits_per_dim(nats, dim):
+    """Eq. (metrics-bits). Raises ValueError unless `dim` is at least 1.
+
+    Args:
+        nats: a negative log-likelihood or bound of one image, number or tensor.
+        dim: numbers in the image, $D$ = C H W.
+
+    Returns:
+        bits, same type.
+    """
+    if dim < 1:
+        raise ValueError(f"dim is the number of pixels times channels, at least 1, got {dim}")
     return nats / (dim * math.log(2))
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-6
-def latent_variance(
-    means, # iterable of posterior means, each (B, z_dim), one a batch
-):         # (z_dim,)
-    r"$\operatorname{Var}_x(\mathbb E_q z_j)$, in one pass over batches, Eq. (metrics-active)."
-    n, m, M = 0, 0., 0.
+def latent_variance(means):
+    r"""$\operatorname{Var}_x(\mathbb E_q z_j)$, in one pass over batches, Eq. (metrics-active).
+
+    Args:
+        means: iterable of posterior means, each (B, z_dim), one a batch.
+
+    Returns:
+        (z_dim,).
+    """
+    n, m, M = 0, 0.0, 0.0
     for mean in means:
         b, step = len(mean), mean.mean(0) - m
-        M = M + ((mean - mean.mean(0))**2).sum(0) + step**2 * (n * b / (n + b))
+        M = M + ((mean - mean.mean(0)) ** 2).sum(0) + step**2 * (n * b / (n + b))
         n, m = n + b, m + step * (b / (n + b))
-    if not n: raise ValueError("no means: the iterable is empty")
+    if not n:
+        raise ValueError("no means: the iterable is empty")
     return M / n
 
-def active_units(
-    means,         # iterable of posterior means, each (B, z_dim), one a batch
-    threshold=.01, # least variance of a unit in use
-):                 # 0-dim integer tensor
-    r"Number of latents with $A_j$ above the threshold, Eq. (metrics-active)."
+
+def active_units(means, threshold=0.01):
+    """Number of latents with $A_j$ above the threshold, Eq. (metrics-active).
+
+    Args:
+        means: iterable of posterior means, each (B, z_dim), one a batch.
+        threshold: least variance of a unit in use.
+
+    Returns:
+        0-dim integer tensor.
+    """
     return (latent_variance(means) > threshold).sum()
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #6f480ee8
 @torch.no_grad()
-def mutual_information(
-    mean,           # posterior means (N, z_dim), of all images at once
-    log_var,        # log-variances (N, z_dim)
-    k=1,            # samples of z an image
-    chunk=256,      # samples compared with all N posteriors at once: this bounds the memory
-    generator=None, # random generator on the device of `mean`; torch's own if None
-):                  # 0-dim, nats, at most log N; float64, because the squares below cancel
-    r"$\hat I_N$, Eq. (information-mc). Waits for no device. Raises ValueError for a bad `k` or `chunk`, or no images."
-    if k < 1 or chunk < 1 or not len(mean): raise ValueError(f"k, chunk and the number of images must be at least 1, got {k}, {chunk} and {len(mean)}")
+def mutual_information(mean, log_var, k=1, chunk=256, generator=None):
+    r"""$\hat I_N$, Eq. (information-mc). Waits for no device. Raises ValueError for a bad `k` or
+    `chunk`, or no images.
+
+    Args:
+        mean: posterior means (N, z_dim), of all images at once.
+        log_var: log-variances (N, z_dim).
+        k: samples of z an image.
+        chunk: samples compared with all N posteriors at once: this bounds the memory.
+        generator: random generator on the device of `mean`; torch's own if None.
+
+    Returns:
+        0-dim, nats, at most log N; float64, because the squares below cancel.
+    """
+    if k < 1 or chunk < 1 or not len(mean):
+        raise ValueError(
+            f"k, chunk and the number of images must be at least 1, got {k}, {chunk} and {len(mean)}"
+        )
     mean, log_var = mean.to(torch.float64), log_var.to(torch.float64)
     m, precision = mean - mean.mean(0), (-log_var).exp()
-    weight, offset, total = torch.cat([m * precision, -precision / 2], 1).T, (m**2 * precision + log_var).sum(1) / -2, 0.
+    weight, offset, total = (
+        torch.cat([m * precision, -precision / 2], 1).T,
+        (m**2 * precision + log_var).sum(1) / -2,
+        0.0,
+    )
     for _ in range(k):
-        z = m + (log_var / 2).exp() * torch.randn(m.shape, generator=generator, dtype=m.dtype, device=m.device)
+        z = m + (log_var / 2).exp() * torch.randn(
+            m.shape, generator=generator, dtype=m.dtype, device=m.device
+        )
         for i, part in enumerate(z.split(chunk)):
-            log_q = torch.addmm(offset, torch.cat([part, part**2], 1), weight)  # log q(z_i | x_j) + (z_dim / 2) log 2 pi
+            log_q = torch.addmm(
+                offset, torch.cat([part, part**2], 1), weight
+            )  # log q(z_i | x_j) + (z_dim / 2) log 2 pi
             total = total + log_q.log_softmax(1).diagonal(i * chunk).sum()
     return math.log(len(m)) + total / (k * len(m))
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-7
-def evaluate_vae(
-    model,         # has `encoder` and `log_likelihood`; put into evaluation mode meanwhile if it is a module
-    batches,       # iterable of tensors (B, ...) or of tuples that begin with one, such as `Batch`
-    k=5000,        # samples of z an image
-    chunk=1000,    # latents decoded at once
-    seed=0,        # of a generator of its own: torch's streams are left as they were
-    threshold=.01, # of an active unit
-    information=2048, # images that the mutual information is estimated from, the first ones; its cost grows with the square
-):                 # dict of floats, nats an image: elbo, rate, distortion, nll, their errors, ess, bits_per_dim, active_units, mutual_information and its ceiling; k and n images
-    r"Bound, likelihood and use of the latents over a data set. Raises ValueError if there is none."
+def evaluate_vae(model, batches, k=5000, chunk=1000, seed=0, threshold=0.01, information=2048):
+    """Bound, likelihood and use of the latents over a data set. Raises ValueError if there is
+    none.
+
+    Args:
+        model: has `encoder` and `log_likelihood`; put into evaluation mode meanwhile if it is a
+            module.
+        batches: iterable of tensors (B, ...) or of tuples that begin with one, such as `Batch`.
+        k: samples of z an image.
+        chunk: latents decoded at once.
+        seed: of a generator of its own: torch's streams are left as they were.
+        threshold: of an active unit.
+        information: images that the mutual information is estimated from, the first ones; its cost
+            grows with the square.
+
+    Returns:
+        dict of floats, nats an image: elbo, rate, distortion, nll, their errors, ess, bits_per_dim,
+        active_units, mutual_information and its ceiling; k and n images.
+    """
     found, posteriors, generator = [], [], None
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, torch.nn.Module) else []
     try:
-        for m, _ in modes: m.training = False
+        for m, _ in modes:
+            m.training = False
         for x in batches:
-            if not isinstance(x, torch.Tensor): x = x[0]
+            if not isinstance(x, torch.Tensor):
+                x = x[0]
             generator = generator or torch.Generator(device=x.device).manual_seed(seed)
             found.append(importance_nll(model, x, k, chunk, generator))
-            with torch.no_grad(): posteriors.append(model.encoder(x))
+            with torch.no_grad():
+                posteriors.append(model.encoder(x))
     finally:
-        for m, mode in modes: m.training = mode
-    if not found: raise ValueError("nothing to evaluate: there are no batches")
+        for m, mode in modes:
+            m.training = mode
+    if not found:
+        raise ValueError("nothing to evaluate: there are no batches")
     nll, mc_se, ess, rate, distortion = (torch.cat(part) for part in zip(*found))
     mean, log_var = (torch.cat(part)[:information] for part in zip(*posteriors))
-    se = lambda t: (t.std() / len(t)**.5).item() if len(t) > 1 else math.nan
-    return dict(n=len(nll), k=k, elbo=-(rate + distortion).mean().item(), elbo_se=se(rate + distortion),
-                rate=rate.mean().item(), distortion=distortion.mean().item(),
-                nll=nll.mean().item(), nll_se=se(nll), nll_mc_se=(mc_se.norm() / len(nll)).item(), ess=ess.mean().item(),
-                bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()), active_units=active_units([mean for mean, _ in posteriors], threshold).item(),
-                mutual_information=mutual_information(mean, log_var, generator=generator).item(), mutual_information_ceiling=math.log(len(mean)))
+    se = lambda t: (t.std() / len(t) ** 0.5).item() if len(t) > 1 else math.nan
+    return dict(
+        n=len(nll),
+        k=k,
+        elbo=-(rate + distortion).mean().item(),
+        elbo_se=se(rate + distortion),
+        rate=rate.mean().item(),
+        distortion=distortion.mean().item(),
+        nll=nll.mean().item(),
+        nll_se=se(nll),
+        nll_mc_se=(mc_se.norm() / len(nll)).item(),
+        ess=ess.mean().item(),
+        bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()),
+        active_units=active_units([mean for mean, _ in posteriors], threshold).item(),
+        mutual_information=mutual_information(mean, log_var, generator=generator).item(),
+        mutual_information_ceiling=math.log(len(mean)),
+    )
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-8
-def frechet_distance(
-    mean1, cov1,  # (d,) and (d, d) of one Gaussian
-    mean2, cov2,  # of the other
-):                # 0-dim, squared distance
-    r"The squared Fréchet (2-Wasserstein) distance between two Gaussians, Eq. (frechet)."
+def frechet_distance(mean1, cov1, mean2, cov2):
+    """The squared Fréchet (2-Wasserstein) distance between two Gaussians, Eq. (frechet).
+
+    Args:
+        mean1: (d,) and (d, d) of one Gaussian.
+        cov1: (d,) and (d, d) of one Gaussian.
+        mean2: of the other.
+        cov2: of the other.
+
+    Returns:
+        0-dim, squared distance.
+    """
+
     def factor(cov):
         values, vectors = torch.linalg.eigh(cov)
         return vectors * values.clamp(min=0).sqrt()
+
     cross = torch.linalg.svdvals(factor(cov1).mT @ factor(cov2)).sum()
-    return ((mean1 - mean2)**2).sum() + cov1.trace() + cov2.trace() - 2 * cross
+    return ((mean1 - mean2) ** 2).sum() + cov1.trace() + cov2.trace() - 2 * cross
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-9
 class FeatureStats(NamedTuple):
-    r"What Eq. (frechet) needs of a set of images."
-    n: int               # images
-    mean: torch.Tensor   # (d,)
-    cov: torch.Tensor    # (d, d), unbiased
+    """What Eq. (frechet) needs of a set of images.
+
+    Attributes:
+        n: images.
+        mean: (d,).
+        cov: (d, d), unbiased.
+    """
+
+    n: int
+    mean: torch.Tensor
+    cov: torch.Tensor
+
 
 @torch.no_grad()
-def feature_stats(
-    batches,                  # iterable of tensors (B, ...) or of tuples that begin with one, such as `Batch`
-    features=lambda x: x,     # images (B, ...) -> (B, d)
-):                            # `FeatureStats`, double precision
-    r"Mean and covariance of the features, in one pass. Raises ValueError for fewer than two images or features that are not finite."
-    n, m, M = 0, 0., 0.
+def feature_stats(batches, features=lambda x: x):
+    """Mean and covariance of the features, in one pass. Raises ValueError for fewer than two
+    images or features that are not finite.
+
+    Args:
+        batches: iterable of tensors (B, ...) or of tuples that begin with one, such as `Batch`.
+        features: images (B, ...) -> (B, d).
+
+    Returns:
+        `FeatureStats`, double precision.
+    """
+    n, m, M = 0, 0.0, 0.0
     for x in batches:
         f = features(x if isinstance(x, torch.Tensor) else x[0]).to(torch.float64)
         b, step, centred = len(f), f.mean(0) - m, f - f.mean(0)
         M = M + centred.T @ centred + torch.outer(step, step) * (n * b / (n + b))
         n, m = n + b, m + step * (b / (n + b))
-    if n < 2: raise ValueError(f"a covariance needs at least two images, got {n}")
-    if not M.is_meta and not M.isfinite().all(): raise ValueError("a feature is not finite: look for NaN in the images and in the model that made them")
+    if n < 2:
+        raise ValueError(f"a covariance needs at least two images, got {n}")
+    if not M.is_meta and not M.isfinite().all():
+        raise ValueError(
+            "a feature is not finite: look for NaN in the images and in the model that made them"
+        )
     return FeatureStats(n, m, M / (n - 1))
 
-def fid(
-    a, b,                 # two sets of images, batches as in `feature_stats`, or their `FeatureStats` where they are known already
-    features=lambda x: x, # images (B, ...) -> (B, d)
-) -> float:
-    r"Fréchet distance of two sets of images in the features, Eq. (frechet)."
+
+def fid(a, b, features=lambda x: x) -> float:
+    """Fréchet distance of two sets of images in the features, Eq. (frechet).
+
+    Args:
+        a: two sets of images, batches as in `feature_stats`, or their `FeatureStats` where they are
+            known already.
+        b: two sets of images, batches as in `feature_stats`, or their `FeatureStats` where they are
+            known already.
+        features: images (B, ...) -> (B, d).
+    """
     a, b = (s if isinstance(s, FeatureStats) else feature_stats(s, features) for s in (a, b))
     return frechet_distance(a.mean, a.cov, b.mean, b.cov).item()
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-10
-def frechet_floor(
-    cov,         # (d, d) of the features
-    n: int, m: int, # images in the two sets
-):               # 0-dim
-    r"Expected Fréchet distance between two samples of one Gaussian, Eq. (frechet-floor), to first order in 1/n and 1/m."
+def frechet_floor(cov, n: int, m: int):
+    """Expected Fréchet distance between two samples of one Gaussian, Eq. (frechet-floor), to first
+    order in 1/n and 1/m.
+
+    Args:
+        cov: (d, d) of the features.
+        n: images in the two sets.
+        m: images in the two sets.
+
+    Returns:
+        0-dim.
+    """
     values = torch.linalg.eigvalsh(cov).clamp(min=torch.finfo(cov.dtype).tiny)
     a, b = values[:, None], values
-    return (1 / n + 1 / m) * (values.sum() + (a * b * (1 + torch.eye(len(values), dtype=cov.dtype, device=cov.device)) / (a + b)).sum() / 2)
+    return (1 / n + 1 / m) * (
+        values.sum()
+        + (a * b * (1 + torch.eye(len(values), dtype=cov.dtype, device=cov.device)) / (a + b)).sum()
+        / 2
+    )
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-11
 class Coverage(NamedTuple):
-    r"What `mode_coverage` finds: 0-dim tensors, and a count for each mode."
-    modes: torch.Tensor   # modes with enough samples
-    share: torch.Tensor   # of the samples near a centre
-    counts: torch.Tensor  # (K,) samples near each
+    """What `mode_coverage` finds: 0-dim tensors, and a count for each mode.
 
-def mode_coverage(
-    samples,           # (n, d)
-    centers,           # (K, d)
-    std: float,        # of a component, every way
-    within: float=3.,  # standard deviations that are near
-    least: float=20 / 10_000, # share of all samples that makes a mode count
-):                     # `Coverage`
-    r"Modes of a mixture that a sampler reaches, Eq. (coverage); samples that are not finite are near nothing. ValueError for no samples or centres."
-    if not (len(samples) and len(centers) and std > 0): raise ValueError(f"got {len(samples)} samples, {len(centers)} centres, {std=}: each must be positive")
-    distance, nearest = torch.cdist(samples, centers, compute_mode="donot_use_mm_for_euclid_dist").min(1)
-    near = torch.zeros_like(centers[:, 0]).index_add(0, nearest, (distance <= within * std).to(centers.dtype))
-    return Coverage((near >= least * len(samples) * (1 - 1e-6)).sum(), near.sum() / len(samples), near)
+    Attributes:
+        modes: modes with enough samples.
+        share: of the samples near a centre.
+        counts: (K,) samples near each.
+    """
+
+    modes: torch.Tensor
+    share: torch.Tensor
+    counts: torch.Tensor
+
+
+def mode_coverage(samples, centers, std: float, within: float = 3.0, least: float = 20 / 10_000):
+    """Modes of a mixture that a sampler reaches, Eq. (coverage); samples that are not finite are
+    near nothing. ValueError for no samples or centres.
+
+    Args:
+        samples: (n, d).
+        centers: (K, d).
+        std: of a component, every way.
+        within: standard deviations that are near.
+        least: share of all samples that makes a mode count.
+
+    Returns:
+        `Coverage`.
+    """
+    if not (len(samples) and len(centers) and std > 0):
+        raise ValueError(
+            f"got {len(samples)} samples, {len(centers)} centres, {std=}: each must be positive"
+        )
+    distance, nearest = torch.cdist(
+        samples, centers, compute_mode="donot_use_mm_for_euclid_dist"
+    ).min(1)
+    near = torch.zeros_like(centers[:, 0]).index_add(
+        0, nearest, (distance <= within * std).to(centers.dtype)
+    )
+    return Coverage(
+        (near >= least * len(samples) * (1 - 1e-6)).sum(), near.sum() / len(samples), near
+    )
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4-12
-def label_coverage(
-    labels,       # (n,) int64, 0 ... classes - 1
-    classes: int, # $K$
-):                # classes that occur and nats, 0-dim tensors
-    r"Classes reached and $\mathrm{KL}(\hat p\|\mathcal U)$, Eq. (label-coverage). ValueError for no labels."
-    if not len(labels): raise ValueError("no labels to count")
+def label_coverage(labels, classes: int):
+    r"""Classes reached and $\mathrm{KL}(\hat p\|\mathcal U)$, Eq. (label-coverage). ValueError for
+    no labels.
+
+    Args:
+        labels: (n,) int64, 0 ... classes - 1.
+        classes: $K$.
+
+    Returns:
+        classes that occur and nats, 0-dim tensors.
+    """
+    if not len(labels):
+        raise ValueError("no labels to count")
     count = labels.bincount(minlength=classes)
-    if len(count) != classes: raise ValueError(f"label {len(count) - 1} is not one of {classes} classes")
+    if len(count) != classes:
+        raise ValueError(f"label {len(count) - 1} is not one of {classes} classes")
     p = count / len(labels)
     return (count > 0).sum(), torch.special.xlogy(p, p * classes).sum()
 
-def label_floor(n: int, classes: int):  # expected classes reached, expected nats
-    r"What `label_coverage` finds of a perfect sampler, Eq. (label-floor); the second to first order in K/n."
-    return classes * (1 - (1 - 1 / classes)**n), (classes - 1) / (2 * n)
+
+def label_floor(n: int, classes: int):
+    """What `label_coverage` finds of a perfect sampler, Eq. (label-floor); the second to first
+    order in K/n.
+    """
+    return classes * (1 - (1 - 1 / classes) ** n), (classes - 1) / (2 * n)
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #bb0e1a14
-def wilson(
-    right,         # $k$, a number or tensor
-    n,             # $n\ge1$; `ValueError` below
-    z: float=1.96, # standard deviations, 1.96 for 95 %
-) -> tuple:        # lower and upper end, in [0, 1]
-    r"An interval of a probability from a count, Eq. (wilson)."
-    if n < 1: raise ValueError(f"an interval needs at least one trial, got {n}")
+def wilson(right, n, z: float = 1.96) -> tuple:
+    r"""An interval of a probability from a count, Eq. (wilson).
+
+    Args:
+        right: $k$, a number or tensor.
+        n: $n\ge1$; `ValueError` below.
+        z: standard deviations, 1.96 for 95 %.
+
+    Returns:
+        lower and upper end, in [0, 1].
+    """
+    if n < 1:
+        raise ValueError(f"an interval needs at least one trial, got {n}")
     p, a = right / n, z**2 / n
-    half = z * (p * (1 - p) / n + a / (4 * n))**.5
+    half = z * (p * (1 - p) / n + a / (4 * n)) ** 0.5
     return (p + a / 2 - half) / (1 + a), (p + a / 2 + half) / (1 + a)
 
-class Calibration(NamedTuple):
-    r"What Eq. (ece) comes to, and its bins."
-    ece: torch.Tensor        # 0-dim
-    confidence: torch.Tensor # mean of each bin, (bins,); nan where a bin is empty
-    accuracy: torch.Tensor   # share that is right of each bin, (bins,)
-    counts: torch.Tensor     # (bins,)
 
-def calibration(
-    probabilities, # (N, K), rows that sum to 1
-    labels,        # (N,) int64
-    bins: int=15,  # of equal width
-) -> Calibration:
-    r"Expected calibration error and what a reliability diagram shows, Eq. (ece)."
+class Calibration(NamedTuple):
+    """What Eq. (ece) comes to, and its bins.
+
+    Attributes:
+        ece: 0-dim.
+        confidence: mean of each bin, (bins,); nan where a bin is empty.
+        accuracy: share that is right of each bin, (bins,).
+        counts: (bins,).
+    """
+
+    ece: torch.Tensor
+    confidence: torch.Tensor
+    accuracy: torch.Tensor
+    counts: torch.Tensor
+
+
+def calibration(probabilities, labels, bins: int = 15) -> Calibration:
+    """Expected calibration error and what a reliability diagram shows, Eq. (ece).
+
+    Args:
+        probabilities: (N, K), rows that sum to 1.
+        labels: (N,) int64.
+        bins: of equal width.
+    """
     confidence, named = probabilities.max(-1)
     b = (confidence * bins).long().clamp(max=bins - 1)
-    count, right, sure = (torch.zeros(bins, dtype=confidence.dtype, device=b.device).index_add_(0, b, t.to(confidence)) for t in (torch.ones_like(confidence), named == labels, confidence))
+    count, right, sure = (
+        torch.zeros(bins, dtype=confidence.dtype, device=b.device).index_add_(
+            0, b, t.to(confidence)
+        )
+        for t in (torch.ones_like(confidence), named == labels, confidence)
+    )
     return Calibration((right - sure).abs().sum() / len(labels), sure / count, right / count, count)
 
-def auroc(
-    inside,  # (N,) scores of images like the training set's
-    outside, # (M,) scores of others
-):           # 0-dim, float64
-    r"The probability that a pair is in order, Eq. (auroc)."
+
+def auroc(inside, outside):
+    """The probability that a pair is in order, Eq. (auroc).
+
+    Args:
+        inside: (N,) scores of images like the training set's.
+        outside: (M,) scores of others.
+
+    Returns:
+        0-dim, float64.
+    """
     outside = outside.sort().values
-    below = torch.searchsorted(outside, inside, right=False) + torch.searchsorted(outside, inside, right=True)
+    below = torch.searchsorted(outside, inside, right=False) + torch.searchsorted(
+        outside, inside, right=True
+    )
     return below.double().mean() / (2 * len(outside))

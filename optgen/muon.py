@@ -13,11 +13,17 @@ from torch.optim import Optimizer
 from .rules import check_count, check_number
 
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a0006
-def orthogonal(
-    G: Tensor,        # (m, n), or (B, m, n) for each of several
-    steps: int=5,     # rounds, at least 1
-) -> Tensor:          # as `G`, at least float32
-    r"About $UV^\top$: all singular values brought near 1, Eq. (newton-schulz), on the smaller side, Eq. (gram)."
+def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
+    r"""About $UV^\top$: all singular values brought near 1, Eq. (newton-schulz), on the smaller
+    side, Eq. (gram).
+
+    Args:
+        G: (m, n), or (B, m, n) for each of several.
+        steps: rounds, at least 1.
+
+    Returns:
+        as `G`, at least float32.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     Y = G.to(torch.promote_types(G.dtype, torch.float32))
     Y = Y / Y.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
@@ -27,33 +33,72 @@ def orthogonal(
         P = add(A, A, A, beta=b, alpha=c)
         P.diagonal(dim1=-2, dim2=-1).add_(a)
         Q = P if Q is None else P @ Q
-        if k < steps - 1: A = P @ A @ P
+        if k < steps - 1:
+            A = P @ A @ P
     return Y @ Q if tall else Q @ Y
 
-class Muon(Optimizer):
-    r"Momentum, made orthogonal, for matrices and convolutions, Eq. (muon). Jordan et al. (2024). `Together` moves what is neither beside it."
-    def __init__(self,
-        params,                # matrices and weights of convolutions, or groups with the options `transposed` and `blocks` as `muon_groups` makes them; ValueError for another shape, TypeError for complex ones
-        lr: float=2e-2,        # $\eta\ge0$
-        momentum: float=.95,   # $\mu$ in [0, 1)
-        nesterov: bool=True,   # Eq. (muon); without, $m_t$ itself is made orthogonal
-        weight_decay: float=0.,# $\lambda\ge0$
-        ns_steps: int=5,       # rounds of Eq. (newton-schulz)
-    ):
-        check_number("Muon", 0., lr=lr, momentum=momentum, weight_decay=weight_decay); check_count("Muon", ns_steps=ns_steps)
-        if momentum >= 1: raise ValueError(f"Muon: momentum must lie in [0, 1), got {momentum!r}")
-        super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, ns_steps=ns_steps, transposed=False, blocks=1))
 
-    def __setstate__(self, state):  # one of optgen 0.3, or of `torch.optim.Muon`, is of matrices
+class Muon(Optimizer):
+    r"""Momentum, made orthogonal, for matrices and convolutions, Eq. (muon). Jordan et al. (2024).
+    `Together` moves what is neither beside it.
+
+    Args:
+        params: matrices and weights of convolutions, or groups with the options `transposed` and
+            `blocks` as `muon_groups` makes them; ValueError for another shape, TypeError for
+            complex ones.
+        lr: $\eta\ge0$.
+        momentum: $\mu$ in [0, 1).
+        nesterov: Eq. (muon); without, $m_t$ itself is made orthogonal.
+        weight_decay: $\lambda\ge0$.
+        ns_steps: rounds of Eq. (newton-schulz).
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 2e-2,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        ns_steps: int = 5,
+    ):
+        check_number("Muon", 0.0, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        check_count("Muon", ns_steps=ns_steps)
+        if momentum >= 1:
+            raise ValueError(f"Muon: momentum must lie in [0, 1), got {momentum!r}")
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                nesterov=nesterov,
+                weight_decay=weight_decay,
+                ns_steps=ns_steps,
+                transposed=False,
+                blocks=1,
+            ),
+        )
+
+    def __setstate__(self, state):
+        """one of optgen 0.3, or of `torch.optim.Muon`, is of matrices."""
         super().__setstate__(state)
-        for group in self.param_groups: group.setdefault("transposed", False); group.setdefault("blocks", 1)
+        for group in self.param_groups:
+            group.setdefault("transposed", False)
+            group.setdefault("blocks", 1)
 
     def add_param_group(self, param_group):
         super().add_param_group(param_group)
         for x in self.param_groups[-1]["params"]:
-            if x.ndim < 2: raise ValueError(f"Muon moves matrices and convolutions, and got a parameter of shape {tuple(x.shape)}: move it by another optimizer beside it, Together(Muon(matrices), Adam(rest)); muon_groups(model) tells them apart")
-            if len(x) % self.param_groups[-1]["blocks"]: raise ValueError(f"Muon: {len(x)} rows of a parameter of shape {tuple(x.shape)} are not {self.param_groups[-1]['blocks']} blocks of the same size")
-            if x.is_complex(): raise TypeError("Muon moves real matrices, and got a complex one: give it to Adam")
+            if x.ndim < 2:
+                raise ValueError(
+                    f"Muon moves matrices and convolutions, and got a parameter of shape {tuple(x.shape)}: move it by another optimizer beside it, Together(Muon(matrices), Adam(rest)); muon_groups(model) tells them apart"
+                )
+            if len(x) % self.param_groups[-1]["blocks"]:
+                raise ValueError(
+                    f"Muon: {len(x)} rows of a parameter of shape {tuple(x.shape)} are not {self.param_groups[-1]['blocks']} blocks of the same size"
+                )
+            if x.is_complex():
+                raise TypeError("Muon moves real matrices, and got a complex one: give it to Adam")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -61,36 +106,80 @@ class Muon(Optimizer):
         for group in self.param_groups:
             lr, mu, blocks = group["lr"], group["momentum"], group["blocks"]
             for theta in group["params"]:
-                if (g := theta.grad) is None: continue
-                if "momentum_buffer" not in self.state[theta]: self.state[theta]["momentum_buffer"] = torch.zeros_like(g)
+                if (g := theta.grad) is None:
+                    continue
+                if "momentum_buffer" not in self.state[theta]:
+                    self.state[theta]["momentum_buffer"] = torch.zeros_like(g)
                 m = self.state[theta]["momentum_buffer"].lerp_(g, 1 - mu)
                 d = (g.lerp(m, mu) if group["nesterov"] else m).flatten(1)
                 d = orthogonal(d.unflatten(0, (blocks, -1)) if blocks > 1 else d, group["ns_steps"])
                 tall = d.shape[-2] / d.shape[-1]
-                theta.mul_(1 - lr * group["weight_decay"]).add_(d.to(theta).reshape(theta.shape), alpha=-lr * max(1, 1 / tall if group["transposed"] else tall)**.5)
+                theta.mul_(1 - lr * group["weight_decay"]).add_(
+                    d.to(theta).reshape(theta.shape),
+                    alpha=-lr * max(1, 1 / tall if group["transposed"] else tall) ** 0.5,
+                )
         return loss
 
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a1001
-def muon_groups(
-    module: nn.Module,
-    others=(),     # names of layers, or beginnings of names, that Muon shall not move either: a second input or output, which the order can't tell
-) -> tuple:        # groups for `Muon`, and a list of the other parameters; `ValueError` where nothing is left for Muon, or a name in `others` fits no layer
-    r"A network's hidden matrices and the rest: `matrices, rest = muon_groups(net)`, then `Together(Muon(matrices), Adam(rest))`. First and last are by the order in which the network holds its layers."
+def muon_groups(module: nn.Module, others=()) -> tuple:
+    """A network's hidden matrices and the rest: `matrices, rest = muon_groups(net)`, then
+    `Together(Muon(matrices), Adam(rest))`. First and last are by the order in which the network
+    holds its layers.
+
+    Args:
+        others: names of layers, or beginnings of names, that Muon shall not move either: a second
+            input or output, which the order can't tell.
+
+    Returns:
+        groups for `Muon`, and a list of the other parameters; `ValueError` where nothing is left
+        for Muon, or a name in `others` fits no layer.
+    """
     convs = nn.modules.conv._ConvNd
-    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, nn.MultiheadAttention, convs))]
+    layers = [
+        (name, m)
+        for name, m in module.named_modules()
+        if isinstance(m, (nn.Linear, nn.MultiheadAttention, convs))
+    ]
     others = (others,) if isinstance(others, str) else tuple(others)
-    if unknown := [o for o in others if not any(name.startswith(o) for name, _ in layers)]: raise ValueError(f"no layer's name begins with {unknown[0]!r}; there are {', '.join(name for name, _ in layers)}")
-    embedded = {id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))}
+    if unknown := [o for o in others if not any(name.startswith(o) for name, _ in layers)]:
+        raise ValueError(
+            f"no layer's name begins with {unknown[0]!r}; there are {', '.join(name for name, _ in layers)}"
+        )
+    embedded = {
+        id(m.weight) for m in module.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))
+    }
     groups = {}
     for name, m in layers[1:-1]:
-        w, blocks, transposed = m._parameters.get("weight"), getattr(m, "groups", 1), getattr(m, "transposed", False)
-        if isinstance(m, nn.MultiheadAttention): w, blocks = m.in_proj_weight, 3
+        w, blocks, transposed = (
+            m._parameters.get("weight"),
+            getattr(m, "groups", 1),
+            getattr(m, "transposed", False),
+        )
+        if isinstance(m, nn.MultiheadAttention):
+            w, blocks = m.in_proj_weight, 3
         depthwise = isinstance(m, convs) and blocks == m.in_channels
-        if w is None or not w.requires_grad or id(w) in embedded or name.startswith(others) or depthwise and blocks > 1: continue
+        if (
+            w is None
+            or not w.requires_grad
+            or id(w) in embedded
+            or name.startswith(others)
+            or depthwise
+            and blocks > 1
+        ):
+            continue
         groups.setdefault((transposed, blocks), {})[id(w)] = w
     ends = {id(p) for _, m in (layers[0], layers[-1]) for p in m.parameters()} if layers else set()
     groups = {how: [w for i, w in ws.items() if i not in ends] for how, ws in groups.items()}
     mine = {id(w) for ws in groups.values() for w in ws}
-    if not mine: raise ValueError(f"no hidden matrix is left for Muon in this {type(module).__name__} of {len(layers)} layers: give all of it to Adam")
-    return ([{"params": ws, "transposed": transposed, "blocks": blocks} for (transposed, blocks), ws in groups.items() if ws],
-            [p for p in module.parameters() if p.requires_grad and id(p) not in mine])
+    if not mine:
+        raise ValueError(
+            f"no hidden matrix is left for Muon in this {type(module).__name__} of {len(layers)} layers: give all of it to Adam"
+        )
+    return (
+        [
+            {"params": ws, "transposed": transposed, "blocks": blocks}
+            for (transposed, blocks), ws in groups.items()
+            if ws
+        ],
+        [p for p in module.parameters() if p.requires_grad and id(p) not in mine],
+    )

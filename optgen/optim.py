@@ -16,203 +16,338 @@ from torch.optim import Optimizer
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23
 def present(x):
-    "Whether a hyper-parameter takes part; a tensor always does, so that its value is not read on the host."
+    """Whether a hyper-parameter takes part; a tensor always does, so that its value is not read on
+    the host.
+    """
     return isinstance(x, Tensor) or x != 0
 
+
 def real(x):
-    "A complex tensor seen as pairs of reals, any other tensor as it is; memory is shared."
+    """A complex tensor seen as pairs of reals, any other tensor as it is; memory is shared."""
     return torch.view_as_real(x) if x.is_complex() else x
 
+
 def penalised(group):
-    r"Whether Eq. (gradient) has its $\lambda\theta$; decoupled decay, Eq. (adamw), has not."
+    r"""Whether Eq. (gradient) has its $\lambda\theta$; decoupled decay, Eq. (adamw), has not."""
     return present(group["weight_decay"]) and not group.get("decoupled_weight_decay")
 
+
 def square_root(group, v):
-    r"$\sqrt v$; where autograd goes through it, with a finite slope at 0, times which all that comes is 0."
-    if not group["differentiable"]: return v.sqrt()
+    r"""$\sqrt v$; where autograd goes through it, with a finite slope at 0, times which all that
+    comes is 0.
+    """
+    if not group["differentiable"]:
+        return v.sqrt()
     zero = (v == 0).to(v.dtype)
     return (v + zero).sqrt() - zero
 
+
 def listable(group):
-    "Whether the foreach form can move a group: it is not differentiable, and takes no tensor for an option other than `lr`."
-    options = [x for k, v in group.items() if k not in ("params", "lr") for x in (v if isinstance(v, (tuple, list)) else (v,))]
+    """Whether the foreach form can move a group: it is not differentiable, and takes no tensor for
+    an option other than `lr`.
+    """
+    options = [
+        x
+        for k, v in group.items()
+        if k not in ("params", "lr")
+        for x in (v if isinstance(v, (tuple, list)) else (v,))
+    ]
     return not (group["differentiable"] or any(isinstance(x, Tensor) for x in options))
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-2
 def descend(thetas, ds, lr, overs=None):
-    r"$\theta \leftarrow \theta - \eta\,d$ or, spoiling $o$, $\theta - \eta\,d/o$, in place over lists; with an $o$, `lr` may be a list."
+    r"""$\theta \leftarrow \theta - \eta\,d$ or, spoiling $o$, $\theta - \eta\,d/o$, in place over
+    lists; with an $o$, `lr` may be a list.
+    """
     if overs is None:
-        if isinstance(lr, Tensor): torch._foreach_sub_(thetas, torch._foreach_mul(ds, lr))
-        else: torch._foreach_add_(thetas, ds, alpha=-lr)
+        if isinstance(lr, Tensor):
+            torch._foreach_sub_(thetas, torch._foreach_mul(ds, lr))
+        else:
+            torch._foreach_add_(thetas, ds, alpha=-lr)
     else:
         lrs = lr if isinstance(lr, list) else [lr] * len(thetas)
         if isinstance(lrs[0], Tensor):
             torch._foreach_div_(overs, lrs)
             torch._foreach_addcdiv_(thetas, ds, overs, -1)
-        else: torch._foreach_addcdiv_(thetas, ds, overs, [-x for x in lrs])
+        else:
+            torch._foreach_addcdiv_(thetas, ds, overs, [-x for x in lrs])
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-3
 def check(method, group, bounds):
-    "Refuse options outside `bounds` with an error that names the method, the option and the range."
-    def fail(what, kind=ValueError): raise kind(f"{method}: {what}")
+    """Refuse options outside `bounds` with an error that names the method, the option and the
+    range.
+    """
+
+    def fail(what, kind=ValueError):
+        raise kind(f"{method}: {what}")
+
     for name in bounds.keys() & group.keys():
         value, (low, high) = group[name], bounds[name]
-        if name == "betas" and (not isinstance(value, (tuple, list)) or len(value) != 2): fail(f"betas must be a pair, got {value!r}")
+        if name == "betas" and (not isinstance(value, (tuple, list)) or len(value) != 2):
+            fail(f"betas must be a pair, got {value!r}")
         for x in value if name == "betas" else (value,):
             if isinstance(x, Tensor):
-                if x.numel() != 1: fail(f"{name} as a tensor must have one element, got shape {tuple(x.shape)}")
-            elif not isinstance(x, Real): fail(f"{name} must be a number or a tensor, got {x!r}", TypeError)
-            elif not low <= x < high: fail(f"{name} must lie in [{low}, {high}), got {value!r}")
-    if group.get("fused"): fail("there is no fused kernel here: leave fused=None (foreach is the fast form) or use torch.optim's")
+                if x.numel() != 1:
+                    fail(f"{name} as a tensor must have one element, got shape {tuple(x.shape)}")
+            elif not isinstance(x, Real):
+                fail(f"{name} must be a number or a tensor, got {x!r}", TypeError)
+            elif not low <= x < high:
+                fail(f"{name} must lie in [{low}, {high}), got {value!r}")
+    if group.get("fused"):
+        fail(
+            "there is no fused kernel here: leave fused=None (foreach is the fast form) or use torch.optim's"
+        )
     if group["foreach"] and not listable(group):
-        fail("foreach=True works in place on plain numbers: leave foreach=None for differentiable=True or a hyper-parameter that is a tensor")
+        fail(
+            "foreach=True works in place on plain numbers: leave foreach=None for differentiable=True or a hyper-parameter that is a tensor"
+        )
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-2
 class Stateful(Optimizer):
-    r"Param groups that are checked and a state that `torch.optim` can load: the base of `Descent`."
-    counts = False # whether the steps of each tensor are counted
-    bounds = dict(lr=(0, math.inf), momentum=(0, math.inf), dampening=(-math.inf, math.inf), weight_decay=(0, math.inf),
-                  eps=(0, math.inf), alpha=(0, 1), betas=(0, 1))
+    """Param groups that are checked and a state that `torch.optim` can load: the base of
+    `Descent`.
+    """
 
-    def memory(self, group): return {}  # what a tensor remembers: its name in the state -> its symbol in the equation
+    counts = False  # whether the steps of each tensor are counted
+    bounds = dict(
+        lr=(0, math.inf),
+        momentum=(0, math.inf),
+        dampening=(-math.inf, math.inf),
+        weight_decay=(0, math.inf),
+        eps=(0, math.inf),
+        alpha=(0, 1),
+        betas=(0, 1),
+    )
 
-    def start(self, x): return torch.zeros_like(x)  # what it remembers before the first step
+    def memory(self, group):
+        """what a tensor remembers: its name in the state -> its symbol in the equation."""
+        return {}
 
-    def check(self, group): check(type(self).__name__, group, self.bounds)
+    def start(self, x):
+        """what it remembers before the first step."""
+        return torch.zeros_like(x)
+
+    def check(self, group):
+        check(type(self).__name__, group, self.bounds)
 
     def add_param_group(self, param_group):
-        "As `torch.optim`'s, after a check: raises ValueError or TypeError naming the option and its range."
+        """As `torch.optim`'s, after a check: raises ValueError or TypeError naming the option and
+        its range.
+        """
         group = {**self.defaults, **param_group}
         self.check(group)
-        if isinstance(group["lr"], Tensor): group["lr"] = group["lr"].reshape(())
+        if isinstance(group["lr"], Tensor):
+            group["lr"] = group["lr"].reshape(())
         super().add_param_group(group)
 
     def __setstate__(self, state):
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in self.defaults.items(): group.setdefault(name, value)
-            if "fused" in group: group["fused"] = None  # torch.optim's kernel for the same method
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+            if "fused" in group:
+                group["fused"] = None  # torch.optim's kernel for the same method
             for x in group["params"]:
-                if "step" in self.state.get(x, {}): self.state[x]["step"] = self.clock(group, x, self.state[x]["step"])
+                if "step" in self.state.get(x, {}):
+                    self.state[x]["step"] = self.clock(group, x, self.state[x]["step"])
 
     def clock(self, group, x, step):
-        return torch.as_tensor(step, dtype=torch.float32, device=x.device if group["capturable"] else "cpu")
+        return torch.as_tensor(
+            step, dtype=torch.float32, device=x.device if group["capturable"] else "cpu"
+        )
 
     def count(self, group, xs, states):
-        "Count a step of each tensor: plain numbers, or tensors where the host may not look (capture, compilation)."
+        """Count a step of each tensor: plain numbers, or tensors where the host may not look
+        (capture, compilation).
+        """
         for x, state in zip(xs, states):
-            if "step" not in state: state["step"] = self.clock(group, x, 0.)
+            if "step" not in state:
+                state["step"] = self.clock(group, x, 0.0)
         steps = [state["step"] for state in states]
         torch._foreach_add_(steps, [torch.ones_like(steps[0])] * len(steps))
-        if not (group["capturable"] or torch.compiler.is_compiling()): return [s.item() for s in steps]
+        if not (group["capturable"] or torch.compiler.is_compiling()):
+            return [s.item() for s in steps]
         return [s.to(torch.promote_types(s.dtype, real(x).dtype)) for s, x in zip(steps, xs)]
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-4
 def moved(opt, group, theta, g, **memory):
-    "One tensor after a step by the reference form, and what to remember; nothing is written."
-    if group["maximize"]: g = -g
-    if penalised(group): g = g + group["weight_decay"] * theta
+    """One tensor after a step by the reference form, and what to remember; nothing is written."""
+    if group["maximize"]:
+        g = -g
+    if penalised(group):
+        g = g + group["weight_decay"] * theta
     return opt.reference(group, theta, g, **memory)
 
+
 def move(opt, group, x, state):
-    "Move one tensor by the reference form, which also makes its memory where there is none yet."
+    """Move one tensor by the reference form, which also makes its memory where there is none yet."""
     g = real(x.grad)
     count = {"t": opt.count(group, [x], [state])[0]} if opt.counts else {}
-    old = {symbol: real(state[name]) if name in state else opt.start(g) for name, symbol in opt.memory(group).items()}
-    new, kept = moved(opt, group, real(x.clone() if group["differentiable"] else x), g, **count, **old)
+    old = {
+        symbol: real(state[name]) if name in state else opt.start(g)
+        for name, symbol in opt.memory(group).items()
+    }
+    new, kept = moved(
+        opt, group, real(x.clone() if group["differentiable"] else x), g, **count, **old
+    )
     real(x).copy_(new)
     for name, symbol in opt.memory(group).items():
-        if name not in state or group["differentiable"]: state[name] = torch.empty_like(x)
+        if name not in state or group["differentiable"]:
+            state[name] = torch.empty_like(x)
         real(state[name]).copy_(kept[symbol])
 
+
 def move_together(opt, group, xs, states):
-    "Move tensors of one device and dtype by the foreach form, in place."
-    view = (lambda tensors: [torch.view_as_real(x) for x in tensors]) if xs[0].is_complex() else list
+    """Move tensors of one device and dtype by the foreach form, in place."""
+    view = (
+        (lambda tensors: [torch.view_as_real(x) for x in tensors]) if xs[0].is_complex() else list
+    )
     thetas, gs = view(xs), view([x.grad for x in xs])
-    if group["maximize"]: gs = torch._foreach_neg(gs)
-    if penalised(group): gs = torch._foreach_add(gs, thetas, alpha=group["weight_decay"])
+    if group["maximize"]:
+        gs = torch._foreach_neg(gs)
+    if penalised(group):
+        gs = torch._foreach_add(gs, thetas, alpha=group["weight_decay"])
     count = {"t": opt.count(group, xs, states)} if opt.counts else {}
-    opt.foreach(group, thetas, gs, **count, **{symbol: view([s[name] for s in states]) for name, symbol in opt.memory(group).items()})
+    opt.foreach(
+        group,
+        thetas,
+        gs,
+        **count,
+        **{symbol: view([s[name] for s in states]) for name, symbol in opt.memory(group).items()},
+    )
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-3
 class Descent(Stateful):
-    r"The step all methods share; a method adds `memory`, `reference` (its equation) and `foreach` (the same, in place, over lists)."
-    tile = 2**19 # elements that move together on the host
+    """The step all methods share; a method adds `memory`, `reference` (its equation) and `foreach`
+    (the same, in place, over lists).
+    """
+
+    tile = 2**19  # elements that move together on the host
 
     def step(self, closure=None):
-        "Move every parameter that has a gradient. `closure` is evaluated first and its loss returned. Raises TypeError on a sparse gradient."
+        """Move every parameter that has a gradient. `closure` is evaluated first and its loss
+        returned. Raises TypeError on a sparse gradient.
+        """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        if self.counts: getattr(self, "_accelerator_graph_capture_health_check", lambda: None)()
+        if self.counts:
+            getattr(self, "_accelerator_graph_capture_health_check", lambda: None)()
         move_alone = torch.compiler.disable(move) if torch.compiler.is_compiling() else move
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group, alone, tiles in [(group, *self.split(group)) for group in self.param_groups]:
-                for x, state in alone: move_alone(self, group, x, state)
-                for xs, states in tiles: move_together(self, group, xs, states)
+                for x, state in alone:
+                    move_alone(self, group, x, state)
+                for xs, states in tiles:
+                    move_together(self, group, xs, states)
         return loss
 
     def split(self, group):
-        "What moves alone, by `reference`, and in lists, by `foreach`."
+        """What moves alone, by `reference`, and in lists, by `foreach`."""
         alone, tiles, size, foreach, memory = [], {}, 0, group["foreach"], self.memory(group).keys()
         lists = foreach is not False and listable(group)
-        cut = (memory or group["maximize"] or penalised(group)) and not torch.compiler.is_compiling()
+        cut = (
+            memory or group["maximize"] or penalised(group)
+        ) and not torch.compiler.is_compiling()
         for x in group["params"]:
-            if (g := x.grad) is None: continue
-            if g.layout is not torch.strided: raise TypeError(
-                f"{type(self).__name__} cannot step on a sparse gradient (a parameter of shape {tuple(x.shape)}): "
-                "build its layer with sparse=False, densify it with p.grad = p.grad.to_dense(), or use torch.optim.SparseAdam")
+            if (g := x.grad) is None:
+                continue
+            if g.layout is not torch.strided:
+                raise TypeError(
+                    f"{type(self).__name__} cannot step on a sparse gradient (a parameter of shape {tuple(x.shape)}): "
+                    "build its layer with sparse=False, densify it with p.grad = p.grad.to_dense(), or use torch.optim.SparseAdam"
+                )
             state = self.state[x] if memory or self.counts else {}
             if lists and memory <= state.keys() and (foreach or type(x) in (Tensor, Parameter)):
-                if cut and x.is_cpu: size += x.numel()
+                if cut and x.is_cpu:
+                    size += x.numel()
                 xs, states = tiles.setdefault((x.device, x.dtype, size // self.tile), ([], []))
-                xs.append(x); states.append(state)
-            else: alone.append((x, state))
+                xs.append(x)
+                states.append(state)
+            else:
+                alone.append((x, state))
         return alone, tiles.values()
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-4
 class SGD(Descent):
-    r"Stochastic gradient descent, Eq. (sgd), with the momentum of Eq. (momentum) or (nesterov) if asked for; arguments as `torch.optim.SGD`'s."
-    def __init__(self,
-        params,               # tensors, named tensors or param groups
-        lr=1e-3,              # $\eta$, at least 0; a number, or a tensor with one element
-        momentum=0.,          # $\mu$, at least 0
-        dampening=0.,         # $\tau$
-        weight_decay=0.,      # $\lambda$, at least 0, Eq. (gradient)
-        nesterov=False,       # Eq. (nesterov) in place of Eq. (momentum); needs a momentum, and no dampening
-        *, maximize=False,    # go uphill
-        foreach=None,         # form: True lists in place, False the reference; None lists wherever they can be
-        differentiable=False, # let autograd through the step; the loss must be taken of clones of the parameters
-        fused=None,           # for `torch.optim`'s sake; True is refused
+    r"""Stochastic gradient descent, Eq. (sgd), with the momentum of Eq. (momentum) or (nesterov) if
+    asked for; arguments as `torch.optim.SGD`'s.
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: $\eta$, at least 0; a number, or a tensor with one element.
+        momentum: $\mu$, at least 0.
+        dampening: $\tau$.
+        weight_decay: $\lambda$, at least 0, Eq. (gradient).
+        nesterov: Eq. (nesterov) in place of Eq. (momentum); needs a momentum, and no dampening.
+        maximize: go uphill.
+        foreach: form: True lists in place, False the reference; None lists wherever they can be.
+        differentiable: let autograd through the step; the loss must be taken of clones of the
+            parameters.
+        fused: for `torch.optim`'s sake; True is refused.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0.0,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        *,
+        maximize=False,
+        foreach=None,
+        differentiable=False,
+        fused=None,
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
-                                      maximize=maximize, foreach=foreach, differentiable=differentiable, fused=fused))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                maximize=maximize,
+                foreach=foreach,
+                differentiable=differentiable,
+                fused=fused,
+            ),
+        )
 
-    def memory(self, group): return {"momentum_buffer": "m"} if present(group["momentum"]) else {}
+    def memory(self, group):
+        return {"momentum_buffer": "m"} if present(group["momentum"]) else {}
 
-    def start(self, x): return None  # the first gradient is remembered whole
+    def start(self, x):
+        """the first gradient is remembered whole."""
+        return None
 
     def check(self, group):
         super().check(group)
         if group["nesterov"] and not (present(group["momentum"]) and group["dampening"] == 0):
-            raise ValueError(f"{type(self).__name__}: nesterov=True needs a momentum and dampening=0")
+            raise ValueError(
+                f"{type(self).__name__}: nesterov=True needs a momentum and dampening=0"
+            )
 
     def reference(self, group, theta, g, m=None):
-        r"Eq. (sgd): the new parameter, and what to remember."
+        """Eq. (sgd): the new parameter, and what to remember."""
         d, kept = inertia(group, g, m) if present(group["momentum"]) else (g, {})
         return theta - group["lr"] * d, kept
 
     def foreach(self, group, thetas, gs, m=None):
-        r"Eq. (sgd) in place over lists."
-        for ds, weight in inertia_(group, gs, m) if m else [(gs, 1)]: descend(thetas, ds, group["lr"] * weight)
+        """Eq. (sgd) in place over lists."""
+        for ds, weight in inertia_(group, gs, m) if m else [(gs, 1)]:
+            descend(thetas, ds, group["lr"] * weight)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-5
 def inertia(group, g, m):
-    r"Direction and memory of Eq. (momentum) or (nesterov)."
+    """Direction and memory of Eq. (momentum) or (nesterov)."""
     mu, tau = group["momentum"], group["dampening"]
     m = g if m is None else mu * m + (1 - tau) * g
     return (g + mu * m if group["nesterov"] else m), dict(m=m)
 
+
 def inertia_(group, gs, ms):
-    r"The same in place over lists; the direction as a sum of (tensors, weight)."
+    """The same in place over lists; the direction as a sum of (tensors, weight)."""
     mu, tau = group["momentum"], group["dampening"]
     torch._foreach_mul_(ms, mu)
     torch._foreach_add_(ms, gs, alpha=1 - tau)
@@ -220,22 +355,36 @@ def inertia_(group, gs, ms):
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-5
 class Momentum(SGD):
-    r"Heavy ball, Eq. (momentum), or Nesterov's, Eq. (nesterov): `SGD` with a momentum, which may be negative. Polyak (1964), Nesterov (1983)."
+    r"""Heavy ball, Eq. (momentum), or Nesterov's, Eq. (nesterov): `SGD` with a momentum, which may
+    be negative. Polyak (1964), Nesterov (1983).
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: $\eta$, at least 0.
+        momentum: $\mu$ in [-1, 1); 0 is `SGD`, below 0 damps games.
+        dampening: $\tau$.
+        weight_decay: $\lambda$, at least 0.
+        nesterov: Eq. (nesterov).
+        **options: `maximize`, `foreach`, `differentiable`, `fused`: as in `SGD`.
+    """
+
     bounds = {**SGD.bounds, "momentum": (-1, 1)}
-    def __init__(self,
-        params,          # tensors, named tensors or param groups
-        lr=1e-3,         # $\eta$, at least 0
-        momentum=.9,     # $\mu$ in [-1, 1); 0 is `SGD`, below 0 damps games
-        dampening=0.,    # $\tau$
-        weight_decay=0., # $\lambda$, at least 0
-        nesterov=False,  # Eq. (nesterov)
-        **options,       # `maximize`, `foreach`, `differentiable`, `fused`: as in `SGD`
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0.9,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        **options,
     ):
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, **options)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-6
 def rmsprop_(group, thetas, gs, t, v, m=None, mean=None):
-    r"Eq. (rmsprop) and (rmsprop-more) in place over lists."
+    """Eq. (rmsprop) and (rmsprop-more) in place over lists."""
     alpha = group["alpha"]
     torch._foreach_mul_(v, alpha)
     torch._foreach_addcmul_(v, gs, gs, 1 - alpha)
@@ -244,43 +393,80 @@ def rmsprop_(group, thetas, gs, t, v, m=None, mean=None):
         over = torch._foreach_addcmul(v, mean, mean, -1)
         torch._foreach_clamp_min_(over, 0)
         torch._foreach_sqrt_(over)
-    else: over = torch._foreach_sqrt(v)
+    else:
+        over = torch._foreach_sqrt(v)
     torch._foreach_add_(over, group["eps"])
-    if not m: return descend(thetas, gs, group["lr"], over)
+    if not m:
+        return descend(thetas, gs, group["lr"], over)
     torch._foreach_mul_(m, group["momentum"])
     torch._foreach_addcdiv_(m, gs, over)
     descend(thetas, m, group["lr"])
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-6
 class RMSProp(Descent):
-    r"Steps divided by the running size of their gradients, Eq. (rmsprop), (rmsprop-more); arguments as `torch.optim.RMSprop`'s."
+    r"""Steps divided by the running size of their gradients, Eq. (rmsprop), (rmsprop-more);
+    arguments as `torch.optim.RMSprop`'s.
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: $\eta$, at least 0; a number, or a tensor with one element.
+        alpha: $\alpha$ in [0, 1).
+        eps: $\epsilon$, at least 0.
+        weight_decay: $\lambda$, at least 0, Eq. (gradient).
+        momentum: $\mu$, at least 0.
+        centered: divide by the spread about the mean.
+        capturable: count steps beside the parameters, for graph capture.
+        foreach: form: True lists in place, False the reference; None lists wherever they can be.
+        maximize: go uphill.
+        differentiable: let autograd through the step; the loss must be taken of clones of the
+            parameters.
+    """
+
     counts = True
-    def __init__(self,
-        params,               # tensors, named tensors or param groups
-        lr=1e-2,              # $\eta$, at least 0; a number, or a tensor with one element
-        alpha=.99,            # $\alpha$ in [0, 1)
-        eps=1e-8,             # $\epsilon$, at least 0
-        weight_decay=0.,      # $\lambda$, at least 0, Eq. (gradient)
-        momentum=0.,          # $\mu$, at least 0
-        centered=False,       # divide by the spread about the mean
-        capturable=False,     # count steps beside the parameters, for graph capture
-        foreach=None,         # form: True lists in place, False the reference; None lists wherever they can be
-        maximize=False,       # go uphill
-        differentiable=False, # let autograd through the step; the loss must be taken of clones of the parameters
+
+    def __init__(
+        self,
+        params,
+        lr=1e-2,
+        alpha=0.99,
+        eps=1e-8,
+        weight_decay=0.0,
+        momentum=0.0,
+        centered=False,
+        capturable=False,
+        foreach=None,
+        maximize=False,
+        differentiable=False,
     ):
-        super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay,
-                                      capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable))
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                momentum=momentum,
+                alpha=alpha,
+                eps=eps,
+                centered=centered,
+                weight_decay=weight_decay,
+                capturable=capturable,
+                foreach=foreach,
+                maximize=maximize,
+                differentiable=differentiable,
+            ),
+        )
 
     def check(self, group):
         super().check(group)
-        if isinstance(group["alpha"], Tensor): raise TypeError(f"{type(self).__name__}: alpha must be a number, got {group['alpha']!r}")
+        if isinstance(group["alpha"], Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: alpha must be a number, got {group['alpha']!r}"
+            )
 
     def memory(self, group):
         more = {"momentum_buffer": "m"} if present(group["momentum"]) else {}
         return {"square_avg": "v"} | more | ({"grad_avg": "mean"} if group["centered"] else {})
 
-    def reference(self, group, theta, g, t, v, m=0., mean=None):
-        r"Eq. (rmsprop), (rmsprop-more): the new parameter, and what to remember."
+    def reference(self, group, theta, g, t, v, m=0.0, mean=None):
+        """Eq. (rmsprop), (rmsprop-more): the new parameter, and what to remember."""
         alpha = group["alpha"]
         v = square = torch.addcmul(alpha * v, g, g, value=1 - alpha)
         if group["centered"]:
@@ -296,95 +482,170 @@ RMSprop = RMSProp  # torch.optim's spelling
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #fde40c23-7
 def weights(beta, t):
-    r"$1-\beta^t$, the sum of the weights in a mean of age $t$, Eq. (adam-hat)."
-    return -torch.expm1(t * math.log(beta)) if isinstance(t, Tensor) and isinstance(beta, Real) and beta else 1 - beta**t
+    r"""$1-\beta^t$, the sum of the weights in a mean of age $t$, Eq. (adam-hat)."""
+    return (
+        -torch.expm1(t * math.log(beta))
+        if isinstance(t, Tensor) and isinstance(beta, Real) and beta
+        else 1 - beta**t
+    )
+
 
 def adam_(group, thetas, gs, t, m, v, top=None):
-    r"Eq. (adam) in the order of Eq. (adam-order), in place over lists."
+    """Eq. (adam) in the order of Eq. (adam-order), in place over lists."""
     lr, (b1, b2) = group["lr"], group["betas"]
-    if group["decoupled_weight_decay"] and group["weight_decay"]: torch._foreach_mul_(thetas, 1 - lr * group["weight_decay"])
+    if group["decoupled_weight_decay"] and group["weight_decay"]:
+        torch._foreach_mul_(thetas, 1 - lr * group["weight_decay"])
     torch._foreach_lerp_(m, gs, 1 - b1)
     torch._foreach_mul_(v, b2)
     torch._foreach_addcmul_(v, gs, gs, 1 - b2)
-    if top: torch._foreach_maximum_(top, v)
-    roots = [weights(b2, s)**.5 for s in t]
+    if top:
+        torch._foreach_maximum_(top, v)
+    roots = [weights(b2, s) ** 0.5 for s in t]
     over = torch._foreach_sqrt(top or v)
     torch._foreach_add_(over, [group["eps"] * r for r in roots])
     descend(thetas, m, [lr * r / weights(b1, s) for r, s in zip(roots, t)], over)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-8
 class Adam(Descent):
-    r"Momentum over RMSProp, both unbiased, Eq. (adam); arguments as `torch.optim.Adam`'s. Kingma & Ba (2015)."
-    counts = True
-    def __init__(self,
-        params,                      # tensors, named tensors or param groups
-        lr=1e-3,                     # $\eta$, at least 0; a number, or a tensor with one element
-        betas=(.9, .999),            # $\beta_1, \beta_2$, each in [0, 1)
-        eps=1e-8,                    # $\epsilon$, at least 0
-        weight_decay=0.,             # $\lambda$, at least 0, Eq. (gradient), or Eq. (adamw) if decoupled
-        amsgrad=False,               # divide by the largest second moment so far. Reddi et al. (2018)
-        *, foreach=None,             # form: True lists in place, False the reference; None lists wherever they can be
-        maximize=False,              # go uphill
-        capturable=False,            # count steps beside the parameters, for graph capture
-        differentiable=False,        # let autograd through the step; the loss must be taken of clones of the parameters
-        fused=None,                  # for `torch.optim`'s sake; True is refused
-        decoupled_weight_decay=False,# Eq. (adamw): shrink the parameters, not the loss
-    ):
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, maximize=maximize,
-            foreach=foreach, capturable=capturable, differentiable=differentiable, fused=fused, decoupled_weight_decay=decoupled_weight_decay))
+    r"""Momentum over RMSProp, both unbiased, Eq. (adam); arguments as `torch.optim.Adam`'s. Kingma
+    & Ba (2015).
 
-    def memory(self, group): return {"exp_avg": "m", "exp_avg_sq": "v"} | ({"max_exp_avg_sq": "top"} if group["amsgrad"] else {})
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: $\eta$, at least 0; a number, or a tensor with one element.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, at least 0.
+        weight_decay: $\lambda$, at least 0, Eq. (gradient), or Eq. (adamw) if decoupled.
+        amsgrad: divide by the largest second moment so far. Reddi et al. (2018).
+        foreach: form: True lists in place, False the reference; None lists wherever they can be.
+        maximize: go uphill.
+        capturable: count steps beside the parameters, for graph capture.
+        differentiable: let autograd through the step; the loss must be taken of clones of the
+            parameters.
+        fused: for `torch.optim`'s sake; True is refused.
+        decoupled_weight_decay: Eq. (adamw): shrink the parameters, not the loss.
+    """
+
+    counts = True
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.0,
+        amsgrad=False,
+        *,
+        foreach=None,
+        maximize=False,
+        capturable=False,
+        differentiable=False,
+        fused=None,
+        decoupled_weight_decay=False,
+    ):
+        super().__init__(
+            params,
+            dict(
+                lr=lr,
+                betas=betas,
+                eps=eps,
+                weight_decay=weight_decay,
+                amsgrad=amsgrad,
+                maximize=maximize,
+                foreach=foreach,
+                capturable=capturable,
+                differentiable=differentiable,
+                fused=fused,
+                decoupled_weight_decay=decoupled_weight_decay,
+            ),
+        )
+
+    def memory(self, group):
+        return {"exp_avg": "m", "exp_avg_sq": "v"} | (
+            {"max_exp_avg_sq": "top"} if group["amsgrad"] else {}
+        )
 
     def reference(self, group, theta, g, t, m, v, top=None):
-        r"Eq. (adam): the new parameter, and what to remember."
+        """Eq. (adam): the new parameter, and what to remember."""
         lr, (b1, b2) = group["lr"], group["betas"]
-        if group["decoupled_weight_decay"]: theta = (1 - lr * group["weight_decay"]) * theta
+        if group["decoupled_weight_decay"]:
+            theta = (1 - lr * group["weight_decay"]) * theta
         m = b1 * m + (1 - b1) * g
         v = b2 * v + (1 - b2) * g * g
-        if group["amsgrad"]: top = torch.maximum(top, v)
+        if group["amsgrad"]:
+            top = torch.maximum(top, v)
         m_hat, v_hat = m / weights(b1, t), (top if group["amsgrad"] else v) / weights(b2, t)
-        return theta - lr * m_hat / (square_root(group, v_hat) + group["eps"]), dict(m=m, v=v, top=top)
+        return theta - lr * m_hat / (square_root(group, v_hat) + group["eps"]), dict(
+            m=m, v=v, top=top
+        )
 
     foreach = staticmethod(adam_)
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #23a2fcf4-9
 class AdamW(Adam):
-    r"Adam with decoupled weight decay, Eq. (adamw); arguments as `torch.optim.AdamW`'s. Loshchilov & Hutter (2019)."
-    def __init__(self,
-        params,           # tensors, named tensors or param groups
-        lr=1e-3,          # $\eta$, at least 0
-        betas=(.9, .999), # $\beta_1, \beta_2$, each in [0, 1)
-        eps=1e-8,         # $\epsilon$, at least 0
-        weight_decay=1e-2,# $\lambda$, at least 0
-        amsgrad=False,    # divide by the largest second moment so far
-        **options,        # `maximize`, `foreach`, `capturable`, `differentiable`, `fused`: as in `Adam`
+    r"""Adam with decoupled weight decay, Eq. (adamw); arguments as `torch.optim.AdamW`'s.
+    Loshchilov & Hutter (2019).
+
+    Args:
+        params: tensors, named tensors or param groups.
+        lr: $\eta$, at least 0.
+        betas: $\beta_1, \beta_2$, each in [0, 1).
+        eps: $\epsilon$, at least 0.
+        weight_decay: $\lambda$, at least 0.
+        amsgrad: divide by the largest second moment so far.
+        **options: `maximize`, `foreach`, `capturable`, `differentiable`, `fused`: as in `Adam`.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        amsgrad=False,
+        **options,
     ):
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options
+        )
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        for group in self.param_groups: group["decoupled_weight_decay"] = True
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
 
 # %% ../nbs/10_optimizers/10_gradient.ipynb #198af7f3
 class Together(Optimizer):
-    r"""Optimizers with parameters of their own, as one, Eq. (together): `Together(Muon(matrices), Adam(rest))`. A scheduler scales the rates of all.
+    """Optimizers with parameters of their own, as one, Eq. (together): `Together(Muon(matrices),
+    Adam(rest))`. A scheduler scales the rates of all.
 
     ValueError for none, or for a parameter that two of them move.
     """
+
     def __init__(self, *optimizers: Optimizer):
         self.optimizers = optimizers
         super().__init__(self.gather(), {})
 
-    def gather(self): return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    def gather(self):
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, closure=None):
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for optimizer in self.optimizers: optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
-    def state_dict(self) -> dict: return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
-    def load_state_dict(self, state: dict):  # of as many optimizers, else ValueError and nothing is loaded
-        if len(state.get("optimizers", ())) != len(self.optimizers): raise ValueError(f"the state is not of {len(self.optimizers)} optimizers together: go on with those it is of")
-        for optimizer, s in zip(self.optimizers, state["optimizers"]): optimizer.load_state_dict(s)
+    def load_state_dict(self, state: dict):
+        """of as many optimizers, else ValueError and nothing is loaded."""
+        if len(state.get("optimizers", ())) != len(self.optimizers):
+            raise ValueError(
+                f"the state is not of {len(self.optimizers)} optimizers together: go on with those it is of"
+            )
+        for optimizer, s in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(s)
         self.param_groups = self.gather()

@@ -30,172 +30,329 @@ from torch import nn
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-2
 class RankError(RuntimeError):
-    r"A rank has ended, or no longer agrees with the others."
+    """A rank has ended, or no longer agrees with the others."""
+
 
 class Elsewhere(SystemExit):
-    r"What another rank tells of ends this one too, without a word."
+    """What another rank tells of ends this one too, without a word."""
+
 
 @functools.cache
-def init():  # -> `Ranks`, or None in a lone process
-    r"Join the processes that `torchrun` (or another launcher that sets its variables) started. NCCL averages on CUDA devices, gloo on the CPU."
-    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(os.environ["WORLD_SIZE"]) > 1
-    if not (launched or dist.is_available() and dist.is_initialized()): return None
+def init():
+    """Join the processes that `torchrun` (or another launcher that sets its variables) started.
+    NCCL averages on CUDA devices, gloo on the CPU.
+    """
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys() and int(
+        os.environ["WORLD_SIZE"]
+    ) > 1
+    if not (launched or dist.is_available() and dist.is_initialized()):
+        return None
     if not dist.is_initialized():
-        if torch.accelerator.is_available(): torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.accelerator.is_available():
+            torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)
     return Ranks() if dist.get_world_size() > 1 else None
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-3
-def tensors_of(batch) -> list:  # in a tensor, tuple, list or dict of such; others hold none
-    r"The tensors of a batch."
-    if isinstance(batch, torch.Tensor): return [batch]
-    parts = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+def tensors_of(batch) -> list:
+    """The tensors of a batch.
+
+    Returns:
+        in a tensor, tuple, list or dict of such; others hold none.
+    """
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    parts = (
+        batch.values()
+        if isinstance(batch, dict)
+        else batch
+        if isinstance(batch, (tuple, list))
+        else ()
+    )
     return [t for part in parts for t in tensors_of(part)]
 
-def slice_of(batch, rows: slice):  # like `batch`; 0-dim tensors and what is no tensor stay as they are
-    r"Some rows of a batch."
-    if isinstance(batch, torch.Tensor): return batch[rows] if batch.ndim else batch
-    if isinstance(batch, dict): return {k: slice_of(part, rows) for k, part in batch.items()}
-    if not isinstance(batch, (tuple, list)): return batch
+
+def slice_of(batch, rows: slice):
+    """Some rows of a batch."""
+    if isinstance(batch, torch.Tensor):
+        return batch[rows] if batch.ndim else batch
+    if isinstance(batch, dict):
+        return {k: slice_of(part, rows) for k, part in batch.items()}
+    if not isinstance(batch, (tuple, list)):
+        return batch
     parts = [slice_of(part, rows) for part in batch]
     return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
 
-def part(n: int, rank: int, world: int) -> tuple:  # the rows of one rank, a slice, and its share $w_r$ of Eq. (ranks-mean)
-    r"Which of `n` rows are whose: as equal as can be, in order."
+
+def part(n: int, rank: int, world: int) -> tuple:
+    """Which of `n` rows are whose: as equal as can be, in order.
+
+    Returns:
+        the rows of one rank, a slice, and its share $w_r$ of Eq. (ranks-mean).
+    """
     start, stop = n * rank // world, n * (rank + 1) // world
     lent = min(start, n - 1)
-    return (slice(start, stop), (stop - start) / n) if stop > start else (slice(lent, lent + 1), 0.)
+    return (
+        (slice(start, stop), (stop - start) / n) if stop > start else (slice(lent, lent + 1), 0.0)
+    )
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-4
 class Averaging:
-    r"The part of a batch that is this rank's, and means over the ranks."
-    def shard(self, batch):  # like `batch`, its tensors sliced along dimension 0; `ValueError` where they differ in length
+    """The part of a batch that is this rank's, and means over the ranks."""
+
+    def shard(self, batch):
+        """like `batch`, its tensors sliced along dimension 0; `ValueError` where they differ in
+        length.
+        """
         lengths = {len(t) for t in tensors_of(batch) if t.ndim}
         if len(lengths) > 1 or 0 in lengths:
-            raise ValueError(f"a batch is spread along dimension 0, and its tensors have {sorted(lengths)} rows: they need the same number, not 0")
+            raise ValueError(
+                f"a batch is spread along dimension 0, and its tensors have {sorted(lengths)} rows: they need the same number, not 0"
+            )
         rows, self.share = part(*lengths or {self.world}, self.rank, self.world)
         return slice_of(batch, rows)
 
-    def mean(self, tensors: list) -> list:  # Eq. (ranks-mean), with the shares of the last `shard`; the same on every rank to the last bit
-        if not tensors: return []
+    def mean(self, tensors: list) -> list:
+        """Return Eq. (ranks-mean), with the shares of the last `shard`; the same on every rank to
+        the last bit.
+        """
+        if not tensors:
+            return []
         wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
         flat = torch.cat([t.reshape(-1).to(wide) for t in tensors]).mul_(self.share)
         self.reduce(flat, dist.ReduceOp.SUM)
-        return [mean.view(t.shape).to(t.dtype) for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]))]
+        return [
+            mean.view(t.shape).to(t.dtype)
+            for t, mean in zip(tensors, flat.split([t.numel() for t in tensors]))
+        ]
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-5
 class Ranks(Averaging):
-    r"The processes over which batches are spread, and this one's place among them; made by `init`."
+    """The processes over which batches are spread, and this one's place among them; made by
+    `init`.
+    """
+
     def __init__(self):
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share, self.failed = 1 / self.world, False
-        self.control = dist.new_group(backend="gloo", timeout=timedelta(days=30))  # rank 0 may take its time to validate
+        self.control = dist.new_group(
+            backend="gloo", timeout=timedelta(days=30)
+        )  # rank 0 may take its time to validate
         self.store = dist.distributed_c10d._get_default_store()
         self.left, self.every, self.asked = 1, 1, time.monotonic()
 
-    def reduce(self, x, op):  # in place
+    def reduce(self, x, op):
+        """in place."""
         self.call(dist.all_reduce, x, op=op, group=self.control if x.device.type == "cpu" else None)
 
     def call(self, collective, *args, **kwargs):
-        if self.failed: raise RankError("the ranks have been parted by an error before: end this program and start it again")
-        try: return collective(*args, **kwargs)
+        if self.failed:
+            raise RankError(
+                "the ranks have been parted by an error before: end this program and start it again"
+            )
+        try:
+            return collective(*args, **kwargs)
         except RuntimeError as e:
-            raise RankError("another rank has ended without a word (killed, or out of memory?); what was saved is whole and can be resumed. "
-                            f"The collective said: {str(e).splitlines()[0]}") from None
+            raise RankError(
+                "another rank has ended without a word (killed, or out of memory?); what was saved is whole and can be resumed. "
+                f"The collective said: {str(e).splitlines()[0]}"
+            ) from None
 
-    def agree(self, number: int) -> int:  # after every step: the largest `number` of all ranks, or 0 where they did not ask
+    def agree(self, number: int) -> int:
+        """Return after every step: the largest `number` of all ranks, or 0 where they did not ask."""
         self.left -= 1
-        if self.left: return 0
+        if self.left:
+            return 0
         now = time.monotonic()
-        proposal = max(1, min(4 * self.every, int(.1 * self.every / (now - self.asked + 1e-9))))
-        told = torch.tensor([number, -proposal]); self.reduce(told, dist.ReduceOp.MAX)
+        proposal = max(1, min(4 * self.every, int(0.1 * self.every / (now - self.asked + 1e-9))))
+        told = torch.tensor([number, -proposal])
+        self.reduce(told, dist.ReduceOp.MAX)
         number, proposal = told.tolist()
-        self.left = self.every = -proposal; self.asked = now
+        self.left = self.every = -proposal
+        self.asked = now
         return number
 
-    def broadcast(self, state=None, map_location=None):  # rank 0's state (tensors and plain values), on every rank
+    def broadcast(self, state=None, map_location=None):
+        """rank 0's state (tensors and plain values), on every rank."""
         raw = io.BytesIO()
-        if not self.rank: torch.save(state, raw)
-        size = torch.tensor(raw.tell()); self.call(dist.broadcast, size, 0, group=self.control)
-        data = torch.empty(size.item(), dtype=torch.uint8) if self.rank else torch.frombuffer(raw.getbuffer(), dtype=torch.uint8)
+        if not self.rank:
+            torch.save(state, raw)
+        size = torch.tensor(raw.tell())
+        self.call(dist.broadcast, size, 0, group=self.control)
+        data = (
+            torch.empty(size.item(), dtype=torch.uint8)
+            if self.rank
+            else torch.frombuffer(raw.getbuffer(), dtype=torch.uint8)
+        )
         self.call(dist.broadcast, data, 0, group=self.control)
-        return torch.load(io.BytesIO(data.numpy()), map_location=map_location, weights_only=True) if self.rank else state
+        return (
+            torch.load(io.BytesIO(data.numpy()), map_location=map_location, weights_only=True)
+            if self.rank
+            else state
+        )
 
-    def random_state(self, device) -> list:  # of the default generators, the CPU's and the device's
-        return [torch.get_rng_state(), *([] if device.type == "cpu" else [torch.get_device_module(device).get_rng_state(device)])]
+    def random_state(self, device) -> list:
+        """Return of the default generators, the CPU's and the device's."""
+        return [
+            torch.get_rng_state(),
+            *(
+                []
+                if device.type == "cpu"
+                else [torch.get_device_module(device).get_rng_state(device)]
+            ),
+        ]
 
-    def share_random(self, device):  # the device's default generator goes on as rank 0's does
+    def share_random(self, device):
+        """the device's default generator goes on as rank 0's does."""
         state = self.broadcast(self.random_state(device))
-        if device.type != "cpu": torch.get_device_module(device).set_rng_state(state[1], device)
+        if device.type != "cpu":
+            torch.get_device_module(device).set_rng_state(state[1], device)
 
-    def warn_of(self, module):  # where parts of a batch are not the batch
+    def warn_of(self, module):
+        """where parts of a batch are not the batch."""
         for name, m in [] if self.rank or module is None else module.named_modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(m, "normalises_batch", False):
-                warnings.warn(f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: the run is not that of one "
-                              "process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch", stacklevel=2)
+            if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(
+                m, "normalises_batch", False
+            ):
+                warnings.warn(
+                    f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: the run is not that of one "
+                    "process, and the buffers kept are rank 0's. GroupNorm and LayerNorm don't depend on the batch",
+                    stacklevel=2,
+                )
 
-    def check(self, **parts):  # name=list of tensors: `RankError` where one is not the same on all ranks, to the last bit
-        sums = torch.tensor([functools.reduce(lambda crc, t: zlib.crc32(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc), ts, 0)
-                             for ts in parts.values()])
-        both = torch.cat([sums, -sums]); self.reduce(both, dist.ReduceOp.MAX)
-        if other := [name.replace("_", " ") for name, high, low in zip(parts, *both.view(2, -1).tolist()) if high != -low]:
-            raise RankError(f"the ranks have different {' and '.join(other)}: a loss draws its own noise (let the game's draw do it, or leave out "
-                            "dropout), something is changed on some ranks only, or their hardware differs")
+    def check(self, **parts):
+        """name=list of tensors: `RankError` where one is not the same on all ranks, to the last
+        bit.
+        """
+        sums = torch.tensor(
+            [
+                functools.reduce(
+                    lambda crc, t: zlib.crc32(
+                        t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), crc
+                    ),
+                    ts,
+                    0,
+                )
+                for ts in parts.values()
+            ]
+        )
+        both = torch.cat([sums, -sums])
+        self.reduce(both, dist.ReduceOp.MAX)
+        if other := [
+            name.replace("_", " ")
+            for name, high, low in zip(parts, *both.view(2, -1).tolist())
+            if high != -low
+        ]:
+            raise RankError(
+                f"the ranks have different {' and '.join(other)}: a loss draws its own noise (let the game's draw do it, or leave out "
+                "dropout), something is changed on some ranks only, or their hardware differs"
+            )
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-6
 @contextlib.contextmanager
-def together(ranks: Ranks|None):
-    r"Inside, an exception on one rank ends all ranks, on the others as `Elsewhere`. Without ranks it does nothing."
-    try: yield
-    except Elsewhere: raise
+def together(ranks: Ranks | None):
+    """Inside, an exception on one rank ends all ranks, on the others as `Elsewhere`. Without ranks
+    it does nothing.
+    """
+    try:
+        yield
+    except Elsewhere:
+        raise
     except BaseException as e:
-        if ranks is None or isinstance(e, SystemExit) and not e.code: raise
+        if ranks is None or isinstance(e, SystemExit) and not e.code:
+            raise
         ranks.failed = True
-        if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: it ends by itself
-        if not first_to_tell(ranks): raise follow(ranks) from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's: it ends by itself
+        if not first_to_tell(ranks):
+            raise follow(ranks) from None
         raise
 
+
 def first_to_tell(ranks) -> bool:
-    r"Is no other rank telling of an error already? Then this one does, and lets the others go when its program ends."
-    try: first = ranks.store.compare_set("optgen/fault", "", str(ranks.rank)) == str(ranks.rank).encode()
-    except RuntimeError: return True  # the store has gone with the rank that kept it
-    if first: atexit.register(leave, ranks)
+    """Is no other rank telling of an error already? Then this one does, and lets the others go
+    when its program ends.
+    """
+    try:
+        first = (
+            ranks.store.compare_set("optgen/fault", "", str(ranks.rank)) == str(ranks.rank).encode()
+        )
+    except RuntimeError:
+        return True  # the store has gone with the rank that kept it
+    if first:
+        atexit.register(leave, ranks)
     return first
 
-def leave(ranks):
-    r"Say that the error has been told."
-    with contextlib.suppress(RuntimeError): ranks.store.set("optgen/told", "")
 
-def follow(ranks, code: int=1) -> Elsewhere:
-    r"What to raise once the rank that tells has told, in ten seconds at the latest."
-    with contextlib.suppress(RuntimeError): ranks.store.wait(["optgen/told"], timedelta(seconds=10))
+def leave(ranks):
+    """Say that the error has been told."""
+    with contextlib.suppress(RuntimeError):
+        ranks.store.set("optgen/told", "")
+
+
+def follow(ranks, code: int = 1) -> Elsewhere:
+    """What to raise once the rank that tells has told, in ten seconds at the latest."""
+    with contextlib.suppress(RuntimeError):
+        ranks.store.wait(["optgen/told"], timedelta(seconds=10))
     return Elsewhere(code)
 
 # %% ../nbs/40_training/42_parallel.ipynb #23a2fcf4-7
-def measure_steps(batch_size: int, steps: int) -> float:  # images a second, on as many ranks as there are
-    r"The speed of a convolutional GAN on the digits, in this process or, under torchrun, in all."
+def measure_steps(batch_size: int, steps: int) -> float:
+    """The speed of a convolutional GAN on the digits, in this process or, under torchrun, in all.
+
+    Returns:
+        images a second, on as many ranks as there are.
+    """
     from optgen.data import Loader, digits
     from optgen.models.gan import ConvDiscriminator, ConvGenerator
     from optgen.schemes.feedback import FeedbackGAN
+
     torch.manual_seed(0)
     game = FeedbackGAN(ConvGenerator(width=16), ConvDiscriminator(width=16))
     game.ranks, loader, seconds = init(), Loader(digits("train"), batch_size, drop_last=True), []
     while len(seconds) < steps + 2:
-        for batch in loader: start = time.perf_counter(); game.step(batch); seconds.append(time.perf_counter() - start)
-    return batch_size / statistics.median(seconds[2:steps + 2])
+        for batch in loader:
+            start = time.perf_counter()
+            game.step(batch)
+            seconds.append(time.perf_counter() - start)
+    return batch_size / statistics.median(seconds[2 : steps + 2])
 
-def bench_scaling(ranks=(1, 2), batch_size: int=128, steps: int=20, repeats: int=3) -> dict:  # "speedup" is over the first
-    r"Images a second on each number of ranks of one thread, medians over repeats of each in turn."
+
+def bench_scaling(ranks=(1, 2), batch_size: int = 128, steps: int = 20, repeats: int = 3) -> dict:
+    """Images a second on each number of ranks of one thread, medians over repeats of each in turn.
+
+    Returns:
+        "speedup" is over the first.
+    """
     program = "import os; from optgen.parallel import measure_steps; speed = measure_steps({}, {}); os.environ['RANK'] == '0' and print(speed)"
     speed = {n: [] for n in ranks}
     with tempfile.TemporaryDirectory() as folder:
         (script := Path(folder) / "steps.py").write_text(program.format(batch_size, steps))
         for _ in range(repeats):
             for n in ranks:
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), str(script)]
-                said = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}).stdout
+                command = [
+                    sys.executable,
+                    "-m",
+                    "torch.distributed.run",
+                    "--standalone",
+                    "--nproc-per-node",
+                    str(n),
+                    str(script),
+                ]
+                said = subprocess.run(
+                    command,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                ).stdout
                 speed[n].append(float(said))
     medians = {n: statistics.median(s) for n, s in speed.items()}
-    return {"model": "ConvGenerator(width=16), ConvDiscriminator(width=16)", "batch_size": batch_size, "images_per_second": medians,
-            "speedup": {n: m / medians[ranks[0]] for n, m in medians.items()}, "runs": speed}
+    return {
+        "model": "ConvGenerator(width=16), ConvDiscriminator(width=16)",
+        "batch_size": batch_size,
+        "images_per_second": medians,
+        "speedup": {n: m / medians[ranks[0]] for n, m in medians.items()},
+        "runs": speed,
+    }

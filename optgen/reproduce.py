@@ -35,235 +35,469 @@ from .trainer import scale_rates
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-2
 class ReproduceError(RuntimeError):
-    r"Runs that failed, or results that belong to another configuration; the message names the files."
+    """Runs that failed, or results that belong to another configuration; the message names the
+    files.
+    """
+
 
 class Experiment(NamedTuple):
-    r"Runs that share a function."
-    name: str       # of the folder of its results
-    run: Callable   # (config, seed) -> dict that JSON can hold; a function of a module, so that another process finds it
-    variants: dict  # name -> config, a dict that JSON can hold
-    seeds: tuple    # of every variant
+    """Runs that share a function.
+
+    Attributes:
+        name: of the folder of its results.
+        run: (config, seed) -> dict that JSON can hold; a function of a module, so that another
+            process finds it.
+        variants: name -> config, a dict that JSON can hold.
+        seeds: of every variant.
+    """
+
+    name: str
+    run: Callable
+    variants: dict
+    seeds: tuple
+
 
 class Task(NamedTuple):
-    r"One run."
+    """One run.
+
+    Attributes:
+        path: its file.
+    """
+
     experiment: str
     run: Callable
     variant: str
     config: dict
     seed: int
-    path: Path      # its file
+    path: Path
 
-def tasks_of(experiment: Experiment, out) -> list[Task]:  # seed by seed, so that what is there early compares all variants
-    r"The runs of an experiment, each with its file `out/experiment/variant-seed.json`."
-    return [Task(experiment.name, experiment.run, v, config, seed, Path(out) / experiment.name / f"{v}-{seed}.json")
-            for seed in experiment.seeds for v, config in experiment.variants.items()]
+
+def tasks_of(experiment: Experiment, out) -> list[Task]:
+    """The runs of an experiment, each with its file `out/experiment/variant-seed.json`.
+
+    Returns:
+        seed by seed, so that what is there early compares all variants.
+    """
+    return [
+        Task(
+            experiment.name,
+            experiment.run,
+            v,
+            config,
+            seed,
+            Path(out) / experiment.name / f"{v}-{seed}.json",
+        )
+        for seed in experiment.seeds
+        for v, config in experiment.variants.items()
+    ]
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-3
 def write_json(path: Path, content: dict):
-    r"Write atomically, a line an entry; ValueError for a number that is not finite."
-    lines = ",\n".join(f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items())
+    """Write atomically, a line an entry; ValueError for a number that is not finite."""
+    lines = ",\n".join(
+        f" {json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in content.items()
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "w", encoding="utf-8") as f:
-            f.write(f"{{\n{lines}\n}}\n"); f.flush(); os.fsync(f.fileno())
+            f.write(f"{{\n{lines}\n}}\n")
+            f.flush()
+            os.fsync(f.fileno())
         os.replace(beside, path)
-    finally: beside.unlink(missing_ok=True)  # there only if it was interrupted
+    finally:
+        beside.unlink(missing_ok=True)  # there only if it was interrupted
+
 
 def read_json(path: Path) -> dict:
-    r"A result; `ReproduceError` where it is damaged."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as e: raise ReproduceError(f"{path} is damaged ({e}): delete it, and its run is repeated") from None
+    """A result; `ReproduceError` where it is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ReproduceError(
+            f"{path} is damaged ({e}): delete it, and its run is repeated"
+        ) from None
 
-def source_state() -> dict:  # {"commit": a hash or None, "modified": files of the package that differ from it}
-    r"Which code runs."
+
+def source_state() -> dict:
+    """Which code runs.
+
+    Returns:
+        {"commit": a hash or None, "modified": files of the package that differ from it}.
+    """
     here = Path(optgen.__file__)
-    git = lambda *args: subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True)
-    try: known = git("ls-files", "--error-unmatch", here.name)
-    except OSError: return {"commit": None, "modified": []}
-    if known.returncode: return {"commit": None, "modified": []}
-    changed = [line[3:] for line in git("status", "--porcelain", "--untracked-files=no", "--", ".").stdout.splitlines()]
-    return {"commit": git("rev-parse", "HEAD").stdout.strip(), "modified": [f for f in changed if not f.endswith("_modidx.py")]}
+    git = lambda *args: subprocess.run(
+        ["git", "-C", str(here.parent), *args], capture_output=True, text=True
+    )
+    try:
+        known = git("ls-files", "--error-unmatch", here.name)
+    except OSError:
+        return {"commit": None, "modified": []}
+    if known.returncode:
+        return {"commit": None, "modified": []}
+    changed = [
+        line[3:]
+        for line in git(
+            "status", "--porcelain", "--untracked-files=no", "--", "."
+        ).stdout.splitlines()
+    ]
+    return {
+        "commit": git("rev-parse", "HEAD").stdout.strip(),
+        "modified": [f for f in changed if not f.endswith("_modidx.py")],
+    }
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-4
-def perform(run: Callable, config: dict, seed: int) -> dict:  # {"result": ...} or {"error": ...}, and what it cost
-    r"One run, timed; an exception becomes a record."
+def perform(run: Callable, config: dict, seed: int) -> dict:
+    """One run, timed; an exception becomes a record.
+
+    Returns:
+        {"result": ...} or {"error": ...}, and what it cost.
+    """
     cpu, wall = time.process_time(), time.perf_counter()
     try:
         outcome = {"result": run(config, seed)}
         json.dumps(outcome, allow_nan=False)
     except Exception as e:
-        outcome = {"error": {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}}
-    return outcome | {"cpu_seconds": round(time.process_time() - cpu, 3), "wall_seconds": round(time.perf_counter() - wall, 3)}
+        outcome = {
+            "error": {
+                "type": type(e).__name__,
+                "message": str(e),
+                "traceback": traceback.format_exc(),
+            }
+        }
+    return outcome | {
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "wall_seconds": round(time.perf_counter() - wall, 3),
+    }
+
 
 @cache
 def _context():
-    "New processes are forked from one that has only imported what takes most of a start, and has no threads or device yet; where that is not to be had they start afresh."
-    if "forkserver" not in multiprocessing.get_all_start_methods(): return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver"); context.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "matplotlib.figure"])
+    """New processes are forked from one that has only imported what takes most of a start, and has
+    no threads or device yet; where that is not to be had they start afresh.
+    """
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "matplotlib.figure"])
     return context
+
 
 def _serve(pipe, threads, variables):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    os.environ.clear(); os.environ.update(variables)
+    os.environ.clear()
+    os.environ.update(variables)
     torch.set_num_threads(threads)
     try:
-        while True: pipe.send(perform(*pipe.recv()))
-    except (EOFError, BrokenPipeError): pass
+        while True:
+            pipe.send(perform(*pipe.recv()))
+    except (EOFError, BrokenPipeError):
+        pass
+
 
 class Worker:
-    r"A process that performs runs, one at a time."
+    """A process that performs runs, one at a time."""
+
     def __init__(self, threads):
         self.pipe, there = _context().Pipe()
-        self.process = _context().Process(target=_serve, args=(there, threads, dict(os.environ)), daemon=True)
-        self.process.start(); there.close()
+        self.process = _context().Process(
+            target=_serve, args=(there, threads, dict(os.environ)), daemon=True
+        )
+        self.process.start()
+        there.close()
 
-    def give(self, task): self.task, self.start = task, time.perf_counter(); self.pipe.send((task.run, task.config, task.seed))
+    def give(self, task):
+        self.task, self.start = task, time.perf_counter()
+        self.pipe.send((task.run, task.config, task.seed))
 
-    def take(self) -> dict:  # what `perform` gave, or the error that the process died
-        try: return self.pipe.recv()
+    def take(self) -> dict:
+        """Return what `perform` gave, or the error that the process died."""
+        try:
+            return self.pipe.recv()
         except (EOFError, ConnectionError):
             self.process.join()
-            return {"error": {"type": "ProcessDied", "message": f"its process ended with exit code {self.process.exitcode}", "traceback": ""},
-                    "cpu_seconds": None, "wall_seconds": round(time.perf_counter() - self.start, 3)}
+            return {
+                "error": {
+                    "type": "ProcessDied",
+                    "message": f"its process ended with exit code {self.process.exitcode}",
+                    "traceback": "",
+                },
+                "cpu_seconds": None,
+                "wall_seconds": round(time.perf_counter() - self.start, 3),
+            }
 
-    def stop(self): self.pipe.close(); self.process.terminate(); self.process.join()
+    def stop(self):
+        self.pipe.close()
+        self.process.terminate()
+        self.process.join()
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-5
 @contextlib.contextmanager
 def terminable():
-    r"Inside, SIGTERM raises SystemExit, so that what is to be tidied up is; not in other threads than the main one, whose signals are not theirs."
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    def leave(signum, frame): raise SystemExit(128 + signum)
-    before = signal.signal(signal.SIGTERM, leave)
-    try: yield
-    finally: signal.signal(signal.SIGTERM, before)
+    """Inside, SIGTERM raises SystemExit, so that what is to be tidied up is; not in other threads
+    than the main one, whose signals are not theirs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
-def missing(tasks: list[Task]) -> list[Task]:  # those without a result, errors among them; `ReproduceError` for a result of another configuration
-    r"What is left to do."
+    def leave(signum, frame):
+        raise SystemExit(128 + signum)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def missing(tasks: list[Task]) -> list[Task]:
+    """What is left to do.
+
+    Returns:
+        those without a result, errors among them; `ReproduceError` for a result of another
+        configuration.
+    """
     left = []
     for task in tasks:
         found = read_json(task.path) if task.path.exists() else {"error": None}
-        if "error" in found: left.append(task)
+        if "error" in found:
+            left.append(task)
         elif found["config"] != json.loads(json.dumps(task.config)):
-            raise ReproduceError(f"{task.path} is of another configuration, {found['config']}; here it is {task.config}: choose another folder, or delete it")
+            raise ReproduceError(
+                f"{task.path} is of another configuration, {found['config']}; here it is {task.config}: choose another folder, or delete it"
+            )
     return left
 
+
 def reproduce(
-    experiments: list[Experiment], # in the order in which they run
-    out,                           # folder of the results
-    jobs: int=2,                   # processes
-    threads: int=1,                # of each
-    progress: bool=True,           # show a line with the number of runs done
-) -> dict:                         # {"done", "skipped"}: numbers of runs
-    r"Do the runs that have no result yet. `ReproduceError` at the end names those that failed; ctrl-C and SIGTERM (SystemExit) lose at most the runs that were under way."
+    experiments: list[Experiment], out, jobs: int = 2, threads: int = 1, progress: bool = True
+) -> dict:
+    """Do the runs that have no result yet. `ReproduceError` at the end names those that failed;
+    ctrl-C and SIGTERM (SystemExit) lose at most the runs that were under way.
+
+    Args:
+        experiments: in the order in which they run.
+        out: folder of the results.
+        jobs: processes.
+        threads: of each.
+        progress: show a line with the number of runs done.
+
+    Returns:
+        {"done", "skipped"}: numbers of runs.
+    """
     tasks = [task for e in experiments for task in tasks_of(e, out)]
     left, failed, done = missing(tasks), [], 0
-    if jobs < 1 or threads < 1: raise ValueError(f"jobs and threads must be at least 1, got {jobs} and {threads}")
+    if jobs < 1 or threads < 1:
+        raise ValueError(f"jobs and threads must be at least 1, got {jobs} and {threads}")
     queue, workers = iter(left), []
-    from optgen.trainer import environment  # here, since the workers, who import this module, need nothing of it
-    about = {"environment": environment() | {"threads": threads, "cpus": os.cpu_count()}, **source_state()}
+    from optgen.trainer import (
+        environment,
+    )  # here, since the workers, who import this module, need nothing of it
+
+    about = {
+        "environment": environment() | {"threads": threads, "cpus": os.cpu_count()},
+        **source_state(),
+    }
     with terminable(), tqdm(total=len(left), unit="run", disable=not progress) as bar:
         try:
-            for _, task in zip(range(jobs), queue): workers.append(Worker(threads)); workers[-1].give(task)
+            for _, task in zip(range(jobs), queue):
+                workers.append(Worker(threads))
+                workers[-1].give(task)
             while busy := {w.pipe: w for w in workers}:
                 for worker in (busy[pipe] for pipe in wait([*busy])):
                     task, record = worker.task, worker.take()
-                    write_json(task.path, {"experiment": task.experiment, "variant": task.variant, "seed": task.seed, "config": task.config, **about, **record})
+                    write_json(
+                        task.path,
+                        {
+                            "experiment": task.experiment,
+                            "variant": task.variant,
+                            "seed": task.seed,
+                            "config": task.config,
+                            **about,
+                            **record,
+                        },
+                    )
                     done += 1
-                    bar.set_postfix_str(f"{task.experiment}/{task.path.stem} {record['wall_seconds']:.0f} s" + f", {len(failed)} failed" * bool(failed)); bar.update()
-                    if "error" in record: failed.append(task.path); bar.write(f"{task.path}: {record['error']['type']}: {record['error']['message']}")
+                    bar.set_postfix_str(
+                        f"{task.experiment}/{task.path.stem} {record['wall_seconds']:.0f} s"
+                        + f", {len(failed)} failed" * bool(failed)
+                    )
+                    bar.update()
+                    if "error" in record:
+                        failed.append(task.path)
+                        bar.write(
+                            f"{task.path}: {record['error']['type']}: {record['error']['message']}"
+                        )
                     workers.remove(worker)
-                    if (task := next(queue, None)) is None: worker.stop()
-                    else: workers.append(worker if worker.process.is_alive() else Worker(threads)); workers[-1].give(task)
+                    if (task := next(queue, None)) is None:
+                        worker.stop()
+                    else:
+                        workers.append(worker if worker.process.is_alive() else Worker(threads))
+                        workers[-1].give(task)
         finally:
-            for worker in workers: worker.stop()
-    if failed: raise ReproduceError(f"{len(failed)} of {len(left)} runs failed: {', '.join(map(str, failed))}. Each file holds its error; run again to repeat them")
+            for worker in workers:
+                worker.stop()
+    if failed:
+        raise ReproduceError(
+            f"{len(failed)} of {len(left)} runs failed: {', '.join(map(str, failed))}. Each file holds its error; run again to repeat them"
+        )
     return {"done": done, "skipped": len(tasks) - len(left)}
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-6
-def load_results(
-    out,             # folder of the results
-    experiment: str, # its name
-) -> list[dict]:     # records in the order of variant and seed; FileNotFoundError where there is none
-    r"All runs of an experiment that are there, errors among them."
+def load_results(out, experiment: str) -> list[dict]:
+    """All runs of an experiment that are there, errors among them.
+
+    Args:
+        out: folder of the results.
+        experiment: its name.
+
+    Returns:
+        records in the order of variant and seed; FileNotFoundError where there is none.
+    """
     found = sorted(Path(out, experiment).glob("[!.]*.json"))
-    if not found: raise FileNotFoundError(f"no results in {Path(out, experiment)}: run the experiment first")
+    if not found:
+        raise FileNotFoundError(f"no results in {Path(out, experiment)}: run the experiment first")
     return sorted(map(read_json, found), key=lambda r: (r["variant"], r["seed"]))
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #551f69b9
 def reproduce_stages(
-    stages: dict,          # stage -> names of its experiments, each after those whose results it reads
-    experiment: Callable,  # (name, out) -> `Experiment`
-    only,                  # stages to run, in this order; all where there is none. ValueError for another name
-    out,                   # folder of the results
-    jobs: int=2,           # processes of one thread each
-    progress: bool=True,   # show how many runs are done
-) -> dict:                 # {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed
-    r"The experiments of some stages, each once."
-    if unknown := [s for s in only if s not in stages]: raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(stages)}")
+    stages: dict, experiment: Callable, only, out, jobs: int = 2, progress: bool = True
+) -> dict:
+    """The experiments of some stages, each once.
+
+    Args:
+        stages: stage -> names of its experiments, each after those whose results it reads.
+        experiment: (name, out) -> `Experiment`.
+        only: stages to run, in this order; all where there is none. ValueError for another name.
+        out: folder of the results.
+        jobs: processes of one thread each.
+        progress: show how many runs are done.
+
+    Returns:
+        {"done", "skipped"}: numbers of runs; `ReproduceError` where some failed.
+    """
+    if unknown := [s for s in only if s not in stages]:
+        raise ValueError(f"no stage {', '.join(unknown)}; there are {', '.join(stages)}")
     total = {"done": 0, "skipped": 0}
     for name in dict.fromkeys(name for stage in only or stages for name in stages[stage]):
-        for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items(): total[k] += n
+        for k, n in reproduce([experiment(name, out)], out, jobs, progress=progress).items():
+            total[k] += n
     return total
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #90e00002
-def falling(t: float) -> float:  # factor of the step at a share `t` of the run, for `train_watched`
-    r"Constant for half of the run, then linearly to 0."
-    return min(1., 2 * (1 - t))
+def falling(t: float) -> float:
+    """Constant for half of the run, then linearly to 0.
+
+    Returns:
+        factor of the step at a share `t` of the run, for `train_watched`.
+    """
+    return min(1.0, 2 * (1 - t))
+
 
 def train_watched(
-    scheme,               # a `Game`
-    loader,               # its batches are an epoch
+    scheme,
+    loader,
     epochs: int,
-    every: float,         # epochs between two looks, or a fraction of one; the end is looked at too
-    look: Callable,       # epochs done -> dict of numbers
-    rate: Callable|None=None, # share of the run done -> factor on every learning rate
-    beside=(),            # averages that are updated too, for `look` to put in
-) -> list:                # [{"epoch", "cpu", "wall", what `look` gave}]
-    r"Train and watch; a scheme's averages are updated, and looked at in the place of the weights."
-    n, seen, cpu, wall = len(loader), [], 0., 0.
-    batches, cpu0, wall0 = chain.from_iterable(repeat(loader, epochs)), time.process_time(), time.perf_counter()
+    every: float,
+    look: Callable,
+    rate: Callable | None = None,
+    beside=(),
+) -> list:
+    """Train and watch; a scheme's averages are updated, and looked at in the place of the weights.
+
+    Args:
+        scheme: a `Game`.
+        loader: its batches are an epoch.
+        every: epochs between two looks, or a fraction of one; the end is looked at too.
+        look: epochs done -> dict of numbers.
+        rate: share of the run done -> factor on every learning rate.
+        beside: averages that are updated too, for `look` to put in.
+
+    Returns:
+        [{"epoch", "cpu", "wall", what `look` gave}].
+    """
+    n, seen, cpu, wall = len(loader), [], 0.0, 0.0
+    batches, cpu0, wall0 = (
+        chain.from_iterable(repeat(loader, epochs)),
+        time.process_time(),
+        time.perf_counter(),
+    )
     for t, batch in enumerate(batches, 1):
-        if rate: scale_rates(scheme, rate((t - 1) / (epochs * n)))
+        if rate:
+            scale_rates(scheme, rate((t - 1) / (epochs * n)))
         scheme.step(batch)
-        for average in (*scheme.averages, *beside): average.update()
-        if t % max(1, round(every * n)) and t < epochs * n: continue
-        cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
-        with evaluating(scheme): seen.append({"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)})
+        for average in (*scheme.averages, *beside):
+            average.update()
+        if t % max(1, round(every * n)) and t < epochs * n:
+            continue
+        cpu += time.process_time() - cpu0
+        wall += time.perf_counter() - wall0
+        with evaluating(scheme):
+            seen.append(
+                {"epoch": t / n, "cpu": round(cpu, 2), "wall": round(wall, 2), **look(t / n)}
+            )
         cpu0, wall0 = time.process_time(), time.perf_counter()
     return seen
 
 # %% ../nbs/90_evidence/90_reproduce.ipynb #e9764d4f
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # n -> quantile 0.975 at n - 1 degrees of freedom
+STUDENT = {
+    2: 12.706,
+    3: 4.303,
+    4: 3.182,
+    5: 2.776,
+    6: 2.571,
+    7: 2.447,
+    8: 2.365,
+    9: 2.306,
+    10: 2.262,
+}  # n -> quantile 0.975 at n - 1 degrees of freedom
 
-def interval(
-    xs,            # n numbers
-) -> tuple:        # mean and half-width; ValueError unless n is between 2 and 10
-    r"The mean and its 95 % interval, Eq. (interval)."
+
+def interval(xs) -> tuple:
+    """The mean and its 95 % interval, Eq. (interval).
+
+    Args:
+        xs: n numbers.
+
+    Returns:
+        mean and half-width; ValueError unless n is between 2 and 10.
+    """
     xs = list(xs)
-    if len(xs) not in STUDENT: raise ValueError(f"an interval is of 2 to 10 numbers, got {len(xs)}")
+    if len(xs) not in STUDENT:
+        raise ValueError(f"an interval is of 2 to 10 numbers, got {len(xs)}")
     return mean(xs), STUDENT[len(xs)] * stdev(xs) / math.sqrt(len(xs))
 
-def pm(
-    x,       # mean and half-width, as of `interval`
-) -> str:
-    r"Both, with the digits that the half-width leaves."
-    digits = 0 if x[1] == 0 or x[1] >= 10 else 1 if x[1] >= 1 else 2 if x[1] >= .1 else 3
+
+def pm(x) -> str:
+    """Both, with the digits that the half-width leaves.
+
+    Args:
+        x: mean and half-width, as of `interval`.
+    """
+    digits = 0 if x[1] == 0 or x[1] >= 10 else 1 if x[1] >= 1 else 2 if x[1] >= 0.1 else 3
     return f"{x[0]:.{digits}f} ± {x[1]:.{digits}f}"
 
-def markdown_table(
-    head,    # titles
-    lines,   # a sequence of cells each
-) -> str:
-    r"A table as pages show it."
-    cell = lambda x: str(x).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in (head, ["---"] * len(head), *lines))
 
-def hours(
-    out,     # folder of the results
-    *names,  # of experiments
-    clock: str="wall", # or "cpu", which other work on the machine does not touch
-) -> float:
-    r"What their runs took, one after the other."
+def markdown_table(head, lines) -> str:
+    """A table as pages show it.
+
+    Args:
+        head: titles.
+        lines: a sequence of cells each.
+    """
+    cell = lambda x: str(x).replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    return "\n".join(
+        "| " + " | ".join(map(cell, line)) + " |" for line in (head, ["---"] * len(head), *lines)
+    )
+
+
+def hours(out, *names, clock: str = "wall") -> float:
+    """What their runs took, one after the other.
+
+    Args:
+        out: folder of the results.
+        *names: of experiments.
+        clock: or "cpu", which other work on the machine does not touch.
+    """
     return sum(r[f"{clock}_seconds"] for name in names for r in load_results(out, name)) / 3600

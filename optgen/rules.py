@@ -20,58 +20,78 @@ from .games import Field, Game, Rule, Simultaneous, as_rule
 _all_ = ["Simultaneous"]
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-2
-def check_number(where: str, low: float=-math.inf, **numbers):  # `ValueError` unless each is finite and at least `low`
-    r"Refuse a weight or step that is no number of the right range."
+def check_number(where: str, low: float = -math.inf, **numbers):
+    """Refuse a weight or step that is no number of the right range."""
     for name, x in numbers.items():
         if not (isinstance(x, Real) and math.isfinite(x) and x >= low):
-            raise ValueError(f"{where}: {name} must be a finite number" + (f", at least {low:g}" if math.isfinite(low) else "") + f"; got {x!r}")
+            raise ValueError(
+                f"{where}: {name} must be a finite number"
+                + (f", at least {low:g}" if math.isfinite(low) else "")
+                + f"; got {x!r}"
+            )
 
-def check_count(where: str, low: int=1, **counts):  # `ValueError` unless each is an integer, at least `low`
-    r"Refuse a count that is none."
+
+def check_count(where: str, low: int = 1, **counts):
+    """Refuse a count that is none."""
     for name, n in counts.items():
         if isinstance(n, bool) or not isinstance(n, int) or n < low:
             raise ValueError(f"{where}: {name} must be an integer, at least {low}; got {n!r}")
 
-def check_returns(rule, game):  # `ValueError` for a player whose optimizer is schedule-free
-    r"Refuse to put weights back under an optimizer that keeps their average by itself."
+
+def check_returns(rule, game):
+    """Refuse to put weights back under an optimizer that keeps their average by itself."""
     for name, player in game.players.items():
         if schedule_free(player.optimizer):
-            raise ValueError(f"{type(rule).__name__} puts weights back, and the optimizer of player {name!r} is schedule-free, whose average would no longer be that of its steps: take another rule, or another optimizer and averages of the weights")
+            raise ValueError(
+                f"{type(rule).__name__} puts weights back, and the optimizer of player {name!r} is schedule-free, whose average would no longer be that of its steps: take another rule, or another optimizer and averages of the weights"
+            )
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-3
 class Around(Rule):
-    r"A way to step around the `direction` of an inner rule."
-    def __init__(self,
-        inner=None,  # a rule with a direction, or a list of corrections; by default the plain field. `ValueError` for one that steps by itself
-    ):
+    """A way to step around the `direction` of an inner rule.
+
+    Args:
+        inner: a rule with a direction, or a list of corrections; by default the plain field.
+            `ValueError` for one that steps by itself.
+    """
+
+    def __init__(self, inner=None):
         super().__init__()
         self.inner = as_rule(inner)
         if type(self.inner).step is not Rule.step:
-            raise ValueError(f"{type(self).__name__} uses its inner rule's direction, and {type(self.inner).__name__} is itself a way to step: "
-                             "give it a rule that corrects the field, or put either inside Lookahead")
+            raise ValueError(
+                f"{type(self).__name__} uses its inner rule's direction, and {type(self.inner).__name__} is itself a way to step: "
+                "give it a rule that corrects the field, or put either inside Lookahead"
+            )
 
     @property
-    def second_order(self): return self.inner.second_order
+    def second_order(self):
+        return self.inner.second_order
 
-    def look(self, game, batch, move=None):  # the inner rule's direction at the present weights, and the losses
+    def look(self, game, batch, move=None):
+        """the inner rule's direction at the present weights, and the losses."""
         at = game.at(batch, move, graph=self.second_order)
         return self.inner.direction(at), at.losses
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-4
 class Alternating(Around):
-    r"Players move one after the other, each seeing the moves before, Eq. (alternating)."
-    def __init__(self,
-        inner=None,         # a rule with a direction
-        repeats=None,       # {player: moves a step}, 1 where not named
-        order=None,         # names, first mover first; by default the game's order
-    ):
+    """Players move one after the other, each seeing the moves before, Eq. (alternating).
+
+    Args:
+        inner: a rule with a direction.
+        repeats: {player: moves a step}, 1 where not named.
+        order: names, first mover first; by default the game's order.
+    """
+
+    def __init__(self, inner=None, repeats=None, order=None):
         super().__init__(inner)
         self.repeats, self.order = dict(repeats or {}), order
         check_count("Alternating(repeats)", **self.repeats)
 
     def check(self, game):
         self.named(game, *self.repeats, *(self.order or ()))
-        if missing := set(game.players) - set(self.order or game.players): raise ValueError(f"Alternating(order) leaves out {sorted(missing)}")
+        if missing := set(game.players) - set(self.order or game.players):
+            raise ValueError(f"Alternating(order) leaves out {sorted(missing)}")
         super().check(game)
 
     def step(self, game, batch):
@@ -85,117 +105,163 @@ class Alternating(Around):
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-5
 class Extragradient(Around):
-    r"Step from here with the field found one step ahead, Eq. (extragradient)."
-    def __init__(self,
-        inner=None,  # a rule with a direction
-        past=False,  # look ahead along the last direction instead of a new one: one evaluation a step, not two
-    ):
+    """Step from here with the field found one step ahead, Eq. (extragradient).
+
+    Args:
+        inner: a rule with a direction.
+        past: look ahead along the last direction instead of a new one: one evaluation a step, not
+            two.
+    """
+
+    def __init__(self, inner=None, past=False):
         super().__init__(inner)
         self.past = past
 
-    def check(self, game): check_returns(self, game); super().check(game)
+    def check(self, game):
+        check_returns(self, game)
+        super().check(game)
 
     def step(self, game, batch):
         start, losses = game.weights(), None
-        if self.past and "u" in self.memory: ahead = self.memory["u"].clone()
-        else: ahead, losses = self.look(game, batch)
+        if self.past and "u" in self.memory:
+            ahead = self.memory["u"].clone()
+        else:
+            ahead, losses = self.look(game, batch)
         game.apply(ahead)
         u, there = self.look(game, batch)
-        if self.past: self.memory = {"u": u.clone()}
+        if self.past:
+            self.memory = {"u": u.clone()}
         game.set_weights(start)
         game.apply(u)
         return losses or there
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-6
 class Optimistic(Around):
-    r"Each move is made twice and the last one taken back, Eq. (optimistic)."
-    def check(self, game): check_returns(self, game); super().check(game)
+    """Each move is made twice and the last one taken back, Eq. (optimistic)."""
+
+    def check(self, game):
+        check_returns(self, game)
+        super().check(game)
 
     def step(self, game, batch):
         start = game.weights()
         u, losses = self.look(game, batch)
         game.apply(u)
         move = game.since(start)
-        if "move" in self.memory: game.shift(move - self.memory["move"])
+        if "move" in self.memory:
+            game.shift(move - self.memory["move"])
         self.memory = {"move": move}
         return losses
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-7
 class Correction(Rule):
-    r"A rule that adds a `correction` to the field; the sum of a list of them is a rule too."
+    """A rule that adds a `correction` to the field; the sum of a list of them is a rule too."""
+
     second_order = True
+
     def direction(self, at):
         extra = self.correction(at)
         return at.v + extra
 
+
 class Feedback(Correction):
-    r"One player's loss takes a gradient's norm: $L_i \leftarrow L_i + \lambda\lVert\nabla_{\theta_j}L_k\rVert^2$, Eq. (feedback)."
-    def __init__(self,
-        to: str,        # player $i$ whose loss grows
-        loss: str,      # player $k$ whose loss is differentiated
-        wrt: str,       # player $j$ by whose parameters
-        weight: float,  # $\lambda \ge 0$
-    ):
+    r"""One player's loss takes a gradient's norm: $L_i \leftarrow L_i +
+    \lambda\lVert\nabla_{\theta_j}L_k\rVert^2$, Eq. (feedback).
+
+    Args:
+        to: player $i$ whose loss grows.
+        loss: player $k$ whose loss is differentiated.
+        wrt: player $j$ by whose parameters.
+        weight: $\lambda \ge 0$.
+    """
+
+    def __init__(self, to: str, loss: str, wrt: str, weight: float):
         super().__init__()
         check_number("Feedback", 0, weight=weight)
         self.to_player, self.loss, self.wrt, self.weight = to, loss, wrt, weight
 
-    def check(self, game): self.named(game, self.to_player, self.loss, self.wrt)
+    def check(self, game):
+        self.named(game, self.to_player, self.loss, self.wrt)
 
     def correction(self, at):
-        terms = [(self.loss, self.wrt, *at.grads([(self.loss, self.wrt)]))] if self.to_player in at.move else []
-        return 2*self.weight * at.pulls({name: terms if name == self.to_player else [] for name in at.move})
+        terms = (
+            [(self.loss, self.wrt, *at.grads([(self.loss, self.wrt)]))]
+            if self.to_player in at.move
+            else []
+        )
+        return (
+            2
+            * self.weight
+            * at.pulls({name: terms if name == self.to_player else [] for name in at.move})
+        )
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-8
 class Consensus(Correction):
-    r"All players share one more loss, $\tfrac\gamma2\lVert v\rVert^2$, Eq. (consensus)."
-    def __init__(self, weight: float):  # $\gamma \ge 0$
+    r"""All players share one more loss, $\tfrac\gamma2\lVert v\rVert^2$, Eq. (consensus)."""
+
+    def __init__(self, weight: float):
         super().__init__()
         check_number("Consensus", 0, weight=weight)
         self.weight = weight
 
-    def correction(self, at): return self.weight * at.vjp(at.field())
+    def correction(self, at):
+        return self.weight * at.vjp(at.field())
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-9
 class SymplecticAdjustment(Correction):
-    r"Add $\lambda A^\top v$, what the antisymmetric part of the Jacobian turns, Eq. (symplectic)."
-    def __init__(self,
-        weight: float=1.,  # $\lambda$
-        align: bool=True,  # choose its sign by Eq. (align): into stable and away from unstable fixed points
-        eps: float=.1,     # $\epsilon \ge 0$ of Eq. (align)
-    ):
+    r"""Add $\lambda A^\top v$, what the antisymmetric part of the Jacobian turns, Eq. (symplectic).
+
+    Args:
+        weight: $\lambda$.
+        align: choose its sign by Eq. (align): into stable and away from unstable fixed points.
+        eps: $\epsilon \ge 0$ of Eq. (align).
+    """
+
+    def __init__(self, weight: float = 1.0, align: bool = True, eps: float = 0.1):
         super().__init__()
-        check_number("SymplecticAdjustment", weight=weight); check_number("SymplecticAdjustment", 0, eps=eps)
+        check_number("SymplecticAdjustment", weight=weight)
+        check_number("SymplecticAdjustment", 0, eps=eps)
         self.weight, self.align, self.eps = weight, align, eps
 
     def correction(self, at):
         whole = at.moving(*at.game.players) if self.align else at
-        at.grads([(i, j) for i in whole.move for j in at.game.players])  # those of a loss in one pass
+        at.grads(
+            [(i, j) for i in whole.move for j in at.game.players]
+        )  # those of a loss in one pass
         v = at.field()
         dH = whole.vjp(v)
-        Av = .5 * (dH - whole.jvp(v))
-        if not self.align: return self.weight * Av
+        Av = 0.5 * (dH - whole.jvp(v))
+        if not self.align:
+            return self.weight * Av
         d = sum(x.numel() for xs in v.values() for x in xs)
         told = (v @ dH) * (Av @ dH) / d + self.eps
-        return self.weight * (torch.where(told >= 0, 1., -1.).to(told.dtype) * Av).only(at.move)
+        return self.weight * (torch.where(told >= 0, 1.0, -1.0).to(told.dtype) * Av).only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-10
 class Lookahead(Rule):
-    r"After every $k$ steps all players go back together, to a fraction $\alpha$ of the way they came, Eq. (lookahead)."
-    def __init__(self,
-        inner=None,        # any rule, or a list of corrections
-        every: int=5,      # $k$, steps between two returns
-        alpha: float=.5,   # $\alpha$ in (0, 1]
-    ):
+    r"""After every $k$ steps all players go back together, to a fraction $\alpha$ of the way they
+    came, Eq. (lookahead).
+
+    Args:
+        inner: any rule, or a list of corrections.
+        every: $k$, steps between two returns.
+        alpha: $\alpha$ in (0, 1].
+    """
+
+    def __init__(self, inner=None, every: int = 5, alpha: float = 0.5):
         super().__init__()
         check_count("Lookahead", every=every)
-        if not 0 < alpha <= 1: raise ValueError(f"Lookahead: alpha must lie in (0, 1], got {alpha}")
+        if not 0 < alpha <= 1:
+            raise ValueError(f"Lookahead: alpha must lie in (0, 1], got {alpha}")
         self.inner, self.every, self.alpha = as_rule(inner), every, alpha
 
-    def check(self, game): check_returns(self, game); super().check(game)
+    def check(self, game):
+        check_returns(self, game)
+        super().check(game)
 
     @property
-    def second_order(self): return self.inner.second_order
+    def second_order(self):
+        return self.inner.second_order
 
     def step(self, game, batch):
         slow, count = self.memory.get("slow") or game.weights(), self.memory.get("count", 0) + 1
@@ -208,49 +274,78 @@ class Lookahead(Rule):
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #13c10002
 class Clipped(Around):
-    r"No player's direction is longer than $c$, Eq. (clipped)."
-    def __init__(self,
-        most: float,  # $c>0$, the same for every player
-        inner=None,   # a rule with a direction
-    ):
+    """No player's direction is longer than $c$, Eq. (clipped).
+
+    Args:
+        most: $c>0$, the same for every player.
+        inner: a rule with a direction.
+    """
+
+    def __init__(self, most: float, inner=None):
         super().__init__(inner)
         check_number("Clipped", 0, most=most)
-        if most == 0: raise ValueError("Clipped: at most 0 nobody moves; most must be positive")
+        if most == 0:
+            raise ValueError("Clipped: at most 0 nobody moves; most must be positive")
         self.most = most
 
     def direction(self, at):
         u = self.inner.direction(at)
-        norms = [torch.linalg.vector_norm(torch.stack(torch._foreach_norm(xs))) for xs in u.values()]
-        return Field({k: torch._foreach_mul(xs, (self.most / (norm + 1e-6)).clamp(max=1)) for (k, xs), norm in zip(u.items(), norms)})
+        norms = [
+            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(xs))) for xs in u.values()
+        ]
+        return Field(
+            {
+                k: torch._foreach_mul(xs, (self.most / (norm + 1e-6)).clamp(max=1))
+                for (k, xs), norm in zip(u.items(), norms)
+            }
+        )
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-11
 def scaled(game: Game, u: Field, lr=None) -> Field:
-    r"$\eta u$, with the learning rates of the players' optimizers where `lr` is None."
-    if lr is not None: return lr * u
-    rate = {id(p): group["lr"] for name in u for group in game.players[name].optimizer.param_groups for p in group["params"]}
-    return Field({name: [rate[id(p)] * x for p, x in zip(game.params(name), xs)] for name, xs in u.items()})
+    r"""$\eta u$, with the learning rates of the players' optimizers where `lr` is None."""
+    if lr is not None:
+        return lr * u
+    rate = {
+        id(p): group["lr"]
+        for name in u
+        for group in game.players[name].optimizer.param_groups
+        for p in group["params"]
+    }
+    return Field(
+        {name: [rate[id(p)] * x for p, x in zip(game.params(name), xs)] for name, xs in u.items()}
+    )
+
 
 def check_rate(rule, game, names, lr):
-    r"`ValueError` unless `lr` is a step, or the optimizers of `names` have one."
-    if lr is not None: check_number(type(rule).__name__, 0, lr=lr)
+    """`ValueError` unless `lr` is a step, or the optimizers of `names` have one."""
+    if lr is not None:
+        check_number(type(rule).__name__, 0, lr=lr)
     elif any("lr" not in g for name in names for g in game.players[name].optimizer.param_groups):
-        raise ValueError(f"{type(rule).__name__}: an optimizer without lr leaves the step open: give the rule its lr")
+        raise ValueError(
+            f"{type(rule).__name__}: an optimizer without lr leaves the step open: give the rule its lr"
+        )
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-12
 class Unrolled(Rule):
-    r"The others descend through the next steps of one player, Eq. (unrolled), by the recursion of Eq. (adjoint)."
+    r"""The others descend through the next steps of one player, Eq. (unrolled), by the recursion of
+    Eq. (adjoint).
+
+    Args:
+        player: $p$, who is looked ahead of.
+        steps: $K \ge 0$ plain gradient steps.
+        lr: $\eta$ of these; by default that of the player's optimizer.
+    """
+
     second_order = True
-    def __init__(self,
-        player: str,  # $p$, who is looked ahead of
-        steps: int,   # $K \ge 0$ plain gradient steps
-        lr=None,      # $\eta$ of these; by default that of the player's optimizer
-    ):
+
+    def __init__(self, player: str, steps: int, lr=None):
         super().__init__()
         check_count("Unrolled", 0, steps=steps)
         self.player, self.steps, self.lr = player, steps, lr
 
     def check(self, game):
-        self.named(game, self.player); check_rate(self, game, [self.player], self.lr)
+        self.named(game, self.player)
+        check_rate(self, game, [self.player], self.lr)
 
     def direction(self, at):
         game, p, others = at.game, self.player, [i for i in at.move if i != self.player]
@@ -259,27 +354,38 @@ class Unrolled(Rule):
         at.losses |= now.losses
         for _ in range(self.steps if others else 0):
             path.append(path[-1] - scaled(game, now.field([p]), self.lr))
-            game.set_weights(path[-1]); now = game.at(at.batch)
+            game.set_weights(path[-1])
+            now = game.at(at.batch)
         through = {i: Field(zip((i, p), now.grads([(i, i), (i, p)]))) for i in others}
         at.losses |= {i: now.losses[i] for i in others}
         for weights in reversed(path[:-1]):
-            game.set_weights(weights); then = game.at(at.batch, graph=True)
-            for i, g in through.items(): through[i] = g - then.pull([(p, p, scaled(game, g.only([p]), self.lr)[p])], to=(i, p))
+            game.set_weights(weights)
+            then = game.at(at.batch, graph=True)
+            for i, g in through.items():
+                through[i] = g - then.pull(
+                    [(p, p, scaled(game, g.only([p]), self.lr)[p])], to=(i, p)
+                )
         return Field(u | {i: g[i] for i, g in through.items()}).only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-13
 class CompetitiveGradient(Rule):
-    r"The Nash equilibrium of the local game in which each player answers the others' moves, Eq. (competitive)."
+    r"""The Nash equilibrium of the local game in which each player answers the others' moves, Eq.
+    (competitive).
+
+    Args:
+        lr: $\eta$; by default those of the players' optimizers.
+        iterations: of conjugate gradients a step, from the last step's solution.
+    """
+
     second_order = True
-    def __init__(self,
-        lr=None,            # $\eta$; by default those of the players' optimizers
-        iterations: int=5,  # of conjugate gradients a step, from the last step's solution
-    ):
+
+    def __init__(self, lr=None, iterations: int = 5):
         super().__init__()
         check_count("CompetitiveGradient", iterations=iterations)
         self.lr, self.iterations = lr, iterations
 
-    def check(self, game): check_rate(self, game, game.players, self.lr)
+    def check(self, game):
+        check_rate(self, game, game.players, self.lr)
 
     def direction(self, at):
         whole, eta = at.moving(*at.game.players), lambda u: scaled(at.game, u, self.lr)
@@ -290,20 +396,28 @@ class CompetitiveGradient(Rule):
         r, d, size = whole.v - M(u), None, None  # residual, search direction, |M'r|^2
         tiny = torch.finfo(at.game.params(whole.move[0])[0].dtype).tiny
         for _ in range(self.iterations):
-            s = Mt(r); before, size = size, s @ s
+            s = Mt(r)
+            before, size = size, s @ s
             d = s if d is None else s + size / before.clamp(min=tiny) * d
-            Md = M(d); a = size / (Md @ Md).clamp(min=tiny)
+            Md = M(d)
+            a = size / (Md @ Md).clamp(min=tiny)
             u, r = u + a * d, r - a * Md
         self.memory = {"u": u.clone()}
         return u.only(at.move)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-14
-def input_gradient_penalty(
-    net,        # x -> one number an example: a discriminator
-    x: Tensor,  # (B, ...): real images for R1, fakes for R2
-) -> Tensor:    # 0-dim, with its graph, also back to what made `x`
-    r"$\tfrac1B\sum_b\lVert\nabla_x D(x_b)\rVert^2$, Eq. (input-penalty); times $\gamma/2$, it is R1 on real and R2 on fake images."
+def input_gradient_penalty(net, x: Tensor) -> Tensor:
+    r"""$\tfrac1B\sum_b\lVert\nabla_x D(x_b)\rVert^2$, Eq. (input-penalty); times $\gamma/2$, it is
+    R1 on real and R2 on fake images.
+
+    Args:
+        net: x -> one number an example: a discriminator.
+        x: (B, ...): real images for R1, fakes for R2.
+
+    Returns:
+        0-dim, with its graph, also back to what made `x`.
+    """
     with torch.enable_grad():
         x = x if x.requires_grad else x.detach().requires_grad_()
-        g, = torch.autograd.grad(net(x).sum(), x, create_graph=True)
+        (g,) = torch.autograd.grad(net(x).sum(), x, create_graph=True)
     return g.square().sum() / len(x)

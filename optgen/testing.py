@@ -12,28 +12,45 @@ import torch
 from torch.distributions import MultivariateNormal
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-2
-def finite_difference(
-    f,        # function of `x`, returns a 0-dim tensor; any noise in it must be drawn beforehand
-    x,        # contiguous float64 tensor (a module's parameter, say), moved entry by entry and put back
-    eps=None, # step relative to max(1, |x|); the cube root of the machine's epsilon if None
-):            # the gradient, shaped as `x`
-    r"Central-difference gradient, Eq. (central-difference). Raises TypeError unless `x` is float64."
-    if x.dtype != torch.float64: raise TypeError(f"central differences need float64, got {x.dtype}: use x.double() or model.double()")
+def finite_difference(f, x, eps=None):
+    """Central-difference gradient, Eq. (central-difference). Raises TypeError unless `x` is
+    float64.
+
+    Args:
+        f: function of `x`, returns a 0-dim tensor; any noise in it must be drawn beforehand.
+        x: contiguous float64 tensor (a module's parameter, say), moved entry by entry and put back.
+        eps: step relative to max(1, |x|); the cube root of the machine's epsilon if None.
+
+    Returns:
+        the gradient, shaped as `x`.
+    """
+    if x.dtype != torch.float64:
+        raise TypeError(
+            f"central differences need float64, got {x.dtype}: use x.double() or model.double()"
+        )
     flat, grad = x.detach().view(-1), []
     for i, old in enumerate(flat.tolist()):
-        h, values = (eps or torch.finfo(x.dtype).eps**(1/3)) * max(1, abs(old)), []
+        h, values = (eps or torch.finfo(x.dtype).eps ** (1 / 3)) * max(1, abs(old)), []
         for side in (old + h, old - h):
-            flat[i] = side; values.append(f(x).item())
-        flat[i] = old; grad.append((values[0] - values[1]) / (2 * h))
+            flat[i] = side
+            values.append(f(x).item())
+        flat[i] = old
+        grad.append((values[0] - values[1]) / (2 * h))
     return flat.new_tensor(grad).view_as(x)
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-3
-def check_gradient(
-    f,         # function without arguments, returns a 0-dim tensor that depends on `tensors`
-    tensors,   # a float64 tensor that requires grad, or a list of them
-    tol=1e-6,  # largest error relative to the largest entry of the gradient
-):             # largest relative error found
-    r"Assert that autograd's gradient of `f` is the central difference's, Eq. (central-difference)."
+def check_gradient(f, tensors, tol=1e-6):
+    """Assert that autograd's gradient of `f` is the central difference's, Eq.
+    (central-difference).
+
+    Args:
+        f: function without arguments, returns a 0-dim tensor that depends on `tensors`.
+        tensors: a float64 tensor that requires grad, or a list of them.
+        tol: largest error relative to the largest entry of the gradient.
+
+    Returns:
+        largest relative error found.
+    """
     tensors = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
     auto = torch.autograd.grad(f(), tensors, materialize_grads=True)
     true = [finite_difference(lambda _: f(), x) for x in tensors]
@@ -41,102 +58,168 @@ def check_gradient(
     errors = [((a - t).abs().max() / size.clamp(min=1e-12)).item() for a, t in zip(auto, true)]
     worst = max(range(len(errors)), key=errors.__getitem__)
     a, t = auto[worst], true[worst]
-    assert errors[worst] <= tol, (f"gradient of tensor {worst}, shape {tuple(a.shape)}, is off by {errors[worst]:.1e} of the largest entry: "
-                                  f"autograd says {a.flatten()[:4].tolist()}, central differences {t.flatten()[:4].tolist()}")
+    assert errors[worst] <= tol, (
+        f"gradient of tensor {worst}, shape {tuple(a.shape)}, is off by {errors[worst]:.1e} of the largest entry: "
+        f"autograd says {a.flatten()[:4].tolist()}, central differences {t.flatten()[:4].tolist()}"
+    )
     return errors[worst]
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-4
-def assert_mean(
-    samples,   # (n, ...), n independent samples along the first dimension
-    expected,  # the mean they should have, broadcast against the rest
-    z=5.,      # standard errors allowed
-):             # mean and standard error, each (...)
-    r"Assert that a sample mean is `expected` to within its own standard error, Eq. (standard-error)."
-    if len(samples) < 2: raise ValueError(f"a standard error needs at least two samples along the first dimension, got shape {tuple(samples.shape)}")
-    mean, se = samples.mean(0), samples.std(0) / len(samples)**.5
+def assert_mean(samples, expected, z=5.0):
+    """Assert that a sample mean is `expected` to within its own standard error, Eq.
+    (standard-error).
+
+    Args:
+        samples: (n, ...), n independent samples along the first dimension.
+        expected: the mean they should have, broadcast against the rest.
+        z: standard errors allowed.
+
+    Returns:
+        mean and standard error, each (...).
+    """
+    if len(samples) < 2:
+        raise ValueError(
+            f"a standard error needs at least two samples along the first dimension, got shape {tuple(samples.shape)}"
+        )
+    mean, se = samples.mean(0), samples.std(0) / len(samples) ** 0.5
     rounding = 8 * torch.finfo(samples.dtype).eps * mean.abs()
     off = (mean - expected).abs() / (se * z + rounding).clamp(min=torch.finfo(samples.dtype).tiny)
     i = off.argmax()
     m, s, e = (torch.as_tensor(t).expand_as(mean).flatten()[i].item() for t in (mean, se, expected))
     assert off.isfinite().all() and off.max() <= 1, (
-        f"the mean {m:.6g} of {len(samples)} samples is {abs(m - e) / s if s else math.inf:.1f} standard errors ({s:.2g}) from {e:.6g}, not {z:g}")
+        f"the mean {m:.6g} of {len(samples)} samples is {abs(m - e) / s if s else math.inf:.1f} standard errors ({s:.2g}) from {e:.6g}, not {z:g}"
+    )
     return mean, se
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-5
-def jacobian(
-    outputs,  # tensor or list of tensors, with a graph (`create_graph=True` if they are gradients themselves)
-    inputs,   # tensor or list of tensors they depend on
-):            # matrix, (all entries of `outputs`, all entries of `inputs`)
-    r"Explicit Jacobian of the flattened `outputs` by the flattened `inputs`, a row at a time."
+def jacobian(outputs, inputs):
+    """Explicit Jacobian of the flattened `outputs` by the flattened `inputs`, a row at a time.
+
+    Args:
+        outputs: tensor or list of tensors, with a graph (`create_graph=True` if they are gradients
+            themselves).
+        inputs: tensor or list of tensors they depend on.
+
+    Returns:
+        matrix, (all entries of `outputs`, all entries of `inputs`).
+    """
     outputs, inputs = ([t] if isinstance(t, torch.Tensor) else list(t) for t in (outputs, inputs))
-    rows = [torch.autograd.grad(y, inputs, retain_graph=True, materialize_grads=True) for out in outputs for y in out.flatten()]
+    rows = [
+        torch.autograd.grad(y, inputs, retain_graph=True, materialize_grads=True)
+        for out in outputs
+        for y in out.flatten()
+    ]
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-6
-def spectral_radius(
-    step,      # one update, from a float64 vector of all the state (velocities too) to the next one
-    dim,       # length of that vector
-    at=None,   # the fixed point, zero if None
-    eps=1e-4,  # half the width of the central difference
-):             # largest modulus of an eigenvalue of the step's derivative
-    r"$\rho$ of an update, from the update run as a black box."
+def spectral_radius(step, dim, at=None, eps=1e-4):
+    r"""$\rho$ of an update, from the update run as a black box.
+
+    Args:
+        step: one update, from a float64 vector of all the state (velocities too) to the next one.
+        dim: length of that vector.
+        at: the fixed point, zero if None.
+        eps: half the width of the central difference.
+
+    Returns:
+        largest modulus of an eigenvalue of the step's derivative.
+    """
     at = torch.zeros(dim, dtype=torch.float64) if at is None else at
-    A = torch.stack([(step(at + e) - step(at - e)) / (2 * eps) for e in eps * torch.eye(dim, dtype=at.dtype)], 1)
+    A = torch.stack(
+        [(step(at + e) - step(at - e)) / (2 * eps) for e in eps * torch.eye(dim, dtype=at.dtype)], 1
+    )
     return torch.linalg.eigvals(A).abs().max().item()
 
-def decay_rate(
-    errors,  # positive distances to the solution, one a step; the transient cut off
-):           # factor a step
-    r"The $\rho$ of $\mathrm{error}_t \propto \rho^t$ that fits best, by least squares on the logarithm; oscillations average out."
+
+def decay_rate(errors):
+    r"""The $\rho$ of $\mathrm{error}_t \propto \rho^t$ that fits best, by least squares on the
+    logarithm; oscillations average out.
+
+    Args:
+        errors: positive distances to the solution, one a step; the transient cut off.
+
+    Returns:
+        factor a step.
+    """
     e = torch.as_tensor(errors, dtype=torch.float64).log()
-    if not (len(e) > 1 and e.isfinite().all()): raise ValueError("a rate needs at least two errors, all positive and finite")
-    t = torch.arange(len(e), dtype=e.dtype); t -= t.mean()
+    if not (len(e) > 1 and e.isfinite().all()):
+        raise ValueError("a rate needs at least two errors, all positive and finite")
+    t = torch.arange(len(e), dtype=e.dtype)
+    t -= t.mean()
     return math.exp((t @ e / (t @ t)).item())
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-7
-def parity(
-    ours,       # function of a list of parameters, returns an optimizer
-    theirs,     # the same for the optimizer to compare with
-    steps=100,  # steps to walk
-    seed=0,     # of the start
-    dtype=torch.float64, # of the parameters
-):              # largest relative distance between the two paths
-    r"Walk two optimizers down the same curved loss from the same start; 0 is bit-equal."
+def parity(ours, theirs, steps=100, seed=0, dtype=torch.float64):
+    """Walk two optimizers down the same curved loss from the same start; 0 is bit-equal.
+
+    Args:
+        ours: function of a list of parameters, returns an optimizer.
+        theirs: the same for the optimizer to compare with.
+        steps: steps to walk.
+        seed: of the start.
+        dtype: of the parameters.
+
+    Returns:
+        largest relative distance between the two paths.
+    """
+
     def path(make):
         rng = torch.Generator().manual_seed(seed)
-        params = [torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_() for shape in ((), (7,), (3, 4))]
+        params = [
+            torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype).requires_grad_()
+            for shape in ((), (7,), (3, 4))
+        ]
         opt, out = make(params), []
         for t in range(steps):
-            opt.zero_grad(); sum((p.sin() * p + (p - t % 3)**4 / 50).sum() for p in params).backward(); opt.step()
+            opt.zero_grad()
+            sum((p.sin() * p + (p - t % 3) ** 4 / 50).sum() for p in params).backward()
+            opt.step()
             out.append(torch.cat([p.detach().flatten() for p in params]))
         return torch.stack(out)
+
     a, b = path(ours), path(theirs)
     return ((a - b).abs().max() / b.abs().max()).item()
 
 # %% ../nbs/00_foundations/04_oracles.ipynb #23a2fcf4-8
 class LinearGaussian:
-    r"A model with the interface of a VAE whose marginal likelihood and posterior are known, Eq. (linear-gaussian)."
-    def __init__(self,
-        W,           # (x_dim, z_dim)
-        b,           # (x_dim,)
-        sigma=1.,    # standard deviation of the noise, > 0
-        shift=0.,    # added to the encoder's mean
-        stretch=1.,  # factor on the encoder's standard deviation
-    ):
-        self.W, self.b, self.sigma, self.shift, self.stretch, self.z_dim = W, b, sigma, shift, stretch, W.shape[1]
+    """A model with the interface of a VAE whose marginal likelihood and posterior are known, Eq.
+    (linear-gaussian).
+
+    Args:
+        W: (x_dim, z_dim).
+        b: (x_dim,).
+        sigma: standard deviation of the noise, > 0.
+        shift: added to the encoder's mean.
+        stretch: factor on the encoder's standard deviation.
+    """
+
+    def __init__(self, W, b, sigma=1.0, shift=0.0, stretch=1.0):
+        self.W, self.b, self.sigma, self.shift, self.stretch, self.z_dim = (
+            W,
+            b,
+            sigma,
+            shift,
+            stretch,
+            W.shape[1],
+        )
         eye = lambda n: torch.eye(n, dtype=W.dtype, device=W.device)
         self.precision = eye(W.shape[1]) + W.T @ W / sigma**2
         self.marginal = MultivariateNormal(b, W @ W.T + sigma**2 * eye(W.shape[0]))
 
-    def posterior_mean(self, x): return torch.linalg.solve(self.precision, self.W.T @ (x - self.b).T).T / self.sigma**2
+    def posterior_mean(self, x):
+        return torch.linalg.solve(self.precision, self.W.T @ (x - self.b).T).T / self.sigma**2
 
-    def posterior(self, x): return MultivariateNormal(self.posterior_mean(x), precision_matrix=self.precision.expand(len(x), -1, -1))
+    def posterior(self, x):
+        return MultivariateNormal(
+            self.posterior_mean(x), precision_matrix=self.precision.expand(len(x), -1, -1)
+        )
 
     def encoder(self, x):
         mean = self.posterior_mean(x) + self.shift
         return mean, (self.stretch**2 / self.precision.diagonal()).log().expand_as(mean)
 
-    def reparameterize(self, mean, log_var, eps=None): return mean + (log_var / 2).exp() * (torch.randn_like(mean) if eps is None else eps)
+    def reparameterize(self, mean, log_var, eps=None):
+        return mean + (log_var / 2).exp() * (torch.randn_like(mean) if eps is None else eps)
 
     def log_likelihood(self, x, z):
         error = (x - z @ self.W.T - self.b) / self.sigma

@@ -38,43 +38,80 @@ with warnings.catch_warnings():
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-3
 class NonFinite(ArithmeticError):
-    r"A loss or gradient is not finite: the message names the step, the player and the tensor."
+    """A loss or gradient is not finite: the message names the step, the player and the tensor."""
+
 
 class Interrupted(KeyboardInterrupt):
-    r"Training was stopped by a signal after a whole step; the message says how to go on."
+    """Training was stopped by a signal after a whole step; the message says how to go on."""
+
     def __init__(self, message: str, signum: int):
-        super().__init__(message); self.signum = signum
+        super().__init__(message)
+        self.signum = signum
+
 
 NEVER = torch.iinfo(torch.int64).max
 
+
 class Watch:
-    r"The first step at which each loss and gradient of a game was not finite, kept on the device, Eq. (first-bad)."
-    def __init__(self): self.first, self.start, self.rows, self.losses = None, None, [], ()
+    """The first step at which each loss and gradient of a game was not finite, kept on the device,
+    Eq. (first-bad).
+    """
 
-    def update(self, step: int, losses: dict, game: Game):  # after `game.step`: losses as it returned them, gradients as it left them; every step
-        grads = [p.grad if p.grad is not None else p.new_zeros(()) for player in game.players.values() for p in player.params.values()]
-        if not self.rows: self.start, self.losses = step, tuple(losses)
+    def __init__(self):
+        self.first, self.start, self.rows, self.losses = None, None, [], ()
+
+    def update(self, step: int, losses: dict, game: Game):
+        """after `game.step`: losses as it returned them, gradients as it left them; every step."""
+        grads = [
+            p.grad if p.grad is not None else p.new_zeros(())
+            for player in game.players.values()
+            for p in player.params.values()
+        ]
+        if not self.rows:
+            self.start, self.losses = step, tuple(losses)
         self.rows.append([*losses.values(), *torch._foreach_norm(grads)])
-        if len(self.rows) == 64: self.fold()
+        if len(self.rows) == 64:
+            self.fold()
 
-    def fold(self):  # the steps since the last one, at once
-        bad = ~torch.stack([norm for row in self.rows for norm in row]).view(len(self.rows), -1).isfinite()
+    def fold(self):
+        """the steps since the last one, at once."""
+        bad = (
+            ~torch.stack([norm for row in self.rows for norm in row])
+            .view(len(self.rows), -1)
+            .isfinite()
+        )
         steps = torch.arange(self.start, self.start + len(self.rows), device=bad.device)[:, None]
         first = torch.where(bad, steps, NEVER).amin(0)
-        self.first, self.rows = first if self.first is None else torch.minimum(self.first, first), []
+        self.first, self.rows = (
+            first if self.first is None else torch.minimum(self.first, first),
+            [],
+        )
 
-    def check(self, game: Game):  # waits for the device; raises `NonFinite`
-        if self.rows: self.fold()
-        if self.first is None or (step := self.first.min().item()) == NEVER: return
+    def check(self, game: Game):
+        """waits for the device; raises `NonFinite`."""
+        if self.rows:
+            self.fold()
+        if self.first is None or (step := self.first.min().item()) == NEVER:
+            return
         names = [f"the loss of player {name!r}" for name in self.losses]
-        names += [f"the gradient of {key!r} of player {name!r}" for name, player in game.players.items() for key in player.params]
+        names += [
+            f"the gradient of {key!r} of player {name!r}"
+            for name, player in game.players.items()
+            for key in player.params
+        ]
         bad = [name for name, first in zip(names, self.first.tolist()) if first == step]
-        raise NonFinite(f"step {step}: {bad[0]} is not finite" + f" (and {len(bad) - 1} more)" * (len(bad) > 1))
+        raise NonFinite(
+            f"step {step}: {bad[0]} is not finite" + f" (and {len(bad) - 1} more)" * (len(bad) > 1)
+        )
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-4
 class Signals:
-    r"While entered, SIGINT and SIGTERM are noted instead of raised; a second one acts at once. In other threads than the main one it does nothing."
-    def __init__(self): self.received, self.before = None, {}
+    """While entered, SIGINT and SIGTERM are noted instead of raised; a second one acts at once. In
+    other threads than the main one it does nothing.
+    """
+
+    def __init__(self):
+        self.received, self.before = None, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -82,7 +119,8 @@ class Signals:
         return self
 
     def __exit__(self, *exc):
-        for s, handler in self.before.items(): signal.signal(s, handler)
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
         self.before = {}
 
     def note(self, signum, frame):
@@ -90,314 +128,588 @@ class Signals:
         self.__exit__()
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-5
-def scale_rates(
-    scheme: Game,   # its players' optimizers have an `lr`, else `ValueError`
-    factor: float,
-):
-    r"Set every player's learning rate to `factor` times the one that its optimizer was made with, Eq. (fit-schedule)."
+def scale_rates(scheme: Game, factor: float):
+    """Set every player's learning rate to `factor` times the one that its optimizer was made with,
+    Eq. (fit-schedule).
+
+    Args:
+        scheme: its players' optimizers have an `lr`, else `ValueError`.
+    """
     for name, player in scheme.players.items():
         for group in player.optimizer.param_groups:
-            if "lr" not in group: raise ValueError(f"the optimizer of player {name!r} has no lr to schedule: train it without schedule=")
-            if "initial_lr" not in group: group["initial_lr"] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
-            if isinstance(group["lr"], Tensor): group["lr"].copy_(group["initial_lr"] * factor)
-            else: group["lr"] = group["initial_lr"] * factor
+            if "lr" not in group:
+                raise ValueError(
+                    f"the optimizer of player {name!r} has no lr to schedule: train it without schedule="
+                )
+            if "initial_lr" not in group:
+                group["initial_lr"] = (
+                    group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+                )
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(group["initial_lr"] * factor)
+            else:
+                group["lr"] = group["initial_lr"] * factor
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-6
 class RunFolder:
-    r"The folder of a run. `FileExistsError` where it holds one that is not being resumed, `FileNotFoundError` where there is none to resume."
-    def __init__(self, out: str|Path, config: dict, resume: bool=False):
-        self.path, self.config = Path(out), config; self.log = self.path / "metrics.jsonl"; self.checkpoint = self.path / "checkpoint.pt"
+    """The folder of a run. `FileExistsError` where it holds one that is not being resumed,
+    `FileNotFoundError` where there is none to resume.
+    """
+
+    def __init__(self, out: str | Path, config: dict, resume: bool = False):
+        self.path, self.config = Path(out), config
+        self.log = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
         there = (self.path / "config.json").exists()
         if not resume and (there or self.checkpoint.exists()):
-            raise FileExistsError(f"{self.path} holds a run already: resume it, or choose another folder")
-        if resume and not there: raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
+            raise FileExistsError(
+                f"{self.path} holds a run already: resume it, or choose another folder"
+            )
+        if resume and not there:
+            raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
         if not there:
             self.path.mkdir(parents=True, exist_ok=True)
             self.write_config()
 
-    def write_config(self): self.put("config.json", json.dumps(self.config, indent=1) + "\n")
+    def write_config(self):
+        self.put("config.json", json.dumps(self.config, indent=1) + "\n")
 
     def write(self, record: dict):
-        with open(self.log, "a") as f: f.write(json.dumps(record) + "\n")
+        with open(self.log, "a") as f:
+            f.write(json.dumps(record) + "\n")
 
-    def draw(self, records: list, images: Tensor|None):
+    def draw(self, records: list, images: Tensor | None):
         curves(records).savefig(self.path / "curves.png", dpi=110)
-        if images is not None: save_grid(images, self.path / f"samples/epoch-{records[-1]['epoch']:04d}.png")
+        if images is not None:
+            save_grid(images, self.path / f"samples/epoch-{records[-1]['epoch']:04d}.png")
 
-    def rewind(self, epoch: int):  # forget what was logged after `epoch`
-        self.put("metrics.jsonl", "".join(json.dumps(r) + "\n" for r in read_log(self.log) if r["epoch"] <= epoch))
+    def rewind(self, epoch: int):
+        """forget what was logged after `epoch`."""
+        self.put(
+            "metrics.jsonl",
+            "".join(json.dumps(r) + "\n" for r in read_log(self.log) if r["epoch"] <= epoch),
+        )
 
-    def put(self, name: str, text: str):  # the whole file or none of it
+    def put(self, name: str, text: str):
+        """the whole file or none of it."""
         beside = self.path / f".{name}.tmp"
-        beside.write_text(text); beside.replace(self.path / name)
+        beside.write_text(text)
+        beside.replace(self.path / name)
 
-def environment() -> dict:  # versions and machine, for a run's configuration
-    r"What a result depends on besides its arguments."
-    return {"optgen": optgen.__version__, "torch": torch.__version__, "python": platform.python_version(),
-            "machine": platform.machine(), "threads": torch.get_num_threads()}
+
+def environment() -> dict:
+    """What a result depends on besides its arguments.
+
+    Returns:
+        versions and machine, for a run's configuration.
+    """
+    return {
+        "optgen": optgen.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-7
 @contextlib.contextmanager
-def seeded(seed: int):  # inside, the default generators begin at `seed`; afterwards they are as they were
-    r"Random numbers of one's own."
+def seeded(seed: int):
+    """Random numbers of one's own."""
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield
 
+
 class State:
-    r"Where a run is: the scheme, the order of the data, the averaged weights, the random numbers and the counts."
+    """Where a run is: the scheme, the order of the data, the averaged weights, the random numbers
+    and the counts.
+    """
+
     counts = ("step", "epoch", "seconds", "best", "best_epoch")
 
     def __init__(self, scheme: Game, loader: Loader):
         self.scheme, self.loader = scheme, loader
         self.step = self.epoch = self.best_epoch = 0
-        self.seconds, self.best, self.total, self.watch = 0., None, None, Watch()
+        self.seconds, self.best, self.total, self.watch = 0.0, None, None, Watch()
 
-    def advance(self, batch) -> dict:  # one step; its losses
+    def advance(self, batch) -> dict:
+        """Return one step; its losses."""
         losses = self.scheme.step(batch)
         self.step += 1
         self.watch.update(self.step, losses, self.scheme)
-        wide = {k: loss.to(torch.promote_types(loss.dtype, torch.float32)) for k, loss in losses.items()}
+        wide = {
+            k: loss.to(torch.promote_types(loss.dtype, torch.float32)) for k, loss in losses.items()
+        }
         self.total = {k: self.total[k] + loss for k, loss in wide.items()} if self.total else wide
-        for average in self.scheme.averages: average.update()
+        for average in self.scheme.averages:
+            average.update()
         return losses
 
-    def check(self):  # waits for the device; raises `NonFinite`
+    def check(self):
+        """waits for the device; raises `NonFinite`."""
         self.watch.check(self.scheme)
         for who, player in self.scheme.players.items():
             for key, p in player.params.items():
                 if not p.isfinite().all():
-                    raise NonFinite(f"step {self.step}: the parameter {key!r} of player {who!r} is not finite after its update")
+                    raise NonFinite(
+                        f"step {self.step}: the parameter {key!r} of player {who!r} is not finite after its update"
+                    )
 
     def state_dict(self) -> dict:
-        return {"scheme": self.scheme.state_dict(), "loader": self.loader.state_dict(), "rng": checkpoint.rng_state(), "total": self.total,
-                "ema": [average.state_dict() for average in self.scheme.averages] or None, **{k: getattr(self, k) for k in self.counts}}
+        return {
+            "scheme": self.scheme.state_dict(),
+            "loader": self.loader.state_dict(),
+            "rng": checkpoint.rng_state(),
+            "total": self.total,
+            "ema": [average.state_dict() for average in self.scheme.averages] or None,
+            **{k: getattr(self, k) for k in self.counts},
+        }
 
     def load_state_dict(self, state: dict):
-        try: self.scheme.load_state_dict(state["scheme"])
-        except ValueError as e: raise checkpoint.CheckpointError(f"the run to resume is of another scheme: {e}") from None
+        try:
+            self.scheme.load_state_dict(state["scheme"])
+        except ValueError as e:
+            raise checkpoint.CheckpointError(
+                f"the run to resume is of another scheme: {e}"
+            ) from None
         self.loader.load_state_dict(state["loader"])
         if len(state["ema"] or ()) != len(self.scheme.averages):
-            raise checkpoint.CheckpointError(f"the run to resume kept {len(state['ema'] or ())} averages of the weights, this one has {len(self.scheme.averages)}: go on with the same ema=")
+            raise checkpoint.CheckpointError(
+                f"the run to resume kept {len(state['ema'] or ())} averages of the weights, this one has {len(self.scheme.averages)}: go on with the same ema="
+            )
         try:
-            for average, s in zip(self.scheme.averages, state["ema"] or ()): average.load_state_dict(s)
-        except ValueError as e: raise checkpoint.CheckpointError(f"the run to resume is of another scheme: {e}") from None
-        for k in (*self.counts, "total"): setattr(self, k, state[k])
+            for average, s in zip(self.scheme.averages, state["ema"] or ()):
+                average.load_state_dict(s)
+        except ValueError as e:
+            raise checkpoint.CheckpointError(
+                f"the run to resume is of another scheme: {e}"
+            ) from None
+        for k in (*self.counts, "total"):
+            setattr(self, k, state[k])
         checkpoint.set_rng_state(state["rng"])
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-8
 @contextlib.contextmanager
 def having(scheme: Game, **attributes):
-    r"Inside, the scheme has these attributes; afterwards those it had."
+    """Inside, the scheme has these attributes; afterwards those it had."""
     before = {k: getattr(scheme, k) for k in attributes}
-    for k, value in attributes.items(): setattr(scheme, k, value)
-    try: yield
+    for k, value in attributes.items():
+        setattr(scheme, k, value)
+    try:
+        yield
     finally:
-        for k, value in before.items(): setattr(scheme, k, value)
+        for k, value in before.items():
+            setattr(scheme, k, value)
+
 
 def named(losses: dict) -> dict:
-    r"The losses by player; of a lone one, as `loss`."
+    """The losses by player; of a lone one, as `loss`."""
     return losses if len(losses) > 1 else {"loss": next(iter(losses.values()))}
 
-def measure(run) -> tuple:  # a `Run` at the end of an epoch -> its record, and samples or None
-    r"What an epoch came to, on training and validation data."
-    record = {"epoch": run.epoch + 1, "step": run.step, "seconds": run.seconds, "images_per_second": run.images / run.seconds,
-              "train": {k: t.item() / len(run.loader) for k, t in named(run.total).items()}}
+
+def measure(run) -> tuple:
+    """What an epoch came to, on training and validation data.
+
+    Returns:
+        a `Run` at the end of an epoch -> its record, and samples or None.
+    """
+    record = {
+        "epoch": run.epoch + 1,
+        "step": run.step,
+        "seconds": run.seconds,
+        "images_per_second": run.images / run.seconds,
+        "train": {k: t.item() / len(run.loader) for k, t in named(run.total).items()},
+    }
     images = None
     run.scheme.train(False)
     with evaluating(run.scheme), seeded(0), having(run.scheme, ranks=None):
         if run.valid:
             run.valid.load_state_dict(run.valid_start)
             record["valid"] = run.scheme.evaluate(run.valid)
-        if run.folder and run.samples and len(run.loader.data.shape) == 3 and hasattr(run.scheme, "sample"): images = run.scheme.sample(run.samples)
+        if (
+            run.folder
+            and run.samples
+            and len(run.loader.data.shape) == 3
+            and hasattr(run.scheme, "sample")
+        ):
+            images = run.scheme.sample(run.samples)
     return record, images
 
-def criterion(scheme: Game, record: dict) -> float:  # `ValueError` where the scheme's evaluation does not have it
-    r"The number that patience wants small."
-    if scheme.criterion in record["valid"]: return record["valid"][scheme.criterion]
-    raise ValueError(f"patience compares the scheme's criterion {scheme.criterion!r}, and its evaluate gives only {', '.join(record['valid'])}: "
-                     "set scheme.criterion to one of these")
+
+def criterion(scheme: Game, record: dict) -> float:
+    """The number that patience wants small.
+
+    Returns:
+        `ValueError` where the scheme's evaluation does not have it.
+    """
+    if scheme.criterion in record["valid"]:
+        return record["valid"][scheme.criterion]
+    raise ValueError(
+        f"patience compares the scheme's criterion {scheme.criterion!r}, and its evaluate gives only {', '.join(record['valid'])}: "
+        "set scheme.criterion to one of these"
+    )
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-9
 class Kept(State):
-    r"A state that is measured after each epoch, kept in a run's folder, and alike on all ranks."
+    """A state that is measured after each epoch, kept in a run's folder, and alike on all ranks."""
+
     def __init__(self, scheme, loader, ranks, folder, valid, patience, samples):
         super().__init__(scheme, loader)
-        self.ranks, self.folder, self.valid, self.patience, self.samples, self.records = ranks, folder, valid, patience, samples, []
+        self.ranks, self.folder, self.valid, self.patience, self.samples, self.records = (
+            ranks,
+            folder,
+            valid,
+            patience,
+            samples,
+            [],
+        )
         self.images = min(len(loader.data), len(loader) * loader.order.batch_size)
         self.valid_start = valid and valid.state_dict()
 
-    def begin(self, resume: bool, device):  # anew, or where the run in the folder stopped
+    def begin(self, resume: bool, device):
+        """anew, or where the run in the folder stopped."""
         if resume and self.folder:
-            if self.folder.checkpoint.exists(): self.load_state_dict(checkpoint.load(self.folder.checkpoint, map_location=device))
-            self.folder.rewind(self.epoch); self.records = read_log(self.folder.log)
+            if self.folder.checkpoint.exists():
+                self.load_state_dict(checkpoint.load(self.folder.checkpoint, map_location=device))
+            self.folder.rewind(self.epoch)
+            self.records = read_log(self.folder.log)
         if self.ranks:
-            for player in self.scheme.players.values(): self.ranks.warn_of(player.module)
+            for player in self.scheme.players.values():
+                self.ranks.warn_of(player.module)
             mine = {"state": self.state_dict(), "records": self.records}
-            if (first := self.ranks.broadcast(mine, device)) is not mine: self.records = first["records"]; self.load_state_dict(first["state"])
+            if (first := self.ranks.broadcast(mine, device)) is not mine:
+                self.records = first["records"]
+                self.load_state_dict(first["state"])
             self.ranks.share_random(device)
             self.compare()
 
-    def compare(self):  # raises `RankError`
+    def compare(self):
+        """raises `RankError`."""
         params = [p for player in self.scheme.players.values() for p in player.params.values()]
-        self.ranks.check(weights=params, random_numbers=self.ranks.random_state(params[0].device), order_of_data=[self.loader.order.start])
+        self.ranks.check(
+            weights=params,
+            random_numbers=self.ranks.random_state(params[0].device),
+            order_of_data=[self.loader.order.start],
+        )
 
-    def save(self, name: str="checkpoint.pt"):
+    def save(self, name: str = "checkpoint.pt"):
         self.check()
-        if self.folder: checkpoint.save(self.folder.path / name, self.state_dict()); self.saved_time = time.monotonic()
+        if self.folder:
+            checkpoint.save(self.folder.path / name, self.state_dict())
+            self.saved_time = time.monotonic()
 
     def finish_epoch(self):
         self.check()
         record, images = (None, None) if self.ranks and self.ranks.rank else measure(self)
-        if self.ranks: record = self.ranks.broadcast(record); self.compare()
-        self.epoch += 1; self.total, self.seconds = None, 0.
+        if self.ranks:
+            record = self.ranks.broadcast(record)
+            self.compare()
+        self.epoch += 1
+        self.total, self.seconds = None, 0.0
         self.records.append(record)
-        if better := bool(self.patience) and (self.best is None or criterion(self.scheme, record) < self.best):
+        if better := bool(self.patience) and (
+            self.best is None or criterion(self.scheme, record) < self.best
+        ):
             self.best, self.best_epoch = criterion(self.scheme, record), self.epoch
-        if self.folder: self.folder.write(record)
-        if better: self.save("best.pt")
+        if self.folder:
+            self.folder.write(record)
+        if better:
+            self.save("best.pt")
         self.save()
-        if self.folder: self.folder.draw(self.records, images if images is None else images.reshape(self.samples, *self.loader.data.shape))
+        if self.folder:
+            self.folder.draw(
+                self.records,
+                images if images is None else images.reshape(self.samples, *self.loader.data.shape),
+            )
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-10
 class Run(Kept):
-    r"A training run. Made by `fit`, whose arguments it takes."
+    """A training run. Made by `fit`, whose arguments it takes."""
+
     def __init__(self, *args, schedule, checkpoint_steps, checkpoint_seconds, progress, **kwargs):
         super().__init__(*args, **kwargs)
-        self.schedule, self.checkpoint_steps, self.checkpoint_seconds, self.progress = schedule, checkpoint_steps, checkpoint_seconds, progress
+        self.schedule, self.checkpoint_steps, self.checkpoint_seconds, self.progress = (
+            schedule,
+            checkpoint_steps,
+            checkpoint_seconds,
+            progress,
+        )
 
     def train(self, epochs: int):
         self.saved_time = time.monotonic()
         with Signals() as signals, self.progress(self, epochs) as bar:
-            while self.epoch < epochs and not (self.patience and self.epoch - self.best_epoch >= self.patience):
+            while self.epoch < epochs and not (
+                self.patience and self.epoch - self.best_epoch >= self.patience
+            ):
                 self.scheme.train()
                 self.resumed = time.monotonic()
                 for batch in self.loader:
-                    if self.schedule: scale_rates(self.scheme, self.schedule(self.step / (epochs * len(self.loader))))
+                    if self.schedule:
+                        scale_rates(
+                            self.scheme, self.schedule(self.step / (epochs * len(self.loader)))
+                        )
                     losses = self.advance(batch)
                     bar.advance(len(batch.x), losses)
-                    stop = self.ranks.agree(signals.received or 0) if self.ranks else signals.received
+                    stop = (
+                        self.ranks.agree(signals.received or 0) if self.ranks else signals.received
+                    )
                     if stop or self.due():
-                        self.tick(); self.save()
-                        if stop: self.leave(stop)
-                self.tick(); self.finish_epoch()
+                        self.tick()
+                        self.save()
+                        if stop:
+                            self.leave(stop)
+                self.tick()
+                self.finish_epoch()
                 bar.epoch(self.records[-1])
 
-    def tick(self):  # count the time since the last tick as training
+    def tick(self):
+        """count the time since the last tick as training."""
         now = time.monotonic()
         self.seconds, self.resumed = self.seconds + now - self.resumed, now
 
     def due(self) -> bool:
-        return bool(self.folder) and (bool(self.checkpoint_steps) and self.step % self.checkpoint_steps == 0
-                                      or time.monotonic() - self.saved_time > self.checkpoint_seconds)
+        return bool(self.folder) and (
+            bool(self.checkpoint_steps)
+            and self.step % self.checkpoint_steps == 0
+            or time.monotonic() - self.saved_time > self.checkpoint_seconds
+        )
 
-    def leave(self, signum: int):  # once saved
-        if self.ranks and self.ranks.broadcast(signum) and self.ranks.rank: raise follow(self.ranks, 128 + signum)
-        command = f"torchrun --nproc-per-node {self.ranks.world} -m optgen" if self.ranks else "optgen"
-        if not self.folder: saved = "nothing was saved, since no folder was given"
-        elif "scheme" in self.folder.config: saved = f"saved; go on with: {command} train --resume {shlex.quote(str(self.folder.path))}"
-        else: saved = f"saved; go on with: fit(..., out={str(self.folder.path)!r}, resume=True)"
+    def leave(self, signum: int):
+        """once saved."""
+        if self.ranks and self.ranks.broadcast(signum) and self.ranks.rank:
+            raise follow(self.ranks, 128 + signum)
+        command = (
+            f"torchrun --nproc-per-node {self.ranks.world} -m optgen" if self.ranks else "optgen"
+        )
+        if not self.folder:
+            saved = "nothing was saved, since no folder was given"
+        elif "scheme" in self.folder.config:
+            saved = (
+                f"saved; go on with: {command} train --resume {shlex.quote(str(self.folder.path))}"
+            )
+        else:
+            saved = f"saved; go on with: fit(..., out={str(self.folder.path)!r}, resume=True)"
         raise Interrupted(f"{signal.Signals(signum).name} after step {self.step}: {saved}", signum)
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-11
 class Progress:
-    r"Losses and images a second while training: a bar, or a line an epoch. Losses are read at most twice a second."
-    def __init__(self,
-        run: Run,
-        epochs: int,
-        how: str|None=None,  # "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines elsewhere
-    ):
-        self.how = how or ("bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines")
-        self.run, self.epochs, self.read, self.valid = run, epochs, 0., {}
-        done = run.epoch * run.images + run.loader.order.batch * run.loader.order.batch_size * (run.total is not None)
-        self.bar = tqdm(total=epochs * run.images, initial=done, unit="img", unit_scale=True, disable=self.how != "bar",
-                        dynamic_ncols=True, smoothing=.1)
+    """Losses and images a second while training: a bar, or a line an epoch. Losses are read at
+    most twice a second.
 
-    def __enter__(self): return self
-    def __exit__(self, *exc): self.bar.close()
+    Args:
+        how: "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines
+            elsewhere.
+    """
+
+    def __init__(self, run: Run, epochs: int, how: str | None = None):
+        self.how = how or ("bar" if sys.stderr.isatty() or "ipykernel" in sys.modules else "lines")
+        self.run, self.epochs, self.read, self.valid = run, epochs, 0.0, {}
+        done = run.epoch * run.images + run.loader.order.batch * run.loader.order.batch_size * (
+            run.total is not None
+        )
+        self.bar = tqdm(
+            total=epochs * run.images,
+            initial=done,
+            unit="img",
+            unit_scale=True,
+            disable=self.how != "bar",
+            dynamic_ncols=True,
+            smoothing=0.1,
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.bar.close()
 
     def advance(self, images: int, losses: dict):
         self.bar.update(images)
-        if self.how == "bar" and time.monotonic() - self.read > .5:
+        if self.how == "bar" and time.monotonic() - self.read > 0.5:
             self.run.watch.check(self.run.scheme)
             self.bar.set_description(f"epoch {self.run.epoch + 1}/{self.epochs}", refresh=False)
-            self.bar.set_postfix({**{k: f"{loss.item():.4g}" for k, loss in named(losses).items()}, **self.valid})
+            self.bar.set_postfix(
+                {**{k: f"{loss.item():.4g}" for k, loss in named(losses).items()}, **self.valid}
+            )
             self.read = time.monotonic()
 
     def epoch(self, record: dict):
         name = self.run.scheme.criterion
-        self.valid = {"valid": f"{record['valid'][name]:.4g}"} if name in record.get("valid", {}) else {}
+        self.valid = (
+            {"valid": f"{record['valid'][name]:.4g}"} if name in record.get("valid", {}) else {}
+        )
         if self.how == "lines":
-            parts = [" ".join([part, *(f"{k} {v:.4g}" for k, v in record[part].items())]) for part in ("train", "valid") if part in record]
+            parts = [
+                " ".join([part, *(f"{k} {v:.4g}" for k, v in record[part].items())])
+                for part in ("train", "valid")
+                if part in record
+            ]
             speed = f"{record['images_per_second']:.0f} images/s"
-            print(f"epoch {record['epoch']}/{self.epochs} · step {record['step']}", speed, *parts, sep=" · ", flush=True)
+            print(
+                f"epoch {record['epoch']}/{self.epochs} · step {record['step']}",
+                speed,
+                *parts,
+                sep=" · ",
+                flush=True,
+            )
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
 def check_request(scheme, valid, out, resume, patience, precision, progress):
-    r"`ValueError` for arguments of `fit` that don't fit together."
-    if precision not in ("float32", "bfloat16"): raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
-    if resume and out is None: raise ValueError("resume=True needs the run folder: pass out=")
-    if patience and (valid is None or out is None): raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
-    if progress not in (None, "bar", "lines", "none"): raise ValueError(f"progress is 'bar', 'lines' or 'none', got {progress!r}")
+    """`ValueError` for arguments of `fit` that don't fit together."""
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is 'float32' or 'bfloat16', got {precision!r}")
+    if resume and out is None:
+        raise ValueError("resume=True needs the run folder: pass out=")
+    if patience and (valid is None or out is None):
+        raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
+    if progress not in (None, "bar", "lines", "none"):
+        raise ValueError(f"progress is 'bar', 'lines' or 'none', got {progress!r}")
     if valid is not None and not hasattr(scheme, "evaluate"):
         raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
 
-def place(scheme: Game, device, ranks):  # the device; of several of a kind, the rank's own
-    r"Where the scheme is, once it is where it shall train."
-    here = torch.device(device or next(p for player in scheme.players.values() for p in player.params.values()).device)
-    if ranks and here.type != "cpu": here = torch.device(here.type, torch.accelerator.current_device_index())
-    if device is not None or ranks: scheme.to(here)
+
+def place(scheme: Game, device, ranks):
+    """Where the scheme is, once it is where it shall train."""
+    here = torch.device(
+        device
+        or next(p for player in scheme.players.values() for p in player.params.values()).device
+    )
+    if ranks and here.type != "cpu":
+        here = torch.device(here.type, torch.accelerator.current_device_index())
+    if device is not None or ranks:
+        scheme.to(here)
     return next(p for player in scheme.players.values() for p in player.params.values()).device
 
+
 def loaders(scheme, data, valid, batch_size: int, device, binarize, seed: int) -> tuple:
-    r"Loaders of the training and the validation data, those that are none yet. Where a module says that it normalises over the batch, what is left of an epoch makes none."
-    whole = any(getattr(m, "normalises_batch", False) for player in scheme.players.values() if player.module for m in player.module.modules())
-    if not isinstance(data, Loader): data = Loader(data, batch_size, device=device, binarize=binarize, seed=seed, drop_last=whole)
-    if valid is None or isinstance(valid, Loader): return data, valid
+    """Loaders of the training and the validation data, those that are none yet. Where a module
+    says that it normalises over the batch, what is left of an epoch makes none.
+    """
+    whole = any(
+        getattr(m, "normalises_batch", False)
+        for player in scheme.players.values()
+        if player.module
+        for m in player.module.modules()
+    )
+    if not isinstance(data, Loader):
+        data = Loader(
+            data, batch_size, device=device, binarize=binarize, seed=seed, drop_last=whole
+        )
+    if valid is None or isinstance(valid, Loader):
+        return data, valid
     binarize = binarize and ("static" if isinstance(valid, Images) else "dynamic")
     return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize)
 
 # %% ../nbs/40_training/40_trainer.ipynb #23a2fcf4-13
 def fit(
-    scheme,                       # a `Game`; with `evaluate(batches) -> dict` it is validated, with `sample(n)` its samples are drawn
-    data,                         # `optgen.data.Images` or `ImageFiles`, or a `Loader` (its own batch size, binarisation and seed then hold)
-    *, epochs: int=1,             # in all, those before a resumption included
-    batch_size: int=100,          # of all ranks together
-    valid=None,                   # `Images` or a `Loader`, evaluated after each epoch
-    out: str|Path|None=None,      # run folder; without one nothing is written
-    resume: bool=False,           # go on with the run in `out`, bit for bit; every other argument as when it began
-    seed: int=0,                  # of the order of the data and of the noise; the caller's generators are left as they were
-    device=None,                  # where to train; by default where the scheme is
-    compile: bool=False,          # run the losses through `torch.compile`
-    precision: str="float32",     # "bfloat16" evaluates the losses under autocast: half the memory traffic, faster where the hardware multiplies it
-    binarize: str|None=None,      # None, "static" or "dynamic", as in `Loader`; validation data are then binarised once
-    ema: float|Profile|None=None, # decay, or another profile such as `Power.of_width(.1)`, of an average of the weights, for validation and samples and in the checkpoint; without, `scheme.averages`. The scheme keeps its own weights
-    schedule=None,                # share of the run done, in [0, 1) -> factor on every player's learning rate, Eq. (fit-schedule)
-    patience: int|None=None,      # stop after so many epochs without a smaller `scheme.criterion`; the best is kept as best.pt and put back
-    checkpoint_steps: int|None=None,    # also write a checkpoint every so many steps,
-    checkpoint_seconds: float=300.,     # and every so many seconds, beside the one after each epoch
-    samples: int=64,              # images in each epoch's grid; 0 for none, and none of data that are no images
-    progress: str|None=None,      # "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines elsewhere
-    config: dict|None=None,       # recorded in config.json beside the environment; on resumption it replaces what was there
-) -> list:                        # of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train", "valid"}
-    r"Train a scheme. Raises `NonFinite`, `Interrupted`, `CheckpointError`; see the run folder above."
+    scheme,
+    data,
+    *,
+    epochs: int = 1,
+    batch_size: int = 100,
+    valid=None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device=None,
+    compile: bool = False,
+    precision: str = "float32",
+    binarize: str | None = None,
+    ema: float | Profile | None = None,
+    schedule=None,
+    patience: int | None = None,
+    checkpoint_steps: int | None = None,
+    checkpoint_seconds: float = 300.0,
+    samples: int = 64,
+    progress: str | None = None,
+    config: dict | None = None,
+) -> list:
+    """Train a scheme. Raises `NonFinite`, `Interrupted`, `CheckpointError`; see the run folder
+    above.
+
+    Args:
+        scheme: a `Game`; with `evaluate(batches) -> dict` it is validated, with `sample(n)` its
+            samples are drawn.
+        data: `optgen.data.Images` or `ImageFiles`, or a `Loader` (its own batch size, binarisation
+            and seed then hold).
+        epochs: in all, those before a resumption included.
+        batch_size: of all ranks together.
+        valid: `Images` or a `Loader`, evaluated after each epoch.
+        out: run folder; without one nothing is written.
+        resume: go on with the run in `out`, bit for bit; every other argument as when it began.
+        seed: of the order of the data and of the noise; the caller's generators are left as they
+            were.
+        device: where to train; by default where the scheme is.
+        compile: run the losses through `torch.compile`.
+        precision: "bfloat16" evaluates the losses under autocast: half the memory traffic, faster
+            where the hardware multiplies it.
+        binarize: None, "static" or "dynamic", as in `Loader`; validation data are then binarised
+            once.
+        ema: decay, or another profile such as `Power.of_width(.1)`, of an average of the weights,
+            for validation and samples and in the checkpoint; without, `scheme.averages`. The scheme
+            keeps its own weights.
+        schedule: share of the run done, in [0, 1) -> factor on every player's learning rate, Eq.
+            (fit-schedule).
+        patience: stop after so many epochs without a smaller `scheme.criterion`; the best is kept
+            as best.pt and put back.
+        checkpoint_steps: also write a checkpoint every so many steps,.
+        checkpoint_seconds: and every so many seconds, beside the one after each epoch.
+        samples: images in each epoch's grid; 0 for none, and none of data that are no images.
+        progress: "bar", "lines", "none"; by default a bar on a terminal and in a notebook, lines
+            elsewhere.
+        config: recorded in config.json beside the environment; on resumption it replaces what was
+            there.
+
+    Returns:
+        of records, an epoch each: {"epoch", "step", "seconds", "images_per_second", "train",
+        "valid"}.
+    """
     with together(ranks := init()):
         check_request(scheme, valid, out, resume, patience, precision, progress)
         first, device = not (ranks and ranks.rank), place(scheme, device, ranks)
         loader, valid = loaders(scheme, data, valid, batch_size, device, binarize, seed)
         averages = averages_of(scheme, ema) if ema else scheme.averages
-        with having(scheme, averages=averages): to_evaluate(scheme)
-        if schedule: scale_rates(scheme, schedule(0.))
-        folder = RunFolder(out, {**(config or {}), "environment": environment()}, resume) if out is not None and first else None
-        run = Run(scheme, loader, ranks, folder, valid, patience, samples, schedule=schedule, checkpoint_steps=checkpoint_steps,
-                  checkpoint_seconds=checkpoint_seconds, progress=lambda *args: Progress(*args, how=progress if first else "none"))
-        if compile: scheme.compile()
-        autocast = (lambda: torch.autocast(device.type, torch.bfloat16)) if precision == "bfloat16" else scheme.autocast
+        with having(scheme, averages=averages):
+            to_evaluate(scheme)
+        if schedule:
+            scale_rates(scheme, schedule(0.0))
+        folder = (
+            RunFolder(out, {**(config or {}), "environment": environment()}, resume)
+            if out is not None and first
+            else None
+        )
+        run = Run(
+            scheme,
+            loader,
+            ranks,
+            folder,
+            valid,
+            patience,
+            samples,
+            schedule=schedule,
+            checkpoint_steps=checkpoint_steps,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=lambda *args: Progress(*args, how=progress if first else "none"),
+        )
+        if compile:
+            scheme.compile()
+        autocast = (
+            (lambda: torch.autocast(device.type, torch.bfloat16))
+            if precision == "bfloat16"
+            else scheme.autocast
+        )
         with having(scheme, ranks=ranks, autocast=autocast, averages=averages), seeded(seed):
             run.begin(resume, device)
-            if resume and config and folder: folder.write_config()
+            if resume and config and folder:
+                folder.write_config()
             run.train(epochs)
-        best = checkpoint.load(folder.path / "best.pt", map_location=device)["scheme"] if patience and folder else None
-        if ranks: best = ranks.broadcast(best, device)
-        if best: scheme.load_state_dict(best)
+        best = (
+            checkpoint.load(folder.path / "best.pt", map_location=device)["scheme"]
+            if patience and folder
+            else None
+        )
+        if ranks:
+            best = ranks.broadcast(best, device)
+        if best:
+            scheme.load_state_dict(best)
         return run.records

@@ -17,88 +17,164 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 # %% ../nbs/00_foundations/03_viz.ipynb #23a2fcf4-2
-def grid(
-    images: Tensor,           # (N, C, H, W), floats in [0, 1] or uint8; `ValueError` for another shape
-    columns: int|None=None,   # images a row; by default $\lceil\sqrt N\rceil$
-    padding: int=2,           # pixels between images, and around them; none around an only image
-) -> Tensor:                  # (3, rows (H + padding) + padding, columns (W + padding) + padding), floats in [0, 1], on the CPU
-    r"One picture of many, Eq. (grid)."
+def grid(images: Tensor, columns: int | None = None, padding: int = 2) -> Tensor:
+    r"""One picture of many, Eq. (grid).
+
+    Args:
+        images: (N, C, H, W), floats in [0, 1] or uint8; `ValueError` for another shape.
+        columns: images a row; by default $\lceil\sqrt N\rceil$.
+        padding: pixels between images, and around them; none around an only image.
+
+    Returns:
+        (3, rows (H + padding) + padding, columns (W + padding) + padding), floats in [0, 1], on the
+        CPU.
+    """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not len(images):
-        raise ValueError(f"a grid is made of images (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}")
+        raise ValueError(
+            f"a grid is made of images (N, C, H, W) with 1 or 3 channels, got {tuple(images.shape)}"
+        )
     images = images.detach().cpu()
     images = images / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
-    return make_grid(images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=.5)
+    return make_grid(
+        images, nrow=columns or math.ceil(math.sqrt(len(images))), padding=padding, pad_value=0.5
+    )
 
-def save_grid(images: Tensor, path: str|Path, columns: int|None=None):  # arguments as `grid`'s
-    r"Write `grid` as a PNG; folders on the way are made."
+
+def save_grid(images: Tensor, path: str | Path, columns: int | None = None):
+    """Write `grid` as a PNG; folders on the way are made."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_image(grid(images, columns), path)
 
 # %% ../nbs/00_foundations/03_viz.ipynb #23a2fcf4-3
-def read_log(path: str|Path) -> list:  # of dicts, oldest first; [] where there is no file
-    r"Records of a JSON-lines log; a last line cut off by a crash is left out."
+def read_log(path: str | Path) -> list:
+    """Records of a JSON-lines log; a last line cut off by a crash is left out.
+
+    Returns:
+        of dicts, oldest first; [] where there is no file.
+    """
     records = []
     for line in Path(path).read_text().splitlines() if Path(path).exists() else ():
-        try: records.append(json.loads(line))
-        except json.JSONDecodeError: break
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return records
 
-def curves(
-    records: list,  # of dicts with "epoch" and dicts of numbers "train" and "valid"; `ValueError` where there is none
-) -> Figure:        # three panels a row
-    r"What a run's log says, a panel for each quantity."
-    if not records: raise ValueError("no records to draw: the run has not finished an epoch")
-    names = list(dict.fromkeys(k for r in records for part in ("train", "valid") for k in r.get(part, {})))
-    columns = min(3, len(names)); rows = math.ceil(len(names) / columns)
+
+def curves(records: list) -> Figure:
+    """What a run's log says, a panel for each quantity.
+
+    Args:
+        records: of dicts with "epoch" and dicts of numbers "train" and "valid"; `ValueError` where
+            there is none.
+
+    Returns:
+        three panels a row.
+    """
+    if not records:
+        raise ValueError("no records to draw: the run has not finished an epoch")
+    names = list(
+        dict.fromkeys(k for r in records for part in ("train", "valid") for k in r.get(part, {}))
+    )
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
     fig = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
     for i, name in enumerate(names):
         ax = fig.add_subplot(rows, columns, i + 1)
         for part, color in (("train", "C0"), ("valid", "C1")):
             points = [(r["epoch"], r[part][name]) for r in records if name in r.get(part, {})]
-            if points: ax.plot(*zip(*points), color=color, label=part, marker="o" if len(points) < 30 else None, ms=3)
-        ax.set(title=name.replace("_", " "), xlabel="epoch"); ax.legend(frameon=False)
+            if points:
+                ax.plot(
+                    *zip(*points),
+                    color=color,
+                    label=part,
+                    marker="o" if len(points) < 30 else None,
+                    ms=3,
+                )
+        ax.set(title=name.replace("_", " "), xlabel="epoch")
+        ax.legend(frameon=False)
         ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
 
 # %% ../nbs/00_foundations/03_viz.ipynb #23a2fcf4-4
 def phase_portrait(
-    velocity,               # (n, 2) points -> (n, 2), where they are driven; `ValueError` for another shape
-    paths: dict|None=None,  # {label: points visited, (T, 2), the first one first}
-    equilibrium=None,       # (2,), marked by a cross
-    reach: float=2.,        # the picture is the square $[-r, r]^2$
-    arrows: int=13,         # a side
-    ax: Axes|None=None,     # where to draw; by default a figure of its own, which is `ax.figure`
+    velocity,
+    paths: dict | None = None,
+    equilibrium=None,
+    reach: float = 2.0,
+    arrows: int = 13,
+    ax: Axes | None = None,
 ) -> Axes:
-    r"Arrows of a field in the plane, Eq. (portrait), and paths through it."
+    """Arrows of a field in the plane, Eq. (portrait), and paths through it.
+
+    Args:
+        velocity: (n, 2) points -> (n, 2), where they are driven; `ValueError` for another shape.
+        paths: {label: points visited, (T, 2), the first one first}.
+        equilibrium: (2,), marked by a cross.
+        reach: the picture is the square $[-r, r]^2$.
+        arrows: a side.
+        ax: where to draw; by default a figure of its own, which is `ax.figure`.
+    """
     ax = Figure(figsize=(3.2, 3.2), layout="constrained").add_subplot() if ax is None else ax
     side = torch.linspace(-reach, reach, arrows, dtype=torch.float64)
     points = torch.cartesian_prod(side, side)
     f = torch.as_tensor(velocity(points)).detach()
-    if f.shape != points.shape: raise ValueError(f"velocities of {tuple(points.shape)} points must have that shape, got {tuple(f.shape)}")
+    if f.shape != points.shape:
+        raise ValueError(
+            f"velocities of {tuple(points.shape)} points must have that shape, got {tuple(f.shape)}"
+        )
     speed = f.norm(dim=1, keepdim=True)
     f = f * (side[1] - side[0]) / (speed * speed.max()).sqrt().clamp(min=torch.finfo(f.dtype).tiny)
-    ax.quiver(*points.T, *f.T, color="0.72", angles="xy", scale_units="xy", scale=1, width=.005, pivot="mid")
+    ax.quiver(
+        *points.T,
+        *f.T,
+        color="0.72",
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.005,
+        pivot="mid",
+    )
     for label, path in (paths or {}).items():
-        line, = ax.plot(*torch.as_tensor(path).T, "-", lw=1, marker=".", ms=2.5, label=label)
+        (line,) = ax.plot(*torch.as_tensor(path).T, "-", lw=1, marker=".", ms=2.5, label=label)
         ax.plot(*path[0], "o", ms=5, color=line.get_color())
-    if equilibrium is not None: ax.plot(*equilibrium, "+", ms=9, mew=1.5, color="black")
+    if equilibrium is not None:
+        ax.plot(*equilibrium, "+", ms=9, mew=1.5, color="black")
     ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
     return ax
 
 # %% ../nbs/00_foundations/03_viz.ipynb #9cf45ffb
-def reliability(
-    found,       # what `optgen.metrics.calibration` gives
-    error=None,  # share that is wrong, for the title
-) -> Figure:
-    r"How often a classifier is right, by how sure it is, Eq. (ece)."
+def reliability(found, error=None) -> Figure:
+    """How often a classifier is right, by how sure it is, Eq. (ece).
+
+    Args:
+        found: what `optgen.metrics.calibration` gives.
+        error: share that is wrong, for the title.
+    """
     sure = found.confidence.tolist()
-    accuracy, share = found.accuracy.nan_to_num(0.).tolist(), (found.counts / found.counts.sum()).tolist()
-    width = 1 / len(share); middle = [(i + .5) * width for i in range(len(share))]
+    accuracy, share = (
+        found.accuracy.nan_to_num(0.0).tolist(),
+        (found.counts / found.counts.sum()).tolist(),
+    )
+    width = 1 / len(share)
+    middle = [(i + 0.5) * width for i in range(len(share))]
     fig = Figure(figsize=(3.2, 3.8), layout="constrained")
     top, below = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="0.6", lw=1, ls=":")
-    top.bar(middle, accuracy, width, edgecolor="white"); top.hlines(sure, [m - width / 2 for m in middle], [m + width / 2 for m in middle], color="k", lw=1.2)
+    top.bar(middle, accuracy, width, edgecolor="white")
+    top.hlines(
+        sure, [m - width / 2 for m in middle], [m + width / 2 for m in middle], color="k", lw=1.2
+    )
     top.set(ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    top.set_title(", ".join([*([f"error {error:.2%}"] if error is not None else []), f"calibration error {found.ece:.2%}"]), fontsize=9)
-    below.bar(middle, share, width, color="0.6", edgecolor="white"); below.set(xlabel="probability of the named class", ylabel="share")
+    top.set_title(
+        ", ".join(
+            [
+                *([f"error {error:.2%}"] if error is not None else []),
+                f"calibration error {found.ece:.2%}",
+            ]
+        ),
+        fontsize=9,
+    )
+    below.bar(middle, share, width, color="0.6", edgecolor="white")
+    below.set(xlabel="probability of the named class", ylabel="share")
     return fig

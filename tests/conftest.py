@@ -1,4 +1,5 @@
 "What several test files share."
+
 import os
 import subprocess
 import sys
@@ -6,26 +7,47 @@ import sys
 import pytest
 import torch
 
-TINY = ["train", "beta-vae", "--hidden", "16,8", "--z-dim", "2", "--binarize", "static", "--progress", "none"]
+TINY = [
+    "train",
+    "beta-vae",
+    "--hidden",
+    "16,8",
+    "--z-dim",
+    "2",
+    "--binarize",
+    "static",
+    "--progress",
+    "none",
+]
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cuda: needs a CUDA device; skipped, saying so, where there is none")
+    config.addinivalue_line(
+        "markers", "cuda: needs a CUDA device; skipped, saying so, where there is none"
+    )
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
-            if "cuda" in item.keywords: item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+            if "cuda" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
 def optgen(*args, **kwargs):
     "Run the command line in a process of its own, on one thread."
     env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
-    return subprocess.run([sys.executable, "-c", "from optgen.cli import main; main()", *map(str, args)], capture_output=True, text=True, env=env, **kwargs)
+    return subprocess.run(
+        [sys.executable, "-c", "from optgen.cli import main; main()", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=env,
+        **kwargs,
+    )
 
 
-def rng(seed=0): return torch.Generator().manual_seed(seed)
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(autouse=True)

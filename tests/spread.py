@@ -1,6 +1,7 @@
 """What test_parallel.py looks at: `python spread.py OUT` runs it all on one, two and three ranks and leaves results in OUT.
 
 Ranks are forked, so that PyTorch is imported once."""
+
 import atexit
 import json
 import os
@@ -37,24 +38,31 @@ from optgen.trainer import Interrupted, RunFolder, fit
 RULES = {
     "simultaneous": Simultaneous,
     "alternating": rules.Alternating,
-    "alternating twice, consensus": lambda: rules.Alternating(inner=rules.Consensus(.2), repeats={"D": 2}, order=["D", "G"]),
+    "alternating twice, consensus": lambda: rules.Alternating(
+        inner=rules.Consensus(0.2), repeats={"D": 2}, order=["D", "G"]
+    ),
     "extragradient": rules.Extragradient,
     "extragradient of the past": lambda: rules.Extragradient(past=True),
     "optimistic": rules.Optimistic,
-    "literal": lambda: rules.Feedback(to="G", loss="D", wrt="G", weight=.5),
-    "nagarajan-kolter": lambda: rules.Feedback(to="G", loss="D", wrt="D", weight=.5),
-    "smoothing": lambda: rules.Feedback(to="D", loss="D", wrt="G", weight=.5),
-    "a list": lambda: [rules.Consensus(.2), rules.Feedback(to="G", loss="D", wrt="D", weight=.5)],
-    "consensus": lambda: rules.Consensus(.5),
+    "literal": lambda: rules.Feedback(to="G", loss="D", wrt="G", weight=0.5),
+    "nagarajan-kolter": lambda: rules.Feedback(to="G", loss="D", wrt="D", weight=0.5),
+    "smoothing": lambda: rules.Feedback(to="D", loss="D", wrt="G", weight=0.5),
+    "a list": lambda: [rules.Consensus(0.2), rules.Feedback(to="G", loss="D", wrt="D", weight=0.5)],
+    "consensus": lambda: rules.Consensus(0.5),
     "symplectic": rules.SymplecticAdjustment,
-    "symplectic, not aligned": lambda: rules.SymplecticAdjustment(.5, align=False),
-    "lookahead of extragradient": lambda: rules.Lookahead(inner=rules.Extragradient(inner=rules.Consensus(.2)), every=3),
+    "symplectic, not aligned": lambda: rules.SymplecticAdjustment(0.5, align=False),
+    "lookahead of extragradient": lambda: rules.Lookahead(
+        inner=rules.Extragradient(inner=rules.Consensus(0.2)), every=3
+    ),
     "unrolled": lambda: rules.Unrolled(player="D", steps=3),
     "competitive": rules.CompetitiveGradient,
-    "clipped": lambda: rules.Clipped(.15, rules.Consensus(.2)),
+    "clipped": lambda: rules.Clipped(0.15, rules.Consensus(0.2)),
 }
-OPTIMIZERS = {"momentum": lambda p: Momentum(p, lr=.05, momentum=.5), "adam": lambda p: Adam(p, lr=.01),
-              "negative momentum": lambda p: Momentum(p, lr=.05, momentum=-.3)}
+OPTIMIZERS = {
+    "momentum": lambda p: Momentum(p, lr=0.05, momentum=0.5),
+    "adam": lambda p: Adam(p, lr=0.01),
+    "negative momentum": lambda p: Momentum(p, lr=0.05, momentum=-0.3),
+}
 SIZES = [12, 7, 3, 1]  # rows of a batch: even, uneven, and fewer than there are ranks
 
 
@@ -65,24 +73,48 @@ class Noisy(NamedTuple):
 
 
 def net(*sizes, g, dtype):
-    layers = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())][:-1]
-    for m in layers[::2]: m.weight.data = torch.randn(m.weight.shape, generator=g, dtype=torch.float64).to(dtype) / m.in_features**.5
-    for m in layers[::2]: m.bias.data = torch.randn(m.bias.shape, generator=g, dtype=torch.float64).to(dtype) / 2
+    layers = [
+        layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())
+    ][:-1]
+    for m in layers[::2]:
+        m.weight.data = (
+            torch.randn(m.weight.shape, generator=g, dtype=torch.float64).to(dtype)
+            / m.in_features**0.5
+        )
+    for m in layers[::2]:
+        m.bias.data = torch.randn(m.bias.shape, generator=g, dtype=torch.float64).to(dtype) / 2
     return nn.Sequential(*layers)
 
 
-def some(cases, ranks): return list(cases)[::3] if ranks and ranks.world == 3 else list(cases)  # of three ranks, which two processors share, every third
+def some(cases, ranks):
+    return (
+        list(cases)[::3] if ranks and ranks.world == 3 else list(cases)
+    )  # of three ranks, which two processors share, every third
 
 
 def gan(rule=None, dtype=torch.float64, optimizer="momentum", seed=0):
     "A small smooth GAN whose batch's noise is drawn from the default generator."
     gen = torch.Generator().manual_seed(seed)
     G, D = net(3, 8, 2, g=gen, dtype=dtype), net(2, 8, 1, g=gen, dtype=dtype)
-    draw = lambda x: Noisy(x, torch.randn(len(x), 3, dtype=dtype), x.new_tensor(.9))
-    def loss_d(b): return softplus(-D(b.x)).mean() + softplus(D(G(b.z) * b.scale)).mean() + .1 * rules.input_gradient_penalty(D, b.x)
-    def loss_g(b): return softplus(-D(G(b.z) * b.scale)).mean()
+    draw = lambda x: Noisy(x, torch.randn(len(x), 3, dtype=dtype), x.new_tensor(0.9))
+
+    def loss_d(b):
+        return (
+            softplus(-D(b.x)).mean()
+            + softplus(D(G(b.z) * b.scale)).mean()
+            + 0.1 * rules.input_gradient_penalty(D, b.x)
+        )
+
+    def loss_g(b):
+        return softplus(-D(G(b.z) * b.scale)).mean()
+
     make = OPTIMIZERS[optimizer]
-    return Game(G=Player(G, loss_g, make(G.parameters())), D=Player(D, loss_d, make(D.parameters())), draw=draw, rule=rule)
+    return Game(
+        G=Player(G, loss_g, make(G.parameters())),
+        D=Player(D, loss_d, make(D.parameters())),
+        draw=draw,
+        rule=rule,
+    )
 
 
 def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
@@ -92,86 +124,196 @@ def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
     g = torch.Generator().manual_seed(seed + 1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for i in range(steps): losses = game.step(torch.randn(SIZES[i % len(SIZES)], 2, generator=g, dtype=torch.float64).to(dtype))
-    return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), {k: loss.item() for k, loss in losses.items()}
+        for i in range(steps):
+            losses = game.step(
+                torch.randn(SIZES[i % len(SIZES)], 2, generator=g, dtype=torch.float64).to(dtype)
+            )
+    return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), {
+        k: loss.item() for k, loss in losses.items()
+    }
 
 
 def every(ranks=None):
     "{(rule, optimizer, dtype): weights and losses}"
-    cases = [(rule, "momentum", "float64") for rule in RULES] + [(rule, "momentum", "float32") for rule in list(RULES)[::3]]
-    cases += [(rule, optimizer, "float64") for rule in ("simultaneous", "consensus") for optimizer in ("adam", "negative momentum")]
-    return {case: train(ranks, rule=RULES[case[0]](), optimizer=case[1], dtype=getattr(torch, case[2])) for case in some(cases, ranks)}
+    cases = [(rule, "momentum", "float64") for rule in RULES] + [
+        (rule, "momentum", "float32") for rule in list(RULES)[::3]
+    ]
+    cases += [
+        (rule, optimizer, "float64")
+        for rule in ("simultaneous", "consensus")
+        for optimizer in ("adam", "negative momentum")
+    ]
+    return {
+        case: train(ranks, rule=RULES[case[0]](), optimizer=case[1], dtype=getattr(torch, case[2]))
+        for case in some(cases, ranks)
+    }
 
 
 ELBOS = {  # what a BetaVAE is made of
-    "geco": lambda: dict(beta=Geco(4., rate=.02, smoothing=.5)),
-    "free bits": lambda: dict(beta=FreeBits(.02)),
+    "geco": lambda: dict(beta=Geco(4.0, rate=0.02, smoothing=0.5)),
+    "free bits": lambda: dict(beta=FreeBits(0.02)),
     "sigma": lambda: dict(beta=SigmaVae(6)),
     "iwae, sampled": lambda: dict(estimator="iwae", k=3, sampled=True),
-    "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(4., rate=.02)),
-    "semi": lambda: dict(inner=Refinement(2), beta=Geco(4., rate=.02)),
+    "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(4.0, rate=0.02)),
+    "semi": lambda: dict(inner=Refinement(2), beta=Geco(4.0, rate=0.02)),
     "semi, adjoint": lambda: dict(inner=Refinement(2, mode="adjoint")),
-    "alternating": lambda: dict(players=2, rule=rules.Alternating(), beta=Geco(4., rate=.02)),
-    "aggressive": lambda: dict(players=2, rule=Aggressive(2, 3), beta=FreeBits(.02)),
-    "aggressive to its end": lambda: dict(players=2, rule=Aggressive(2, 3, 1)),  # each rank measures information in its own rows
+    "alternating": lambda: dict(players=2, rule=rules.Alternating(), beta=Geco(4.0, rate=0.02)),
+    "aggressive": lambda: dict(players=2, rule=Aggressive(2, 3), beta=FreeBits(0.02)),
+    "aggressive to its end": lambda: dict(
+        players=2, rule=Aggressive(2, 3, 1)
+    ),  # each rank measures information in its own rows
 }
 
 
 def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
     "Weights, the last losses and beta of a BetaVAE after some steps on batches of changing size."
-    parts = ELBOS[name](); players = parts.pop("players", 1)
+    parts = ELBOS[name]()
+    players = parts.pop("players", 1)
     with torch.random.fork_rng():
-        torch.manual_seed(seed); model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVae) else VAE)(6, 8, 5, 2, activation=nn.Tanh).to(dtype)
-        optimizer = Momentum(model.parameters(), lr=.02, momentum=.5) if players == 1 else tuple(Momentum(m.parameters(), lr=.02, momentum=.5) for m in (model.q_net, model.p_net))
-        game = BetaVAE(model, optimizer=optimizer, **parts); game.ranks = ranks
-        g = torch.Generator().manual_seed(seed + 1); start = torch.cat([p.detach().flatten() for p in model.parameters()])
-        for i in range(steps): losses = game.step(Batch(torch.rand(SIZES[i % len(SIZES)], 6, generator=g, dtype=torch.float64).round().to(dtype)))
-    return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.stack([*losses.values(), game.beta.value.mean()]), start, game.rule.memory.get("waiting")
+        torch.manual_seed(seed)
+        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVae) else VAE)(
+            6, 8, 5, 2, activation=nn.Tanh
+        ).to(dtype)
+        optimizer = (
+            Momentum(model.parameters(), lr=0.02, momentum=0.5)
+            if players == 1
+            else tuple(
+                Momentum(m.parameters(), lr=0.02, momentum=0.5) for m in (model.q_net, model.p_net)
+            )
+        )
+        game = BetaVAE(model, optimizer=optimizer, **parts)
+        game.ranks = ranks
+        g = torch.Generator().manual_seed(seed + 1)
+        start = torch.cat([p.detach().flatten() for p in model.parameters()])
+        for i in range(steps):
+            losses = game.step(
+                Batch(
+                    torch.rand(SIZES[i % len(SIZES)], 6, generator=g, dtype=torch.float64)
+                    .round()
+                    .to(dtype)
+                )
+            )
+    return (
+        torch.cat([p.detach().flatten() for p in model.parameters()]),
+        torch.stack([*losses.values(), game.beta.value.mean()]),
+        start,
+        game.rule.memory.get("waiting"),
+    )
 
 
-def elbos(ranks=None): return {(name, dtype): vae(name, getattr(torch, dtype), ranks=ranks) for name, dtype in some([(name, "float64") for name in ELBOS] + [(name, "float32") for name in list(ELBOS)[::3]], ranks)}
+def elbos(ranks=None):
+    return {
+        (name, dtype): vae(name, getattr(torch, dtype), ranks=ranks)
+        for name, dtype in some(
+            [(name, "float64") for name in ELBOS]
+            + [(name, "float32") for name in list(ELBOS)[::3]],
+            ranks,
+        )
+    }
 
 
 ASSISTED = {  # generator, coupling, and more
-    "agreement": lambda: (ConditionalVAE(6, 3, 2, 5), Agreement(), dict(weight=ControlVae(.1, ki=.05))),
+    "agreement": lambda: (
+        ConditionalVAE(6, 3, 2, 5),
+        Agreement(),
+        dict(weight=ControlVae(0.1, ki=0.05)),
+    ),
     "reconstruction": lambda: (nn.Linear(5, 6), Reconstruction(to="classifier"), {}),
     "balanced": lambda: (nn.Linear(5, 6), Reconstruction(), dict(rule=Balanced(project=True))),
-    "m1+m2": lambda: (ConditionalVAE(2, 3, 2, 5, "gaussian"), Agreement("jensen-shannon"), dict(features=VAE(6, 8, 5, 2, activation=nn.Tanh)))}
+    "m1+m2": lambda: (
+        ConditionalVAE(2, 3, 2, 5, "gaussian"),
+        Agreement("jensen-shannon"),
+        dict(features=VAE(6, 8, 5, 2, activation=nn.Tanh)),
+    ),
+}
 
 
 class Net(nn.Module):
-    def __init__(self, inputs): super().__init__(); self.body, self.head = nn.Sequential(nn.Linear(inputs, 5), nn.Tanh()), nn.Linear(5, 3)
-    def features(self, x): return self.body(x)
-    def forward(self, x): return self.head(self.features(x))
+    def __init__(self, inputs):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(inputs, 5), nn.Tanh()), nn.Linear(5, 3)
+
+    def features(self, x):
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
 
 
 def assisted(name, ranks=None, steps=20):
     "Weights, the last losses and lambda of an Assisted after some steps on batches of changing size."
     with torch.random.fork_rng():
-        torch.manual_seed(0); generator, coupling, more = ASSISTED[name](); classifier = Net(2 if "features" in more else 6)
-        modules = {"classifier": classifier, "generator": generator} | {k: m for k, m in more.items() if k == "features"}
-        game = Assisted(classifier, generator, coupling, optimizers={k: Momentum(m.double().parameters(), lr=.02, momentum=.5) for k, m in modules.items()}, **more); game.ranks = ranks
-        start, g = torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), torch.Generator().manual_seed(1)
+        torch.manual_seed(0)
+        generator, coupling, more = ASSISTED[name]()
+        classifier = Net(2 if "features" in more else 6)
+        modules = {"classifier": classifier, "generator": generator} | {
+            k: m for k, m in more.items() if k == "features"
+        }
+        game = Assisted(
+            classifier,
+            generator,
+            coupling,
+            optimizers={
+                k: Momentum(m.double().parameters(), lr=0.02, momentum=0.5)
+                for k, m in modules.items()
+            },
+            **more,
+        )
+        game.ranks = ranks
+        start, g = (
+            torch.cat([p.flatten() for ps in game.weights().values() for p in ps]),
+            torch.Generator().manual_seed(1),
+        )
         for i in range(steps):
             n = SIZES[i % len(SIZES)]
-            losses = game.step(Batch(torch.rand(n, 6, generator=g, dtype=torch.float64).round(), torch.randint(3, (n,), generator=g)))
-    return torch.cat([p.flatten() for ps in game.weights().values() for p in ps]), torch.stack([*losses.values(), game.weight.value]), start
+            losses = game.step(
+                Batch(
+                    torch.rand(n, 6, generator=g, dtype=torch.float64).round(),
+                    torch.randint(3, (n,), generator=g),
+                )
+            )
+    return (
+        torch.cat([p.flatten() for ps in game.weights().values() for p in ps]),
+        torch.stack([*losses.values(), game.weight.value]),
+        start,
+    )
 
 
-LIKELIHOODS = {"binary": lambda: MADE((1, 2, 3), (8,)), "levels": lambda: MADE((1, 2, 3), (8,), 4), "dequantised": lambda: maf(6, 2, (8,), before=[Logit(.05)])}
+LIKELIHOODS = {
+    "binary": lambda: MADE((1, 2, 3), (8,)),
+    "levels": lambda: MADE((1, 2, 3), (8,), 4),
+    "dequantised": lambda: maf(6, 2, (8,), before=[Logit(0.05)]),
+}
 
 
 def likelihood(data, ranks=None, steps=20):
     "Weights, the last loss and the weights at the start of a MaximumLikelihood after some steps on batches of changing size."
     with torch.random.fork_rng():
-        torch.manual_seed(0); model = LIKELIHOODS[data]().double(); game = MaximumLikelihood(model, data, Momentum(model.parameters(), lr=.01, momentum=.5)); game.ranks = ranks
-        start, g = torch.cat([p.flatten() for p in game.weights()["model"]]), torch.Generator().manual_seed(1)
-        for i in range(steps): losses = game.step(Batch(torch.randint(2 if data == "binary" else 256, (SIZES[i % len(SIZES)], 1, 2, 3), generator=g).double() / (1 if data == "binary" else 255)))
+        torch.manual_seed(0)
+        model = LIKELIHOODS[data]().double()
+        game = MaximumLikelihood(model, data, Momentum(model.parameters(), lr=0.01, momentum=0.5))
+        game.ranks = ranks
+        start, g = (
+            torch.cat([p.flatten() for p in game.weights()["model"]]),
+            torch.Generator().manual_seed(1),
+        )
+        for i in range(steps):
+            losses = game.step(
+                Batch(
+                    torch.randint(
+                        2 if data == "binary" else 256,
+                        (SIZES[i % len(SIZES)], 1, 2, 3),
+                        generator=g,
+                    ).double()
+                    / (1 if data == "binary" else 255)
+                )
+            )
     return torch.cat([p.flatten() for p in game.weights()["model"]]), losses["model"][None], start
 
 
 def own_norms(ranks=None):
     "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
+
     class Own(rules.Consensus):
         def correction(self, at):
             game, mean = at.game, at.game.ranks
@@ -180,30 +322,45 @@ def own_norms(ranks=None):
             game.ranks = mean
             flat = iter(game.mean([t for ts in found.values() for t in ts]))
             return type(found)({k: [next(flat) for _ in ts] for k, ts in found.items()})
-    return train(ranks, rule=Own(.5))
+
+    return train(ranks, rule=Own(0.5))
 
 
 def follow_one(out):
     ranks = init()
     with together(ranks):
-        torch.save({"every": every(ranks), "own": own_norms(ranks), "elbos": elbos(ranks), "assisted": {name: assisted(name, ranks) for name in ASSISTED}, "likelihoods": {data: likelihood(data, ranks) for data in LIKELIHOODS}}, out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt")
+        torch.save(
+            {
+                "every": every(ranks),
+                "own": own_norms(ranks),
+                "elbos": elbos(ranks),
+                "assisted": {name: assisted(name, ranks) for name in ASSISTED},
+                "likelihoods": {data: likelihood(data, ranks) for data in LIKELIHOODS},
+            },
+            out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt",
+        )
 
 
-def few(n=190): return Images(digits("train").images[:n])
+def few(n=190):
+    return Images(digits("train").images[:n])
 
 
 def scheme(seed=0, hidden=16):
     with torch.random.fork_rng():
-        torch.manual_seed(seed); model = VAE(784, hidden, 8, 2)
+        torch.manual_seed(seed)
+        model = VAE(784, hidden, 8, 2)
     return BetaVAE(model, optimizer=Adam(model.parameters(), lr=1e-3, eps=1e-3))
 
 
 def at_step(game, step, do):
     "Call `do` when that step's noise is drawn."
     draw, count = game.draw, iter(range(1, 10**9))
+
     def drawn(batch):
-        if next(count) == step: do()
+        if next(count) == step:
+            do()
         return draw(batch)
+
     game.draw = drawn
     return game
 
@@ -212,74 +369,124 @@ def run(out, name, game=None, epochs=3, **kwargs):
     "Fit a small run and leave what it ended with; ten steps an epoch, the last batch smaller."
     game = game or scheme()
     images = kwargs.pop("images", None) or few()
-    usual = {"valid": few(60), "batch_size": 20, "binarize": "dynamic", "ema": .9, "samples": 4, "progress": "lines"}
-    try: records = fit(game, images, epochs=epochs, out=out / name, **{**usual, **kwargs})
+    usual = {
+        "valid": few(60),
+        "batch_size": 20,
+        "binarize": "dynamic",
+        "ema": 0.9,
+        "samples": 4,
+        "progress": "lines",
+    }
+    try:
+        records = fit(game, images, epochs=epochs, out=out / name, **{**usual, **kwargs})
     except Interrupted as e:
-        print(f"stopped: {e}", file=sys.stderr); sys.exit(128 + e.signum)
+        print(f"stopped: {e}", file=sys.stderr)
+        sys.exit(128 + e.signum)
     rank = init().rank if init() else 0
     torch.save({"state": game.state_dict(), "records": records}, out / f"{name}-{rank}.pt")
 
 
-def mine(rank, do): return do if init() and init().rank == rank else lambda: None
+def mine(rank, do):
+    return do if init() and init().rank == rank else lambda: None
 
 
 def fault(out, how):
     game = scheme()
-    if how == "raise": at_step(game, 13, mine(1, lambda: 1 / 0))
-    if how == "kill 1": at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    if how == "kill 0": at_step(game, 13, mine(0, lambda: os.kill(os.getpid(), signal.SIGKILL)))
-    if how == "signal": at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    if how == "weights": at_step(game, 13, mine(1, lambda: next(game.model.parameters()).data.add_(.01)))
+    if how == "raise":
+        at_step(game, 13, mine(1, lambda: 1 / 0))
+    if how == "kill 1":
+        at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if how == "kill 0":
+        at_step(game, 13, mine(0, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    if how == "signal":
+        at_step(game, 13, mine(1, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    if how == "weights":
+        at_step(game, 13, mine(1, lambda: next(game.model.parameters()).data.add_(0.01)))
     if how == "nan":
         loss, step = game.players["model"].loss, []
         at_step(game, 7, mine(1, lambda: step.append(7)))
         game.players["model"].loss = lambda b: loss(b) * (torch.nan if step and step.pop() else 1)
-    if how == "evaluate": game.evaluate = lambda batches: {"loss": 1 / 0}
-    if how == "model": game = scheme(hidden=16 + init().rank)
+    if how == "evaluate":
+        game.evaluate = lambda batches: {"loss": 1 / 0}
+    if how == "model":
+        game = scheme(hidden=16 + init().rank)
     if how == "noise":
         loss = game.players["model"].loss
         game.players["model"].loss = lambda b: loss(b) + 0 * torch.randn(len(b.x)).sum()
-    run(out, how, game, images=few(190 + init().rank) if how == "data" else few(195) if how == "noise" else None, checkpoint_steps=5)
+    run(
+        out,
+        how,
+        game,
+        images=few(190 + init().rank) if how == "data" else few(195) if how == "noise" else None,
+        checkpoint_steps=5,
+    )
 
 
-FAULTS = ["raise", "kill 1", "kill 0", "signal", "weights", "nan", "evaluate", "model", "noise", "data"]
+FAULTS = [
+    "raise",
+    "kill 1",
+    "kill 0",
+    "signal",
+    "weights",
+    "nan",
+    "evaluate",
+    "model",
+    "noise",
+    "data",
+]
 
 
-def moved(out, epochs): run(out, "moved", epochs=epochs, resume=epochs > 1)
+def moved(out, epochs):
+    run(out, "moved", epochs=epochs, resume=epochs > 1)
 
 
-def resume(out, how): run(out, how, scheme(seed=9), resume=True, checkpoint_steps=5)
+def resume(out, how):
+    run(out, how, scheme(seed=9), resume=True, checkpoint_steps=5)
 
 
 def stop_early(out, name):
     game = scheme()
-    game.evaluate = lambda batches, losses=iter([3., 2., 4., 5., 1.]): {"bits": next(losses)}
+    game.evaluate = lambda batches, losses=iter([3.0, 2.0, 4.0, 5.0, 1.0]): {"bits": next(losses)}
     game.criterion = "bits"
     run(out, name, game, epochs=5, patience=2)
 
 
 def mistake(out, *args):
     from optgen.cli import main
+
     main(["train", "beta-vae", *args, "--out", str(out / "mistake")])
 
 
 def host_store():
     "As torchrun does, keep the store in a process that is no rank; its id, and the variables that say where."
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
     child = os.fork()
     if not child:
         store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
-        while store: signal.pause()
-    return child, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        while store:
+            signal.pause()
+    return child, {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def leave_after(work):
     "As the interpreter ends, but without taking a forked PyTorch apart, which takes seconds."
-    try: work(); code = 0
-    except SystemExit as e: code = e.code
-    except BaseException: traceback.print_exc(); code = 1
-    atexit._run_exitfuncs(); sys.stdout.flush(); sys.stderr.flush()
+    try:
+        work()
+        code = 0
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(code)
 
 
@@ -288,27 +495,37 @@ def launch(out, world, work, *args):
     children, store = [], host_store() if world > 1 else None
     for rank in range(world):
         if (child := os.fork()) == 0:
-            os.dup2(os.open(out / f"said-{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2); os.dup2(2, 1)
-            if store: os.environ.update(store[1], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+            os.dup2(os.open(out / f"said-{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+            os.dup2(2, 1)
+            if store:
+                os.environ.update(
+                    store[1], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world)
+                )
             leave_after(lambda: work(out, *args))
         children.append(child)
     guard = threading.Timer(100, lambda: [os.kill(child, signal.SIGKILL) for child in children])
     guard.start()
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     guard.cancel()
-    if store: os.kill(store[0], signal.SIGKILL); os.waitpid(store[0], 0)
+    if store:
+        os.kill(store[0], signal.SIGKILL)
+        os.waitpid(store[0], 0)
     return {"codes": codes, "said": [(out / f"said-{rank}").read_text() for rank in range(world)]}
 
 
 if __name__ == "__main__":
     out, told = Path(sys.argv[1]), {}
-    for world in (1, 2, 3): told[f"rules {world}"] = launch(out, world, follow_one)
+    for world in (1, 2, 3):
+        told[f"rules {world}"] = launch(out, world, follow_one)
     told["whole"] = launch(out, 1, run, "whole")
     told["spread"] = launch(out, 3, run, "spread")
     RunFolder.draw = lambda *args: None  # to save time
-    for how in FAULTS: told[how] = launch(out, 2, fault, how)
-    for world, epochs in ((2, 1), (3, 2), (1, 3)): told[f"moved {world}"] = launch(out, world, moved, epochs)
-    for how, world in (("signal", 3), ("kill 1", 2)): told[f"{how} resumed"] = launch(out, world, resume, how)
+    for how in FAULTS:
+        told[how] = launch(out, 2, fault, how)
+    for world, epochs in ((2, 1), (3, 2), (1, 3)):
+        told[f"moved {world}"] = launch(out, world, moved, epochs)
+    for how, world in (("signal", 3), ("kill 1", 2)):
+        told[f"{how} resumed"] = launch(out, world, resume, how)
     told["early"] = launch(out, 2, stop_early, "early")
     told["usage"] = launch(out, 2, mistake, "--epochs", "0")
     told["missing"] = launch(out, 2, mistake, "--data", "nowhere")

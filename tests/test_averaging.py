@@ -1,4 +1,5 @@
 "Averages of the installed package: dtypes, devices, files, foreign loops, a scheme's own averages, schedule-free players, schedules, what fails."
+
 import copy
 
 import pytest
@@ -8,7 +9,17 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from optgen import checkpoint
-from optgen.averaging import Average, Exponential, Power, Profile, averages_of, coefficients, evaluating, reconstruct, to_evaluate
+from optgen.averaging import (
+    Average,
+    Exponential,
+    Power,
+    Profile,
+    averages_of,
+    coefficients,
+    evaluating,
+    reconstruct,
+    to_evaluate,
+)
 from optgen.data import Images, digits
 from optgen.games import Game, Player
 from optgen.muon import Muon, muon_groups
@@ -17,225 +28,436 @@ from optgen.rules import Alternating, Clipped, Consensus, Extragradient, Lookahe
 from optgen.trainer import fit
 
 FEW = Images(digits("train").images[:300], digits("train").labels[:300])
-KINDS = [Power(0.), Power.of_width(.05), Power(float("inf")), Exponential(.9), Exponential(.5, warmup=0.)]
+KINDS = [
+    Power(0.0),
+    Power.of_width(0.05),
+    Power(float("inf")),
+    Exponential(0.9),
+    Exponential(0.5, warmup=0.0),
+]
 
 
 class Scheme(Game):
     "Classifies digits; its evaluation tells the weights it saw."
-    def __init__(self, make=lambda net: Adam(net.parameters(), .01), seed=0, rule=None, device="cpu"):
-        with torch.random.fork_rng(devices=[]), torch.device(device): torch.manual_seed(seed); self.net = nn.Sequential(nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10))
-        super().__init__(net=Player(self.net, lambda b: nn.functional.cross_entropy(self.net(b.x.flatten(1)), b.y), make(self.net)), rule=rule)
-    def evaluate(self, batches): return {"loss": weights(self.net).double().norm().item()}
+
+    def __init__(
+        self, make=lambda net: Adam(net.parameters(), 0.01), seed=0, rule=None, device="cpu"
+    ):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(
+                nn.Linear(784, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)
+            )
+        super().__init__(
+            net=Player(
+                self.net,
+                lambda b: nn.functional.cross_entropy(self.net(b.x.flatten(1)), b.y),
+                make(self.net),
+            ),
+            rule=rule,
+        )
+
+    def evaluate(self, batches):
+        return {"loss": weights(self.net).double().norm().item()}
 
 
-def weights(net): return torch.cat([p.detach().flatten() for p in net.parameters()])
-def equal(a, b): return all(torch.equal(a[k], b[k]) for k in a)
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def equal(a, b):
+    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def walked(kind, dtype=torch.float64, seed=0, steps=25, device="cpu"):
-    net = nn.Linear(4, 3, dtype=dtype, device=device); average, path, noise = Average(net, kind), [], rng(seed)
+    net = nn.Linear(4, 3, dtype=dtype, device=device)
+    average, path, noise = Average(net, kind), [], rng(seed)
     for _ in range(steps):
         with torch.no_grad():
-            for p in net.parameters(): p.add_(torch.randn(p.shape, generator=noise).to(p))
-        path.append(weights(net).cpu().double()); average.update()
+            for p in net.parameters():
+                p.add_(torch.randn(p.shape, generator=noise).to(p))
+        path.append(weights(net).cpu().double())
+        average.update()
     return net, average, torch.stack(path)
 
 
-def flat(average): return torch.cat([a.flatten() for a in average.means]).cpu().double()
+def flat(average):
+    return torch.cat([a.flatten() for a in average.means]).cpu().double()
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype, error", [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)]
+)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_it_is_the_weighted_sum_in_every_dtype(kind, dtype, error):
     for seed in (0, 1, 2):
         net, average, path = walked(kind, dtype, seed)
-        assert (flat(average) - kind.weights(25) @ path).abs().max() < error * 10 and all(p.dtype == dtype for p in net.parameters())
+        assert (flat(average) - kind.weights(25) @ path).abs().max() < error * 10 and all(
+            p.dtype == dtype for p in net.parameters()
+        )
         own = weights(net)
-        with evaluating(average): assert torch.equal(weights(net), flat(average).to(dtype))
+        with evaluating(average):
+            assert torch.equal(weights(net), flat(average).to(dtype))
         assert torch.equal(weights(net), own)
 
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids=str)
 def test_resumed_from_a_file_it_is_the_average_that_went_on(kind, tmp_path):
-    net, average, _ = walked(kind, torch.float32); checkpoint.save(tmp_path / "a.pt", {"average": average.state_dict(), "snapshot": average.snapshot()})
-    state = checkpoint.load(tmp_path / "a.pt"); other = Average(net, kind); other.load_state_dict(state["average"])
-    with torch.no_grad(): net.weight.add_(1)
-    average.update(); other.update()
-    assert torch.equal(flat(average), flat(other)) and other.step == 26 and state["snapshot"]["step"] == 25
+    net, average, _ = walked(kind, torch.float32)
+    checkpoint.save(
+        tmp_path / "a.pt", {"average": average.state_dict(), "snapshot": average.snapshot()}
+    )
+    state = checkpoint.load(tmp_path / "a.pt")
+    other = Average(net, kind)
+    other.load_state_dict(state["average"])
+    with torch.no_grad():
+        net.weight.add_(1)
+    average.update()
+    other.update()
+    assert (
+        torch.equal(flat(average), flat(other))
+        and other.step == 26
+        and state["snapshot"]["step"] == 25
+    )
 
 
 def test_foreign_snapshots_and_targets_out_of_reach():
-    _, average, _ = walked(Power(3.)); snapshot = average.snapshot()
-    for bad, word in (([{k: v for k, v in snapshot.items() if k != "weights"}], "no weights"), ([snapshot, {**snapshot, "weights": {"weight": torch.ones(2)}}], "snapshot 1 is of other weights: 'weight' has shape (2,)"), (None, "a list"), ({}, "a list")):
-        with pytest.raises(ValueError) as e: reconstruct(bad, Power(1.))
+    _, average, _ = walked(Power(3.0))
+    snapshot = average.snapshot()
+    for bad, word in (
+        ([{k: v for k, v in snapshot.items() if k != "weights"}], "no weights"),
+        (
+            [snapshot, {**snapshot, "weights": {"weight": torch.ones(2)}}],
+            "snapshot 1 is of other weights: 'weight' has shape (2,)",
+        ),
+        (None, "a list"),
+        ({}, "a list"),
+    ):
+        with pytest.raises(ValueError) as e:
+            reconstruct(bad, Power(1.0))
         assert word in str(e.value)
-    assert reconstruct([snapshot], lambda s: s == 3).residual > .9 and reconstruct([snapshot], Power(3.)).residual < 1e-12
-    state = average.state_dict(); wrong = Average(nn.Linear(4, 4))
-    with pytest.raises(ValueError, match="other weights"): wrong.load_state_dict(state)
+    assert (
+        reconstruct([snapshot], lambda s: s == 3).residual > 0.9
+        and reconstruct([snapshot], Power(3.0)).residual < 1e-12
+    )
+    state = average.state_dict()
+    wrong = Average(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="other weights"):
+        wrong.load_state_dict(state)
     assert wrong.step == 0
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_profile_of_a_run_is_near_what_was_averaged_alongside(seed):
     class Odd(Profile):
-        def fresh(self, t): return 1 / t**.8
-    w = torch.zeros(2000, dtype=torch.float64, requires_grad=True); noise = rng(seed)
-    pair, wanted = [Average([w], Power.of_width(s)) for s in (.05, .1)], [Average([w], kind) for kind in (Power.of_width(.06), Power.of_width(.12), Exponential(.97), Odd())]
+        def fresh(self, t):
+            return 1 / t**0.8
+
+    w = torch.zeros(2000, dtype=torch.float64, requires_grad=True)
+    noise = rng(seed)
+    pair, wanted = (
+        [Average([w], Power.of_width(s)) for s in (0.05, 0.1)],
+        [
+            Average([w], kind)
+            for kind in (Power.of_width(0.06), Power.of_width(0.12), Exponential(0.97), Odd())
+        ],
+    )
     snapshots = []
     for t in range(1, 201):
-        with torch.no_grad(): w.copy_(torch.randn(2000, generator=noise, dtype=torch.float64))
-        for a in (*pair, *wanted): a.update()
-        if t % 20 == 0: snapshots += [a.snapshot() for a in pair]
+        with torch.no_grad():
+            w.copy_(torch.randn(2000, generator=noise, dtype=torch.float64))
+        for a in (*pair, *wanted):
+            a.update()
+        if t % 20 == 0:
+            snapshots += [a.snapshot() for a in pair]
     for a in wanted:
-        found = reconstruct(snapshots, a.profile); p = a.profile.weights(200).norm().item()
-        assert ((found.state["0"] - a.means[0]).square().mean()**.5 / (found.residual * p) - 1).abs() < .12  # 2,000 numbers: five standard errors are 8 %
+        found = reconstruct(snapshots, a.profile)
+        p = a.profile.weights(200).norm().item()
+        assert (
+            (found.state["0"] - a.means[0]).square().mean() ** 0.5 / (found.residual * p) - 1
+        ).abs() < 0.12  # 2,000 numbers: five standard errors are 8 %
 
 
 def test_a_long_run_is_cheap():
-    c, residual = coefficients([(Power.of_width(s), t) for t in range(50_000, 1_000_001, 50_000) for s in (.05, .1)], Power.of_width(.08), 1_000_000)
-    assert residual < .01 and abs(c.sum() - 1) < 1e-9
+    c, residual = coefficients(
+        [(Power.of_width(s), t) for t in range(50_000, 1_000_001, 50_000) for s in (0.05, 0.1)],
+        Power.of_width(0.08),
+        1_000_000,
+    )
+    assert residual < 0.01 and abs(c.sum() - 1) < 1e-9
 
 
 def test_a_scheme_is_averaged_resumed_and_evaluated_at_its_first_average(tmp_path):
     def new(seed=0):
-        scheme = Scheme(seed=seed); scheme.averages = averages_of(scheme, Power.of_width(.1)) + averages_of(scheme, .9)
+        scheme = Scheme(seed=seed)
+        scheme.averages = averages_of(scheme, Power.of_width(0.1)) + averages_of(scheme, 0.9)
         return scheme
-    whole, first, second = new(), new(), new(5); options = dict(valid=FEW, batch_size=50, progress="none")
+
+    whole, first, second = new(), new(), new(5)
+    options = dict(valid=FEW, batch_size=50, progress="none")
     records = fit(whole, FEW, epochs=2, **options)
-    fit(first, FEW, epochs=1, out=tmp_path / "b", **options); fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
-    for a, b in zip(whole.averages, second.averages): assert equal(a.state_dict(), b.state_dict()) and a.step == 12
-    assert records[-1]["valid"]["loss"] == pytest.approx(flat(whole.averages[0]).norm().item(), rel=1e-6)
-    with evaluating(whole): assert torch.equal(weights(whole.net).double(), flat(whole.averages[0]))
-    with pytest.raises(checkpoint.CheckpointError, match="2 averages"): fit(Scheme(), FEW, epochs=3, out=tmp_path / "b", resume=True, **options)
+    fit(first, FEW, epochs=1, out=tmp_path / "b", **options)
+    fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
+    for a, b in zip(whole.averages, second.averages):
+        assert equal(a.state_dict(), b.state_dict()) and a.step == 12
+    assert records[-1]["valid"]["loss"] == pytest.approx(
+        flat(whole.averages[0]).norm().item(), rel=1e-6
+    )
+    with evaluating(whole):
+        assert torch.equal(weights(whole.net).double(), flat(whole.averages[0]))
+    with pytest.raises(checkpoint.CheckpointError, match="2 averages"):
+        fit(Scheme(), FEW, epochs=3, out=tmp_path / "b", resume=True, **options)
 
 
 def test_a_checkpoint_of_pytorchs_average_goes_on(tmp_path):
     "As optgen 0.3 wrote it."
-    scheme, options = Scheme(), dict(batch_size=50, progress="none", ema=.9)
+    scheme, options = Scheme(), dict(batch_size=50, progress="none", ema=0.9)
     fit(scheme, FEW, epochs=1, out=tmp_path / "a", **options)
-    state = checkpoint.load(tmp_path / "a/checkpoint.pt"); old = AveragedModel(scheme.net); old.load_state_dict(state["ema"][0])
+    state = checkpoint.load(tmp_path / "a/checkpoint.pt")
+    old = AveragedModel(scheme.net)
+    old.load_state_dict(state["ema"][0])
     checkpoint.save(tmp_path / "a/checkpoint.pt", {**state, "ema": [old.state_dict()]})
-    fit(Scheme(seed=1), FEW, epochs=2, out=tmp_path / "a", resume=True, **options); fit(Scheme(), FEW, epochs=2, out=tmp_path / "b", **options)
-    a, b = (checkpoint.load(tmp_path / f"{k}/checkpoint.pt")["ema"][0] for k in "ab"); assert equal(a, b)
+    fit(Scheme(seed=1), FEW, epochs=2, out=tmp_path / "a", resume=True, **options)
+    fit(Scheme(), FEW, epochs=2, out=tmp_path / "b", **options)
+    a, b = (checkpoint.load(tmp_path / f"{k}/checkpoint.pt")["ema"][0] for k in "ab")
+    assert equal(a, b)
 
 
 def free(name):
     schedulefree = pytest.importorskip("schedulefree")
-    return {"adamw": lambda net: schedulefree.AdamWScheduleFree(net.parameters(), lr=.01, warmup_steps=3), "sgd": lambda net: schedulefree.SGDScheduleFree(net.parameters(), lr=.5),
-            "radam": lambda net: schedulefree.RAdamScheduleFree(net.parameters(), lr=.01), "wrapped": lambda net: schedulefree.ScheduleFreeWrapper(torch.optim.SGD(net.parameters(), lr=.1, momentum=.5), momentum=.9),
-            "beside": lambda net: Together(Muon([net[3].weight], .01), schedulefree.AdamWScheduleFree([p for k, p in net.named_parameters() if k != "3.weight"], lr=.01))}[name]
+    return {
+        "adamw": lambda net: schedulefree.AdamWScheduleFree(
+            net.parameters(), lr=0.01, warmup_steps=3
+        ),
+        "sgd": lambda net: schedulefree.SGDScheduleFree(net.parameters(), lr=0.5),
+        "radam": lambda net: schedulefree.RAdamScheduleFree(net.parameters(), lr=0.01),
+        "wrapped": lambda net: schedulefree.ScheduleFreeWrapper(
+            torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5), momentum=0.9
+        ),
+        "beside": lambda net: Together(
+            Muon([net[3].weight], 0.01),
+            schedulefree.AdamWScheduleFree(
+                [p for k, p in net.named_parameters() if k != "3.weight"], lr=0.01
+            ),
+        ),
+    }[name]
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "radam", "wrapped", "beside"])
 def test_schedule_free_players_resume_and_come_back_to_the_bit(name, tmp_path):
-    make = free(name); whole, first, second = Scheme(make), Scheme(make), Scheme(make, seed=4); options = dict(valid=FEW, batch_size=50, progress="none")
+    make = free(name)
+    whole, first, second = Scheme(make), Scheme(make), Scheme(make, seed=4)
+    options = dict(valid=FEW, batch_size=50, progress="none")
     records = fit(whole, FEW, epochs=2, **options)
-    fit(first, FEW, epochs=1, out=tmp_path / "b", **options); fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
-    assert equal(whole.net.state_dict(), second.net.state_dict()) and all(p.isfinite().all() for p in whole.net.parameters())
+    fit(first, FEW, epochs=1, out=tmp_path / "b", **options)
+    fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
+    assert equal(whole.net.state_dict(), second.net.state_dict()) and all(
+        p.isfinite().all() for p in whole.net.parameters()
+    )
     y = weights(whole.net)
-    with evaluating(whole): x = weights(whole.net); assert not torch.equal(x, y) and x.double().norm().item() == records[-1]["valid"]["loss"]
+    with evaluating(whole):
+        x = weights(whole.net)
+        assert not torch.equal(x, y) and x.double().norm().item() == records[-1]["valid"]["loss"]
     assert torch.equal(weights(whole.net), y)
-    batch = next(iter(second_loader())); whole.step(batch)  # ready to train
+    batch = next(iter(second_loader()))
+    whole.step(batch)  # ready to train
 
 
 def second_loader():
     from optgen.data import Loader
+
     return Loader(FEW, 50)
 
 
 def test_a_player_made_or_loaded_in_evaluation_is_put_to_train():
-    make = free("adamw"); scheme = Scheme(make); opt = scheme.players["net"].optimizer
-    scheme.step(next(iter(second_loader()))); opt.eval(); state = copy.deepcopy(scheme.state_dict()); x = weights(scheme.net)
-    other = Scheme(make, seed=2); other.load_state_dict(state); assert other.players["net"].optimizer.param_groups[0]["train_mode"]
-    with evaluating(other): assert (weights(other.net) - x).abs().max() < 1e-6
+    make = free("adamw")
+    scheme = Scheme(make)
+    opt = scheme.players["net"].optimizer
+    scheme.step(next(iter(second_loader())))
+    opt.eval()
+    state = copy.deepcopy(scheme.state_dict())
+    x = weights(scheme.net)
+    other = Scheme(make, seed=2)
+    other.load_state_dict(state)
+    assert other.players["net"].optimizer.param_groups[0]["train_mode"]
+    with evaluating(other):
+        assert (weights(other.net) - x).abs().max() < 1e-6
     other.step(next(iter(second_loader())))
 
 
-@pytest.mark.parametrize("rule", [Extragradient, Optimistic, Lookahead, lambda: Lookahead(Alternating())])
+@pytest.mark.parametrize(
+    "rule", [Extragradient, Optimistic, Lookahead, lambda: Lookahead(Alternating())]
+)
 def test_rules_that_put_weights_back_are_refused(rule):
-    with pytest.raises(ValueError, match="schedule-free"): Scheme(free("adamw"), rule=rule())
+    with pytest.raises(ValueError, match="schedule-free"):
+        Scheme(free("adamw"), rule=rule())
 
 
 def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path):
-    with pytest.raises(ValueError, match="two values"): fit(Scheme(free("sgd")), FEW, ema=.9, out=tmp_path / "a")
+    with pytest.raises(ValueError, match="two values"):
+        fit(Scheme(free("sgd")), FEW, ema=0.9, out=tmp_path / "a")
     assert not (tmp_path / "a").exists() and to_evaluate(Scheme(free("sgd")))[1]
 
 
-@pytest.mark.parametrize("make", [lambda net: Adam(net.parameters(), .01), lambda net: torch.optim.Adam(net.parameters(), torch.tensor(.01)), lambda net: Together(Muon([net[3].weight], .02), Adam([p for k, p in net.named_parameters() if k != "3.weight"], .01))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda net: Adam(net.parameters(), 0.01),
+        lambda net: torch.optim.Adam(net.parameters(), torch.tensor(0.01)),
+        lambda net: Together(
+            Muon([net[3].weight], 0.02),
+            Adam([p for k, p in net.named_parameters() if k != "3.weight"], 0.01),
+        ),
+    ],
+)
 def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_path):
-    options = dict(batch_size=50, progress="none", schedule=lambda t: min(1, 4 * t) * (1 - t), ema=Power(2.))
+    options = dict(
+        batch_size=50, progress="none", schedule=lambda t: min(1, 4 * t) * (1 - t), ema=Power(2.0)
+    )
     whole, first, second = Scheme(make), Scheme(make), Scheme(make, seed=3)
     fit(whole, FEW, epochs=2, **options)
     first.draw = lambda batch, seen=iter(range(99)): batch if next(seen) < 4 else 1 / 0
-    with pytest.raises(ZeroDivisionError): fit(first, FEW, epochs=2, out=tmp_path / "b", checkpoint_steps=2, **options)
+    with pytest.raises(ZeroDivisionError):
+        fit(first, FEW, epochs=2, out=tmp_path / "b", checkpoint_steps=2, **options)
     fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
     assert equal(whole.net.state_dict(), second.net.state_dict())
-    group = whole.players["net"].optimizer.param_groups[0]; assert float(group["lr"]) == pytest.approx(float(group["initial_lr"]) / 12) and float(group["initial_lr"]) in (pytest.approx(.01), pytest.approx(.02))
+    group = whole.players["net"].optimizer.param_groups[0]
+    assert float(group["lr"]) == pytest.approx(float(group["initial_lr"]) / 12) and float(
+        group["initial_lr"]
+    ) in (pytest.approx(0.01), pytest.approx(0.02))
 
 
 def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
     class Bare(torch.optim.Optimizer):
-        def __init__(self, params): super().__init__(params, {})
-    with pytest.raises(ValueError, match="player 'net' has no lr"): fit(Scheme(lambda net: Bare(net.parameters())), FEW, schedule=lambda t: 1., out=tmp_path / "a", progress="none")
+        def __init__(self, params):
+            super().__init__(params, {})
+
+    with pytest.raises(ValueError, match="player 'net' has no lr"):
+        fit(
+            Scheme(lambda net: Bare(net.parameters())),
+            FEW,
+            schedule=lambda t: 1.0,
+            out=tmp_path / "a",
+            progress="none",
+        )
     assert not (tmp_path / "a").exists()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("inner", [None, lambda: Consensus(.1)])
+@pytest.mark.parametrize("inner", [None, lambda: Consensus(0.1)])
 def test_clipped(dtype, inner):
     def new(rule):
-        a, b = (torch.full((3,), x, dtype=dtype, requires_grad=True) for x in (2., 30.))
-        return Game(a=Player([a], lambda _: (a * b).sum() + (a**2).sum(), torch.optim.SGD([a], .1)), b=Player([b], lambda _: (b**2).sum() - (a * b).sum(), torch.optim.SGD([b], .1)), rule=rule)
-    plain, clipped = new(inner and inner()), new(Clipped(20., inner and inner())); u = {}
-    for game in (plain, clipped): at = game.at(None, graph=game.rule.second_order); u[game] = game.rule.direction(at)
+        a, b = (torch.full((3,), x, dtype=dtype, requires_grad=True) for x in (2.0, 30.0))
+        return Game(
+            a=Player([a], lambda _: (a * b).sum() + (a**2).sum(), torch.optim.SGD([a], 0.1)),
+            b=Player([b], lambda _: (b**2).sum() - (a * b).sum(), torch.optim.SGD([b], 0.1)),
+            rule=rule,
+        )
+
+    plain, clipped = new(inner and inner()), new(Clipped(20.0, inner and inner()))
+    u = {}
+    for game in (plain, clipped):
+        at = game.at(None, graph=game.rule.second_order)
+        u[game] = game.rule.direction(at)
     for name in ("a", "b"):
         x, y = u[plain][name][0], u[clipped][name][0]
-        assert torch.allclose(y, x * min(1, 20 / (x.norm().item() + 1e-6)), rtol=.02 if dtype == torch.bfloat16 else 1e-6) and y.dtype == dtype
+        assert (
+            torch.allclose(
+                y,
+                x * min(1, 20 / (x.norm().item() + 1e-6)),
+                rtol=0.02 if dtype == torch.bfloat16 else 1e-6,
+            )
+            and y.dtype == dtype
+        )
     assert u[plain]["b"][0].norm() > 20
-    Alternating(Clipped(1.)); clipped.step(None)
-    for bad in (0., -1., float("nan")):
-        with pytest.raises(ValueError, match="most"): Clipped(bad)
+    Alternating(Clipped(1.0))
+    clipped.step(None)
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="most"):
+            Clipped(bad)
 
 
 def test_on_meta_and_under_autocast():
-    scheme = Scheme(rule=Clipped(1.), device="meta"); scheme.averages = averages_of(scheme, Power(3.))
+    scheme = Scheme(rule=Clipped(1.0), device="meta")
+    scheme.averages = averages_of(scheme, Power(3.0))
     from optgen.data import Batch
-    scheme.step(Batch(torch.empty(5, 1, 28, 28, device="meta"), torch.empty(5, dtype=torch.long, device="meta"))); scheme.averages[0].update()
-    with evaluating(scheme): assert weights(scheme.net).is_meta
-    half = Scheme(rule=Clipped(1.)); fit(half, FEW, precision="bfloat16", ema=Power(3.), valid=FEW, progress="none")
+
+    scheme.step(
+        Batch(
+            torch.empty(5, 1, 28, 28, device="meta"),
+            torch.empty(5, dtype=torch.long, device="meta"),
+        )
+    )
+    scheme.averages[0].update()
+    with evaluating(scheme):
+        assert weights(scheme.net).is_meta
+    half = Scheme(rule=Clipped(1.0))
+    fit(half, FEW, precision="bfloat16", ema=Power(3.0), valid=FEW, progress="none")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.net.parameters())
 
 
 def test_an_lstm_and_a_module_that_moves():
-    net = nn.LSTM(3, 4); average = Average(net, .5); average.update()
-    with torch.no_grad(): [p.add_(1) for p in net.parameters()]
-    x = torch.randn(5, 2, 3); own = net(x)[0]
-    with evaluating(average): assert not torch.equal(net(x)[0], own)
+    net = nn.LSTM(3, 4)
+    average = Average(net, 0.5)
+    average.update()
+    with torch.no_grad():
+        [p.add_(1) for p in net.parameters()]
+    x = torch.randn(5, 2, 3)
+    own = net(x)[0]
+    with evaluating(average):
+        assert not torch.equal(net(x)[0], own)
     assert torch.equal(net(x)[0], own)
-    net.to(torch.float64); average.update(); assert average.means[0].dtype == torch.float32
+    net.to(torch.float64)
+    average.update()
+    assert average.means[0].dtype == torch.float32
 
 
 def test_in_a_foreign_loop():
-    ddp = pytest.importorskip("denoising_diffusion_pytorch"); torch.manual_seed(1)
-    unet = ddp.Unet(dim=8, dim_mults=(1,), channels=1, flash_attn=False); diffusion = ddp.GaussianDiffusion(unet, image_size=8, timesteps=10, auto_normalize=False)
-    matrices, rest = muon_groups(unet); opt = Together(Muon(matrices, .02), Adam(rest, 1e-3)); warm = torch.optim.lr_scheduler.LinearLR(opt, .1, total_iters=3)
-    averages, snapshots, path = [Average(diffusion, Power.of_width(w)) for w in (.05, .1)], [], []
-    alongside = Average(diffusion, Power.of_width(.08)); x = torch.rand(4, 1, 8, 8)
+    ddp = pytest.importorskip("denoising_diffusion_pytorch")
+    torch.manual_seed(1)
+    unet = ddp.Unet(dim=8, dim_mults=(1,), channels=1, flash_attn=False)
+    diffusion = ddp.GaussianDiffusion(unet, image_size=8, timesteps=10, auto_normalize=False)
+    matrices, rest = muon_groups(unet)
+    opt = Together(Muon(matrices, 0.02), Adam(rest, 1e-3))
+    warm = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=3)
+    averages, snapshots, path = [Average(diffusion, Power.of_width(w)) for w in (0.05, 0.1)], [], []
+    alongside = Average(diffusion, Power.of_width(0.08))
+    x = torch.rand(4, 1, 8, 8)
     for t in range(8):
-        opt.zero_grad(); diffusion(x).backward(); nn.utils.clip_grad_norm_(unet.parameters(), 1.); opt.step(); warm.step(); path.append(weights(unet))
-        for a in (*averages, alongside): a.update()
+        opt.zero_grad()
+        diffusion(x).backward()
+        nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        opt.step()
+        warm.step()
+        path.append(weights(unet))
+        for a in (*averages, alongside):
+            a.update()
         snapshots += [a.snapshot() for a in averages] if t % 2 else []
-    own = copy.deepcopy(diffusion.state_dict()); found = reconstruct(snapshots, Power.of_width(.08))
-    scatter = (torch.stack(path) - path[-1]).norm(); off = torch.stack([(found.state[k] - a).norm() for k, a in zip(alongside.params, alongside.means)]).norm()
-    assert off < found.residual * Power.of_width(.08).weights(8).norm() * scatter + 1e-3
-    with evaluating(averages[0]): assert diffusion.sample(batch_size=2).isfinite().all() and not equal(own, diffusion.state_dict())
-    assert equal(own, diffusion.state_dict()); diffusion.load_state_dict(found.state)
+    own = copy.deepcopy(diffusion.state_dict())
+    found = reconstruct(snapshots, Power.of_width(0.08))
+    scatter = (torch.stack(path) - path[-1]).norm()
+    off = torch.stack(
+        [(found.state[k] - a).norm() for k, a in zip(alongside.params, alongside.means)]
+    ).norm()
+    assert off < found.residual * Power.of_width(0.08).weights(8).norm() * scatter + 1e-3
+    with evaluating(averages[0]):
+        assert diffusion.sample(batch_size=2).isfinite().all() and not equal(
+            own, diffusion.state_dict()
+        )
+    assert equal(own, diffusion.state_dict())
+    diffusion.load_state_dict(found.state)
 
 
 @pytest.mark.cuda
 def test_cuda_as_on_the_cpu():
     for dtype in (torch.float32, torch.bfloat16):
-        _, here, _ = walked(Power(5.), dtype); net, there, _ = walked(Power(5.), dtype, device="cuda")
+        _, here, _ = walked(Power(5.0), dtype)
+        net, there, _ = walked(Power(5.0), dtype, device="cuda")
         assert there.means[0].is_cuda and there.state_dict()["n_averaged"].device.type == "cpu"
-    net = nn.Linear(3, 3); average = Average(net); net.cuda(); average.update(); assert average.means[0].is_cuda
-    with evaluating(average): assert net.weight.is_cuda
+    net = nn.Linear(3, 3)
+    average = Average(net)
+    net.cuda()
+    average.update()
+    assert average.means[0].is_cuda
+    with evaluating(average):
+        assert net.weight.is_cuda

@@ -1,4 +1,5 @@
 "Gradient estimators of the installed package: on real models, compiled, on other devices and dtypes, in a training loop."
+
 import math
 
 import pytest
@@ -18,11 +19,16 @@ kinds = pytest.mark.parametrize("name, sampled", KINDS, ids=[n + "-one" * s for 
 
 
 def batch(k=3, n=4, seed=0, dtype=torch.float32):
-    x = (torch.rand(n, 1, 28, 28, generator=rng(seed)) < .3).to(dtype)
-    return x, torch.randn(k, n, 3, generator=rng(seed + 1), dtype=dtype), torch.rand(n, generator=rng(seed + 2), dtype=dtype)
+    x = (torch.rand(n, 1, 28, 28, generator=rng(seed)) < 0.3).to(dtype)
+    return (
+        x,
+        torch.randn(k, n, 3, generator=rng(seed + 1), dtype=dtype),
+        torch.rand(n, generator=rng(seed + 2), dtype=dtype),
+    )
 
 
-def gradient(loss, model): return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+def gradient(loss, model):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
 
 
 @both
@@ -31,14 +37,26 @@ def test_values_are_the_bounds(build, seed):
     model = build().double()
     x, eps, u = batch(seed=seed, dtype=torch.float64)
     mean, log_var = model.encoder(x)
-    q, p = Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), 1.)
+    q, p = Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), 1.0)
     log_lik = model.log_likelihood(x, q.loc + q.scale * eps)
     log_ratio = q.log_prob(q.loc + q.scale * eps) - p.log_prob(q.loc + q.scale * eps)
-    beta = torch.tensor([0., .5, 2.], dtype=torch.float64)
+    beta = torch.tensor([0.0, 0.5, 2.0], dtype=torch.float64)
     log_w = log_lik - (beta * log_ratio).sum(-1)
-    iwae = -log_w.exp().mean(0).log() if log_w.min() > -700 else -(log_w - log_w.max(0).values).exp().mean(0).log() - log_w.max(0).values
-    want = dict(elbo=(beta * kl_divergence(q, p)).sum(-1) - log_lik.mean(0), stl=-log_w.mean(0), iwae=iwae, dreg=iwae)
-    for name, sampled in KINDS: assert torch.allclose(estimate(model, x, eps, name, beta, sampled=sampled, u=u), want[name], rtol=1e-12)
+    iwae = (
+        -log_w.exp().mean(0).log()
+        if log_w.min() > -700
+        else -(log_w - log_w.max(0).values).exp().mean(0).log() - log_w.max(0).values
+    )
+    want = dict(
+        elbo=(beta * kl_divergence(q, p)).sum(-1) - log_lik.mean(0),
+        stl=-log_w.mean(0),
+        iwae=iwae,
+        dreg=iwae,
+    )
+    for name, sampled in KINDS:
+        assert torch.allclose(
+            estimate(model, x, eps, name, beta, sampled=sampled, u=u), want[name], rtol=1e-12
+        )
 
 
 @both
@@ -46,43 +64,66 @@ def test_reduces_to_its_parents(build):
     model = build().double()
     x, eps, _ = batch(k=1, dtype=torch.float64)
     distortion, rate = elbo_terms(model, x, eps[0])
-    loss = estimate(model, x, eps, beta=.7)
-    assert torch.allclose(loss, distortion + .7 * rate, rtol=1e-12)
-    assert torch.allclose(gradient(loss.sum(), model), gradient((distortion + .7 * rate).sum(), model), rtol=1e-9, atol=1e-12)
+    loss = estimate(model, x, eps, beta=0.7)
+    assert torch.allclose(loss, distortion + 0.7 * rate, rtol=1e-12)
+    assert torch.allclose(
+        gradient(loss.sum(), model),
+        gradient((distortion + 0.7 * rate).sum(), model),
+        rtol=1e-9,
+        atol=1e-12,
+    )
     loss, want = estimate(model, x, eps, "iwae"), -log_weights(model, x, eps)[0][0]
     assert torch.allclose(loss, want, rtol=1e-12)
-    assert torch.allclose(gradient(loss.sum(), model), gradient(want.sum(), model), rtol=1e-9, atol=1e-10)
+    assert torch.allclose(
+        gradient(loss.sum(), model), gradient(want.sum(), model), rtol=1e-9, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("name", ["elbo", "iwae"])
-@pytest.mark.parametrize("beta", [0., 1., 2.5])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 2.5])
 def test_gradient_is_that_of_the_value(name, beta):
     model = VAE(6, 5, 4, 2).double()
-    x, eps = (torch.rand(3, 6, generator=rng()) < .5).double(), torch.randn(4, 3, 2, generator=rng(1), dtype=torch.float64)
+    x, eps = (
+        (torch.rand(3, 6, generator=rng()) < 0.5).double(),
+        torch.randn(4, 3, 2, generator=rng(1), dtype=torch.float64),
+    )
     check_gradient(lambda: estimate(model, x, eps, name, beta).sum(), model.parameters())
 
 
-@pytest.mark.parametrize("beta", [.4, 1., 2.])
+@pytest.mark.parametrize("beta", [0.4, 1.0, 2.0])
 def test_estimators_of_one_bound_share_a_mean(beta):
     "STL with the ELBO; DReG, and one of k, with IWAE: differences of gradients by the same noise have mean zero."
     model = VAE(6, 5, 4, 2).double()
-    for p in model.parameters(): p.data.mul_(2)
-    x, g = (torch.rand(3, 6, generator=rng()) < .5).double().repeat(8, 1), rng(1)
+    for p in model.parameters():
+        p.data.mul_(2)
+    x, g = (torch.rand(3, 6, generator=rng()) < 0.5).double().repeat(8, 1), rng(1)
     diffs = {kind: [] for kind in KINDS if kind not in [("elbo", False), ("iwae", False)]}
     for _ in range(200):
-        eps, u = torch.randn(3, 24, 2, generator=g, dtype=torch.float64), torch.rand(24, generator=g, dtype=torch.float64)
-        found = {kind: gradient(estimate(model, x, eps, kind[0], beta, sampled=kind[1], u=u).mean(), model) for kind in KINDS}
-        for kind in diffs: diffs[kind].append(found[kind] - found["elbo" if kind[0] == "stl" else "iwae", False])
+        eps, u = (
+            torch.randn(3, 24, 2, generator=g, dtype=torch.float64),
+            torch.rand(24, generator=g, dtype=torch.float64),
+        )
+        found = {
+            kind: gradient(
+                estimate(model, x, eps, kind[0], beta, sampled=kind[1], u=u).mean(), model
+            )
+            for kind in KINDS
+        }
+        for kind in diffs:
+            diffs[kind].append(found[kind] - found["elbo" if kind[0] == "stl" else "iwae", False])
     for kind, d in diffs.items():
         d = torch.stack(d)
         d = d[:, d.std(0) > 1e-10]  # the decoder's own are equal where nothing is drawn
-        assert d.shape[1] and assert_mean(d, 0.)
+        assert d.shape[1] and assert_mean(d, 0.0)
 
 
 def test_noise_of_stl_and_dreg_vanishes_at_the_posterior():
-    W = torch.tensor([[1., 0.], [0., .5], [0., 0.]], dtype=torch.float64)
-    model = LinearGaussian(W, torch.zeros(3, dtype=torch.float64), .7)
-    x, eps = torch.randn(5, 3, generator=rng(), dtype=torch.float64), torch.randn(4, 5, 2, generator=rng(1), dtype=torch.float64)
+    W = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.0]], dtype=torch.float64)
+    model = LinearGaussian(W, torch.zeros(3, dtype=torch.float64), 0.7)
+    x, eps = (
+        torch.randn(5, 3, generator=rng(), dtype=torch.float64),
+        torch.randn(4, 5, 2, generator=rng(1), dtype=torch.float64),
+    )
     for name, sampled in KINDS:
         q = [t.clone().requires_grad_() for t in model.encoder(x)]
         loss = estimate(model, x, eps, name, q=q, sampled=sampled)
@@ -94,11 +135,18 @@ def test_noise_of_stl_and_dreg_vanishes_at_the_posterior():
 @kinds
 def test_controller_is_asked_once_and_its_price_is_differentiable(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
-    price, calls = torch.nn.Parameter(torch.tensor([.5, 1., 2.])), []
+    price, calls = torch.nn.Parameter(torch.tensor([0.5, 1.0, 2.0])), []
+
     def beta(distortion, rate):
-        assert distortion.shape == (4,) and rate.shape == (4, 3) and not distortion.requires_grad and not rate.requires_grad
+        assert (
+            distortion.shape == (4,)
+            and rate.shape == (4, 3)
+            and not distortion.requires_grad
+            and not rate.requires_grad
+        )
         calls.append(1)
         return price
+
     estimate(model, x, eps, name, beta, sampled=sampled, u=u).sum().backward()
     assert len(calls) == 1 and price.grad.isfinite().all() and (price.grad != 0).all()
 
@@ -107,22 +155,30 @@ def test_controller_is_asked_once_and_its_price_is_differentiable(name, sampled)
 def test_loss_is_a_function_of_parameters_and_noise(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     state = torch.get_rng_state()
-    a, b = (gradient(estimate(model, x, eps, name, sampled=sampled, u=u).sum(), model) for _ in range(2))
+    a, b = (
+        gradient(estimate(model, x, eps, name, sampled=sampled, u=u).sum(), model) for _ in range(2)
+    )
     assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
 
 
 def test_a_drawn_index_is_torchs_own_without_u():
     model, (x, eps, _) = BUILD["VAE"](), batch()
     x, eps = x.repeat(20, 1, 1, 1), torch.randn(3, 80, 3)
-    draw = lambda seed: (torch.manual_seed(seed), gradient(estimate(model, x, eps, "iwae", beta=0., sampled=True).sum(), model))[1]
+    draw = lambda seed: (
+        torch.manual_seed(seed),
+        gradient(estimate(model, x, eps, "iwae", beta=0.0, sampled=True).sum(), model),
+    )[1]
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
 @kinds
 def test_no_grad_gives_the_value(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
-    with torch.no_grad(): loss = estimate(model, x, eps, name, sampled=sampled, u=u)
-    assert not loss.requires_grad and torch.allclose(loss, estimate(model, x, eps, name, sampled=sampled, u=u))
+    with torch.no_grad():
+        loss = estimate(model, x, eps, name, sampled=sampled, u=u)
+    assert not loss.requires_grad and torch.allclose(
+        loss, estimate(model, x, eps, name, sampled=sampled, u=u)
+    )
 
 
 @kinds
@@ -131,16 +187,21 @@ def test_frozen_decoder_and_frozen_encoder(name, sampled):
     for net, other in ((model.q_net, model.p_net), (model.p_net, model.q_net)):
         estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
         full = [p.grad.clone() for p in net.parameters()]
-        model.zero_grad(); other.requires_grad_(False)
+        model.zero_grad()
+        other.requires_grad_(False)
         estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
-        assert all(torch.allclose(p.grad, g, rtol=1e-5, atol=1e-7) for p, g in zip(net.parameters(), full))
-        model.zero_grad(); other.requires_grad_(True)
+        assert all(
+            torch.allclose(p.grad, g, rtol=1e-5, atol=1e-7) for p, g in zip(net.parameters(), full)
+        )
+        model.zero_grad()
+        other.requires_grad_(True)
 
 
 @both
 @kinds
 def test_meta_device(build, name, sampled):
-    with torch.device("meta"): model, x, eps = build(), torch.rand(4, 1, 28, 28), torch.randn(3, 4, 3)
+    with torch.device("meta"):
+        model, x, eps = build(), torch.rand(4, 1, 28, 28), torch.randn(3, 4, 3)
     loss = estimate(model, x, eps, name, sampled=sampled)
     loss.sum().backward()
     assert loss.is_meta and loss.shape == (4,) and all(p.grad.is_meta for p in model.parameters())
@@ -151,33 +212,46 @@ def test_compiles_as_one_graph(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     torch.compiler.reset()
     compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
-    for beta in (.5, lambda distortion, rate: rate.mean(0).tanh()):
+    for beta in (0.5, lambda distortion, rate: rate.mean(0).tanh()):
         a, b = (f(model, x, eps, name, beta, sampled=sampled, u=u) for f in (compiled, estimate))
         assert torch.allclose(a, b, rtol=1e-5)
-        assert torch.allclose(gradient(a.sum(), model), gradient(b.sum(), model), rtol=1e-3, atol=1e-4)
+        assert torch.allclose(
+            gradient(a.sum(), model), gradient(b.sum(), model), rtol=1e-3, atol=1e-4
+        )
 
 
 def test_a_changing_number_is_not_compiled_anew():
     model, (x, eps, _) = BUILD["VAE"](), batch()
     torch.compiler.reset()
-    compiled = torch.compile(estimate, fullgraph=True, backend="eager")  # raises where it would be compiled more than eight times
-    for i in range(12): assert torch.allclose(compiled(model, x, eps, "iwae", .3 + i / 10), estimate(model, x, eps, "iwae", .3 + i / 10), rtol=1e-5)
+    compiled = torch.compile(
+        estimate, fullgraph=True, backend="eager"
+    )  # raises where it would be compiled more than eight times
+    for i in range(12):
+        assert torch.allclose(
+            compiled(model, x, eps, "iwae", 0.3 + i / 10),
+            estimate(model, x, eps, "iwae", 0.3 + i / 10),
+            rtol=1e-5,
+        )
 
 
 def same_on(model, name, sampled, device, dtype):
     x, eps, u = batch()
     exact = estimate(model, x, eps, name, sampled=sampled, u=u).detach()
     model, x, eps, u = model.to(device), x.to(device), eps.to(device), u.to(device)
-    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32): loss = estimate(model, x, eps, name, sampled=sampled, u=u)
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        loss = estimate(model, x, eps, name, sampled=sampled, u=u)
     loss.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.device == x.device for p in model.parameters())
     assert loss.device == x.device and loss.dtype == torch.float32
-    assert torch.allclose(exact, loss.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+    assert torch.allclose(
+        exact, loss.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
+    )
 
 
 @both
 @kinds
-def test_bfloat16_autocast(build, name, sampled): same_on(build(), name, sampled, "cpu", torch.bfloat16)
+def test_bfloat16_autocast(build, name, sampled):
+    same_on(build(), name, sampled, "cpu", torch.bfloat16)
 
 
 @both
@@ -188,8 +262,10 @@ def test_cuda_without_a_sync(build, name, sampled, dtype):
     same_on(build(), name, sampled, "cuda", dtype)
     model, (x, eps, u) = build().cuda(), (t.cuda() for t in batch())
     torch.cuda.set_sync_debug_mode("error")
-    try: estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
-    finally: torch.cuda.set_sync_debug_mode("default")
+    try:
+        estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @kinds
@@ -197,8 +273,17 @@ def test_descends(name, sampled):
     model, (x, _, _), g = VAE(784, 32, 16, 3), batch(n=16), rng(5)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
-        loss = estimate(model, x, torch.randn(4, 16, 3, generator=g), name, sampled=sampled, u=torch.rand(16, generator=g)).mean()
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        loss = estimate(
+            model,
+            x,
+            torch.randn(4, 16, 3, generator=g),
+            name,
+            sampled=sampled,
+            u=torch.rand(16, generator=g),
+        ).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert loss < 784 * math.log(2) - 40
 
 
@@ -211,28 +296,46 @@ def test_a_nan_is_not_hidden(name, sampled):
 
 
 @pytest.mark.parametrize("place", range(3))
-@pytest.mark.parametrize("u", [0., .5, 1 - 2**-24])
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-24])
 def test_the_only_possible_sample_is_drawn(place, u):
     class Positive:
         log_likelihood = staticmethod(lambda x, z: z.sum(-1).masked_fill(z.sum(-1) < 0, -math.inf))
-    eps = torch.full((3, 5, 2), -1.); eps[place] = 1.
+
+    eps = torch.full((3, 5, 2), -1.0)
+    eps[place] = 1.0
     q = torch.zeros(5, 2, requires_grad=True), torch.zeros(5, 2)
     for name in ("iwae", "dreg"):
-        loss = estimate(Positive(), torch.zeros(5, 1), eps, name, q=q, sampled=True, u=torch.full((5,), u))
-        assert torch.allclose(loss, torch.tensor(math.log(3) - 2.)) and torch.autograd.grad(loss.sum(), q[0])[0].isfinite().all()
+        loss = estimate(
+            Positive(), torch.zeros(5, 1), eps, name, q=q, sampled=True, u=torch.full((5,), u)
+        )
+        assert (
+            torch.allclose(loss, torch.tensor(math.log(3) - 2.0))
+            and torch.autograd.grad(loss.sum(), q[0])[0].isfinite().all()
+        )
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda m, x, e: check_estimator("IWAE"), "'elbo', 'stl', 'iwae', 'dreg'; got 'IWAE'"),
-    (lambda m, x, e: check_estimator("iwae", True), "k must be an integer"),
-    (lambda m, x, e: check_estimator("elbo", 5, sampled=True), "no weights to draw"),
-    (lambda m, x, e: estimate(m, x, e[:0]), "at least 1; got 0"),
-    (lambda m, x, e: estimate(m, x, e[..., :2]), "(k, 4, 3), got (3, 4, 2)"),
-    (lambda m, x, e: estimate(m, x, e, beta=math.nan), "beta must be a finite number"),
-    (lambda m, x, e: estimate(m, x, e, beta=lambda d, r: -1), "beta must be a finite number"),
-    (lambda m, x, e: estimate(m, x, e, beta=torch.ones(4, 3)), "for each of 3 latents; got shape (4, 3)"),
-    (lambda m, x, e: estimate(m, x, e, "dreg", sampled=True, u=torch.rand(3)), "each of 4 images")])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda m, x, e: check_estimator("IWAE"), "'elbo', 'stl', 'iwae', 'dreg'; got 'IWAE'"),
+        (lambda m, x, e: check_estimator("iwae", True), "k must be an integer"),
+        (lambda m, x, e: check_estimator("elbo", 5, sampled=True), "no weights to draw"),
+        (lambda m, x, e: estimate(m, x, e[:0]), "at least 1; got 0"),
+        (lambda m, x, e: estimate(m, x, e[..., :2]), "(k, 4, 3), got (3, 4, 2)"),
+        (lambda m, x, e: estimate(m, x, e, beta=math.nan), "beta must be a finite number"),
+        (lambda m, x, e: estimate(m, x, e, beta=lambda d, r: -1), "beta must be a finite number"),
+        (
+            lambda m, x, e: estimate(m, x, e, beta=torch.ones(4, 3)),
+            "for each of 3 latents; got shape (4, 3)",
+        ),
+        (
+            lambda m, x, e: estimate(m, x, e, "dreg", sampled=True, u=torch.rand(3)),
+            "each of 4 images",
+        ),
+    ],
+)
 def test_bad_input_is_one_clear_error(call, words):
     x, eps, _ = batch()
-    with pytest.raises(ValueError) as e: call(BUILD["VAE"](), x, eps)
+    with pytest.raises(ValueError) as e:
+        call(BUILD["VAE"](), x, eps)
     assert words in str(e.value)

@@ -1,4 +1,5 @@
 "What happens to runs: killed, interrupted, out of disk, damaged, attacked."
+
 import json
 import os
 import pickle
@@ -14,18 +15,27 @@ from conftest import TINY, optgen
 
 from optgen import checkpoint
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and file-size limits are POSIX's")
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="signals and file-size limits are POSIX's"
+)
 
 
-def weights(run): return checkpoint.load(run / "checkpoint.pt")["scheme"]["model"]["weights"]
+def weights(run):
+    return checkpoint.load(run / "checkpoint.pt")["scheme"]["model"]["weights"]
 
 
-def log(run): return [{k: v for k, v in json.loads(line).items() if "second" not in k} for line in (run / "metrics.jsonl").read_text().splitlines()]
+def log(run):
+    return [
+        {k: v for k, v in json.loads(line).items() if "second" not in k}
+        for line in (run / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def assert_same(a, b):
     assert log(a) == log(b)
-    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+    assert all(
+        torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True)
+    )
 
 
 # Trains in children that the parent forks, so that twenty kills do not import PyTorch and what a run needs twenty times.
@@ -65,12 +75,22 @@ print(json.dumps({"kills": kills, "inside": inside, "step": step}))
 def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     seed = int.from_bytes(os.urandom(2), "big")
-    killed = subprocess.run([sys.executable, "-c", KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)], capture_output=True, text=True, env=env)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert killed.returncode == 0, f"seed {seed}: {killed.stderr}"
     found = json.loads(killed.stdout.splitlines()[-1])
     assert found["kills"] == 20 and found["inside"] >= 3, found
     epochs = str(found["step"] // 90 + 2)
-    assert optgen("train", "--resume", tmp_path / "killed", "--epochs", epochs, "--progress", "none").returncode == 0
+    assert (
+        optgen(
+            "train", "--resume", tmp_path / "killed", "--epochs", epochs, "--progress", "none"
+        ).returncode
+        == 0
+    )
     assert optgen(*TINY, "--epochs", epochs, "--out", tmp_path / "whole").returncode == 0
     assert_same(tmp_path / "killed", tmp_path / "whole")
 
@@ -78,9 +98,27 @@ def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
     out = tmp_path / "run"
-    command = [sys.executable, "-c", "from optgen.cli import main; main()", *TINY, "--epochs", "2", "--checkpoint-steps", "1", "--out", str(out)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (out / "checkpoint.pt").exists(): time.sleep(.002)
+    command = [
+        sys.executable,
+        "-c",
+        "from optgen.cli import main; main()",
+        *TINY,
+        "--epochs",
+        "2",
+        "--checkpoint-steps",
+        "1",
+        "--out",
+        str(out),
+    ]
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while not (out / "checkpoint.pt").exists():
+        time.sleep(0.002)
     child.send_signal(signum)
     said = child.communicate()[1]
     assert child.returncode == 128 + signum and len(said.splitlines()) == 1
@@ -91,6 +129,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
     import resource
+
     run = shutil.copytree(tiny_run, tmp_path / "run")
     before = weights(run)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
@@ -106,63 +145,149 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
 def damage(run, how):
     path = run / "checkpoint.pt"
     whole = path.read_bytes()
-    if how == "truncated": path.write_bytes(whole[: len(whole) // 2])
+    if how == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
     if how == "altered":
         at = len(whole) // 2
-        path.write_bytes(whole[:at] + bytes(b ^ 0xFF for b in whole[at : at + 64]) + whole[at + 64 :])
-    if how == "empty": path.write_bytes(b"")
-    if how == "foreign": torch.save({"weight": torch.ones(3)}, path)
-    if how == "newer": torch.save({"format": checkpoint.FORMAT, "version": checkpoint.VERSION + 1, "state": {}}, path)
-    if how == "absent": path.unlink()
+        path.write_bytes(
+            whole[:at] + bytes(b ^ 0xFF for b in whole[at : at + 64]) + whole[at + 64 :]
+        )
+    if how == "empty":
+        path.write_bytes(b"")
+    if how == "foreign":
+        torch.save({"weight": torch.ones(3)}, path)
+    if how == "newer":
+        torch.save(
+            {"format": checkpoint.FORMAT, "version": checkpoint.VERSION + 1, "state": {}}, path
+        )
+    if how == "absent":
+        path.unlink()
 
 
-DAMAGE = {"truncated": "truncated", "altered": "altered", "empty": "truncated", "foreign": "not written by optgen", "newer": "upgrade", "absent": "no checkpoint"}
+DAMAGE = {
+    "truncated": "truncated",
+    "altered": "altered",
+    "empty": "truncated",
+    "foreign": "not written by optgen",
+    "newer": "upgrade",
+    "absent": "no checkpoint",
+}
 
 
-@pytest.mark.parametrize("command, how", [(c, h) for c in ("train", "sample", "evaluate") for h in DAMAGE if (c, h) != ("train", "absent")])
+@pytest.mark.parametrize(
+    "command, how",
+    [
+        (c, h)
+        for c in ("train", "sample", "evaluate")
+        for h in DAMAGE
+        if (c, h) != ("train", "absent")
+    ],
+)
 def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, tiny_run, capsys, command, how):
     from optgen.cli import main
+
     run = shutil.copytree(tiny_run, tmp_path / "run")
     damage(run, how)
     kept = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
-    with pytest.raises(SystemExit) as end: main(["train", "--resume", str(run), "--epochs", "3"] if command == "train" else [command, str(run)])
+    with pytest.raises(SystemExit) as end:
+        main(
+            ["train", "--resume", str(run), "--epochs", "3"]
+            if command == "train"
+            else [command, str(run)]
+        )
     said = capsys.readouterr().err
-    assert end.value.code == 1 and len(said.splitlines()) == 1 and DAMAGE[how] in said and "checkpoint.pt" in said
+    assert (
+        end.value.code == 1
+        and len(said.splitlines()) == 1
+        and DAMAGE[how] in said
+        and "checkpoint.pt" in said
+    )
     assert all(p.read_bytes() == content for p, content in kept.items())
 
 
 class Bomb:
-    def __init__(self, path): self.path = path
-    def __reduce__(self): return os.mkdir, (self.path,)
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
 
 
-@pytest.mark.parametrize("wrap", [lambda bomb, path: pickle.dump(bomb, open(path, "wb")), torch.save,
-                                  lambda bomb, path: torch.save({"format": checkpoint.FORMAT, "version": 1, "state": {"scheme": bomb}}, path)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda bomb, path: pickle.dump(bomb, open(path, "wb")),
+        torch.save,
+        lambda bomb, path: torch.save(
+            {"format": checkpoint.FORMAT, "version": 1, "state": {"scheme": bomb}}, path
+        ),
+    ],
+)
 def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_run, capsys, wrap):
     from optgen.cli import main
+
     run = shutil.copytree(tiny_run, tmp_path / "run")
     wrap(Bomb(str(tmp_path / "exploded")), run / "checkpoint.pt")
     for command in (["sample", str(run)], ["evaluate", str(run)], ["train", "--resume", str(run)]):
-        with pytest.raises(SystemExit) as end: main(command)
+        with pytest.raises(SystemExit) as end:
+            main(command)
         assert end.value.code == 1 and not (tmp_path / "exploded").exists()
     capsys.readouterr()
 
 
 def test_a_broken_run_is_named_and_its_last_checkpoint_kept(tmp_path):
-    done = optgen(*TINY, "--optimizer", "sgd", "--lr", "1e30", "--checkpoint-steps", "1", "--epochs", "1", "--out", tmp_path / "run")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "of player 'model' is not finite" in done.stderr.replace(" after its update", "")
+    done = optgen(
+        *TINY,
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e30",
+        "--checkpoint-steps",
+        "1",
+        "--epochs",
+        "1",
+        "--out",
+        tmp_path / "run",
+    )
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and "of player 'model' is not finite" in done.stderr.replace(" after its update", "")
+    )
     step = int(done.stderr.split("step ")[1].split(":")[0])
     state = checkpoint.load(tmp_path / "run/checkpoint.pt")
-    assert state["step"] == step - 1 and all(w.isfinite().all() for w in state["scheme"]["model"]["weights"].values())
+    assert state["step"] == step - 1 and all(
+        w.isfinite().all() for w in state["scheme"]["model"]["weights"].values()
+    )
 
 
 def test_a_longer_run_that_is_stopped_again_knows_how_long(tmp_path, tiny_run):
     run = shutil.copytree(tiny_run, tmp_path / "a run")
-    command = [sys.executable, "-c", "from optgen.cli import main; main()", "train", "--resume", str(run), "--epochs", "300", "--progress", "none"]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while len(log(run)) < 3: time.sleep(.01)
+    command = [
+        sys.executable,
+        "-c",
+        "from optgen.cli import main; main()",
+        "train",
+        "--resume",
+        str(run),
+        "--epochs",
+        "300",
+        "--progress",
+        "none",
+    ]
+    child = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    while len(log(run)) < 3:
+        time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    assert f"--resume '{run}'" in child.communicate()[1] and child.returncode == 128 + signal.SIGTERM
+    assert (
+        f"--resume '{run}'" in child.communicate()[1] and child.returncode == 128 + signal.SIGTERM
+    )
     assert json.loads((run / "config.json").read_text())["epochs"] == 300
 
 

@@ -1,4 +1,5 @@
 "Many ranks against one: every rule, uneven batches, faults, signals, resumption, the command line."
+
 import inspect
 import json
 import math
@@ -17,7 +18,9 @@ from optgen import checkpoint, rules
 from optgen.games import Rule
 from optgen.parallel import Ranks, init, part, slice_of
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="ranks are forked and killed as POSIX does")
+pytestmark = pytest.mark.skipif(
+    os.name != "posix", reason="ranks are forked and killed as POSIX does"
+)
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -25,28 +28,41 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 def job(tmp_path_factory):
     "What spread.py left."
     out = tmp_path_factory.mktemp("spread")
-    done = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), "spread.py"), out], capture_output=True, text=True, env=ENV)
+    done = subprocess.run(
+        [sys.executable, os.path.join(os.path.dirname(__file__), "spread.py"), out],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="session")
-def told(job): return json.loads((job / "told.json").read_text())
+def told(job):
+    return json.loads((job / "told.json").read_text())
 
 
-def result(job, rank, world): return torch.load(job / f"{rank}-of-{world}.pt")
+def result(job, rank, world):
+    return torch.load(job / f"{rank}-of-{world}.pt")
 
 
 def test_every_rule_is_tried():
     "All that `optgen.rules` offers to step with, by what its classes are; those built upon are left out."
     made = [make() for make in RULES.values()]
     kinds = {type(r) for m in made for r in (m if isinstance(m, list) else [m])}
-    offered = {c for _, c in inspect.getmembers(rules, inspect.isclass) if issubclass(c, Rule) and c.__module__ == rules.__name__}
+    offered = {
+        c
+        for _, c in inspect.getmembers(rules, inspect.isclass)
+        if issubclass(c, Rule) and c.__module__ == rules.__name__
+    }
     assert offered - kinds <= {rules.Around, rules.Correction}
 
 
 def test_two_ranks_do_all_and_three_a_third(job):
-    for half in ("every", "elbos"): one, two, three = (result(job, 0, world)[half] for world in (1, 2, 3)); assert two.keys() == one.keys() and len(three) == math.ceil(len(one) / 3)
+    for half in ("every", "elbos"):
+        one, two, three = (result(job, 0, world)[half] for world in (1, 2, 3))
+        assert two.keys() == one.keys() and len(three) == math.ceil(len(one) / 3)
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -61,8 +77,10 @@ def test_a_rule_follows_one_process(job, rule, world):
         tol = 1e-6 if case[2] == "float32" else 1e-12
         for w, values in (rank[case] for rank in ranks):
             assert torch.equal(w, ranks[0][case][0])
-            assert (w - weights).abs().max() < tol and all(abs(values[k] - losses[k]) < tol for k in losses)
-        assert (weights - start).abs().max() > .05
+            assert (w - weights).abs().max() < tol and all(
+                abs(values[k] - losses[k]) < tol for k in losses
+            )
+        assert (weights - start).abs().max() > 0.05
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -70,53 +88,84 @@ def test_a_rule_follows_one_process(job, rule, world):
 def test_a_vae_follows_one_process(job, name, world):
     one, ranks = result(job, 0, 1)["elbos"], [result(job, r, world)["elbos"] for r in range(world)]
     for dtype, tol in (("float32", 1e-6), ("float64", 1e-12)):
-        if (name, dtype) not in ranks[0]: continue
+        if (name, dtype) not in ranks[0]:
+            continue
         weights, numbers, start, waiting = one[name, dtype]
         for w, values, _, theirs in (rank[name, dtype] for rank in ranks):
-            assert torch.equal(w, ranks[0][name, dtype][0]) and torch.equal(values, ranks[0][name, dtype][1]) and theirs == ranks[0][name, dtype][3]
-            if name != "aggressive to its end": assert (w - weights).abs().max() < tol and (values - numbers).abs().max() < 10 * tol and theirs == waiting
-            else: assert theirs is False
-        assert (weights - start).abs().max() > .02 and weights.isfinite().all()
+            assert (
+                torch.equal(w, ranks[0][name, dtype][0])
+                and torch.equal(values, ranks[0][name, dtype][1])
+                and theirs == ranks[0][name, dtype][3]
+            )
+            if name != "aggressive to its end":
+                assert (
+                    (w - weights).abs().max() < tol
+                    and (values - numbers).abs().max() < 10 * tol
+                    and theirs == waiting
+                )
+            else:
+                assert theirs is False
+        assert (weights - start).abs().max() > 0.02 and weights.isfinite().all()
 
 
 @pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize("part, name", [*(("assisted", name) for name in ASSISTED), *(("likelihoods", name) for name in LIKELIHOODS)])
+@pytest.mark.parametrize(
+    "part, name",
+    [*(("assisted", name) for name in ASSISTED), *(("likelihoods", name) for name in LIKELIHOODS)],
+)
 def test_a_scheme_follows_one_process(job, part, name, world):
-    (weights, numbers, start), ranks = result(job, 0, 1)[part][name], [result(job, r, world)[part][name] for r in range(world)]
+    (weights, numbers, start), ranks = (
+        result(job, 0, 1)[part][name],
+        [result(job, r, world)[part][name] for r in range(world)],
+    )
     for w, values, _ in ranks:
         assert torch.equal(w, ranks[0][0]) and torch.equal(values, ranks[0][1])
         assert (w - weights).abs().max() < 1e-12 and (values - numbers).abs().max() < 1e-11
-    assert (weights - start).abs().max() > .02 and weights.isfinite().all()
+    assert (weights - start).abs().max() > 0.02 and weights.isfinite().all()
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_the_mean_of_the_ranks_own_penalties_is_another_rule(job, world):
     one = result(job, 0, 1)
-    plain, consensus = (one["every"][rule, "momentum", "float64"][0] for rule in ("simultaneous", "consensus"))
+    plain, consensus = (
+        one["every"][rule, "momentum", "float64"][0] for rule in ("simultaneous", "consensus")
+    )
     assert torch.equal(one["own"][0], consensus)
     wrong = (result(job, 0, world)["own"][0] - consensus).norm() / (consensus - plain).norm()
-    assert wrong > .01
+    assert wrong > 0.01
 
 
 def test_fit_follows_one_process(job, told):
     assert told["whole"]["codes"] == [0] and told["spread"]["codes"] == [0] * 3
-    one, ranks = torch.load(job / "whole-0.pt"), [torch.load(job / f"spread-{r}.pt") for r in range(3)]
+    one, ranks = (
+        torch.load(job / "whole-0.pt"),
+        [torch.load(job / f"spread-{r}.pt") for r in range(3)],
+    )
     assert_same_run(one, ranks[0])
     for other in ranks[1:]:
         assert other["records"] == ranks[0]["records"]
         assert all(torch.equal(a, b) for a, b in zip(flat(other), flat(ranks[0])))
-    assert {p.name for p in (job / "spread").iterdir()} == {p.name for p in (job / "whole").iterdir()}
-    assert len(told["spread"]["said"][0].splitlines()) == 3 and told["spread"]["said"][1:] == ["", ""]
+    assert {p.name for p in (job / "spread").iterdir()} == {
+        p.name for p in (job / "whole").iterdir()
+    }
+    assert len(told["spread"]["said"][0].splitlines()) == 3 and told["spread"]["said"][1:] == [
+        "",
+        "",
+    ]
 
 
-def flat(run): return list(run["state"]["model"]["weights"].values())
+def flat(run):
+    return list(run["state"]["model"]["weights"].values())
 
 
 def assert_same_run(a, b):
-    assert all(torch.allclose(x, y, rtol=1e-5, atol=2e-6) for x, y in zip(flat(a), flat(b), strict=True))
+    assert all(
+        torch.allclose(x, y, rtol=1e-5, atol=2e-6) for x, y in zip(flat(a), flat(b), strict=True)
+    )
     assert [r["step"] for r in a["records"]] == [r["step"] for r in b["records"]]
     for x, y in zip(a["records"], b["records"]):
-        for split in ("train", "valid"): assert x[split] == pytest.approx(y[split], rel=1e-4)
+        for split in ("train", "valid"):
+            assert x[split] == pytest.approx(y[split], rel=1e-4)
 
 
 def test_a_checkpoint_moves_from_two_to_three_to_one(job, told):
@@ -128,12 +177,23 @@ def test_a_checkpoint_moves_from_two_to_three_to_one(job, told):
 def test_one_ranks_fault_ends_all_and_is_told_once(told, how):
     said = "".join(told[how]["said"])
     assert said.count("Traceback (most recent call last)") == 1
-    assert told[how]["codes"] == {"kill 1": [1, -signal.SIGKILL], "kill 0": [-signal.SIGKILL, 1]}.get(how, [1, 1])
+    assert told[how]["codes"] == {
+        "kill 1": [1, -signal.SIGKILL],
+        "kill 0": [-signal.SIGKILL, 1],
+    }.get(how, [1, 1])
     last = next(s for s in told[how]["said"] if "Traceback" in s)
-    word = {"raise": "ZeroDivisionError", "kill 1": "RankError: another rank", "kill 0": "RankError: another rank",
-            "weights": "different weights", "nan": "step 7: the loss of player 'model' is not finite",
-            "evaluate": "ZeroDivisionError", "model": "has shape (16, 784) there and (17, 784) here", "noise": "different random numbers", "data": "belongs to another loader"}[how]
-    assert word in last[last.index("Traceback"):]
+    word = {
+        "raise": "ZeroDivisionError",
+        "kill 1": "RankError: another rank",
+        "kill 0": "RankError: another rank",
+        "weights": "different weights",
+        "nan": "step 7: the loss of player 'model' is not finite",
+        "evaluate": "ZeroDivisionError",
+        "model": "has shape (16, 784) there and (17, 784) here",
+        "noise": "different random numbers",
+        "data": "belongs to another loader",
+    }[how]
+    assert word in last[last.index("Traceback") :]
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, told):
@@ -154,55 +214,110 @@ def test_patience_ends_all_ranks_and_gives_all_the_best(job, told):
     assert told["early"]["codes"] == [0, 0]
     ranks = [torch.load(job / f"early-{r}.pt") for r in range(2)]
     best = checkpoint.load(job / "early/best.pt")
-    assert [[r["valid"]["bits"] for r in rank["records"]] for rank in ranks] == [[3., 2., 4., 5.]] * 2 and best["epoch"] == 2
-    for rank in ranks: assert all(torch.equal(a, b) for a, b in zip(flat(rank), best["scheme"]["model"]["weights"].values()))
+    assert [[r["valid"]["bits"] for r in rank["records"]] for rank in ranks] == [
+        [3.0, 2.0, 4.0, 5.0]
+    ] * 2 and best["epoch"] == 2
+    for rank in ranks:
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(flat(rank), best["scheme"]["model"]["weights"].values())
+        )
 
 
 @pytest.mark.parametrize("n, world", [(12, 3), (7, 3), (2, 3), (1, 4), (100, 7)])
 def test_the_parts_are_the_batch(n, world):
     parts = [part(n, r, world) for r in range(world)]
     assert sum(share for _, share in parts) == pytest.approx(1)
-    assert torch.equal(torch.cat([torch.arange(n)[rows] for rows, share in parts if share]), torch.arange(n))
+    assert torch.equal(
+        torch.cat([torch.arange(n)[rows] for rows, share in parts if share]), torch.arange(n)
+    )
     assert all(len(torch.arange(n)[rows]) >= 1 for rows, _ in parts)
     assert max(s for _, s in parts) - min(s for _, s in parts) < 1 / n + 1e-9
 
 
 def test_batches_that_cannot_be_spread_say_so():
-    ranks = Ranks.__new__(Ranks); ranks.rank, ranks.world = 1, 2
+    ranks = Ranks.__new__(Ranks)
+    ranks.rank, ranks.world = 1, 2
     for batch in ((torch.ones(3), torch.ones(2)), {"x": torch.ones(0)}):
-        with pytest.raises(ValueError, match="rows"): ranks.shard(batch)
-    batch = {"x": torch.arange(4), "pair": [torch.arange(4), None], "scale": torch.tensor(2.), "name": "a"}
+        with pytest.raises(ValueError, match="rows"):
+            ranks.shard(batch)
+    batch = {
+        "x": torch.arange(4),
+        "pair": [torch.arange(4), None],
+        "scale": torch.tensor(2.0),
+        "name": "a",
+    }
     got = ranks.shard(batch)
-    assert got["x"].tolist() == got["pair"][0].tolist() == [2, 3] and got["pair"][1] is None and got["scale"] == 2 and got["name"] == "a"
-    assert ranks.shard(None) is None and ranks.share == .5 and slice_of(torch.tensor(1.), slice(0, 1)) == 1
+    assert (
+        got["x"].tolist() == got["pair"][0].tolist() == [2, 3]
+        and got["pair"][1] is None
+        and got["scale"] == 2
+        and got["name"] == "a"
+    )
+    assert (
+        ranks.shard(None) is None
+        and ranks.share == 0.5
+        and slice_of(torch.tensor(1.0), slice(0, 1)) == 1
+    )
 
 
 def torchrun(world, *args, **kwargs):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world), "-m", "optgen", *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(world),
+        "-m",
+        "optgen",
+        *map(str, args),
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs
+    )
 
 
-def log(run): return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def log(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_torchrun_on_the_command_line(tmp_path, tiny_run):
     "Two epochs are those of one process; a third is stopped by a signal to torchrun and finished by one process."
     first = torchrun(2, *TINY[:-1], "lines", "--epochs", 2, "--out", tmp_path / "run")
     said, _ = first.communicate()
-    assert first.returncode == 0 and said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
+    assert (
+        first.returncode == 0
+        and said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
+    )
     for a, b in zip(log(tmp_path / "run"), log(tiny_run), strict=True):
-        for split in ("train", "valid"): assert a[split] == pytest.approx(b[split], rel=1e-4)
-    second = torchrun(2, "train", "--resume", tmp_path / "run", "--epochs", 400, "--progress", "none")
-    while len(log(tmp_path / "run")) < 3: time.sleep(.05)
+        for split in ("train", "valid"):
+            assert a[split] == pytest.approx(b[split], rel=1e-4)
+    second = torchrun(
+        2, "train", "--resume", tmp_path / "run", "--epochs", 400, "--progress", "none"
+    )
+    while len(log(tmp_path / "run")) < 3:
+        time.sleep(0.05)
     second.send_signal(signal.SIGTERM)
     said = second.communicate()[1]
-    assert second.returncode and said.count("optgen: SIGTERM after step") == 1 and "torchrun --nproc-per-node 2 -m optgen train --resume" in said
+    assert (
+        second.returncode
+        and said.count("optgen: SIGTERM after step") == 1
+        and "torchrun --nproc-per-node 2 -m optgen train --resume" in said
+    )
     step = int(said.split("SIGTERM after step ")[1].split(":")[0])
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == step
-    assert optgen("train", "--resume", tmp_path / "run", "--epochs", step // 90 + 1, "--progress", "none").returncode == 0
+    assert (
+        optgen(
+            "train", "--resume", tmp_path / "run", "--epochs", step // 90 + 1, "--progress", "none"
+        ).returncode
+        == 0
+    )
 
 
-@pytest.mark.parametrize("what, code, word", [("usage", 2, "'--epochs'"), ("missing", 1, "nowhere")])
+@pytest.mark.parametrize(
+    "what, code, word", [("usage", 2, "'--epochs'"), ("missing", 1, "nowhere")]
+)
 def test_a_mistake_on_the_command_line_is_told_once(told, what, code, word):
     said = "".join(told[what]["said"])
     assert len(said.splitlines()) == 1 and said.startswith("optgen: ") and word in said
@@ -210,7 +325,8 @@ def test_a_mistake_on_the_command_line_is_told_once(told, what, code, word):
 
 
 def test_a_lone_process_has_no_ranks(monkeypatch):
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"): monkeypatch.delenv(name, raising=False)
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for world in ("1", "2"):  # a cluster may set WORLD_SIZE for something else
         monkeypatch.setenv("WORLD_SIZE", world)
         assert init.__wrapped__() is None
@@ -218,9 +334,11 @@ def test_a_lone_process_has_no_ranks(monkeypatch):
 
 @pytest.mark.cuda
 def test_on_two_gpus(tmp_path):
-    if torch.cuda.device_count() < 2: pytest.skip("needs two CUDA devices")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
     args = [*TINY, "--epochs", 2, "--device", "cuda"]
     assert optgen(*args, "--out", tmp_path / "one").returncode == 0
     two = torchrun(2, *args, "--out", tmp_path / "two")
     assert two.wait() == 0, two.stderr.read()
-    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True): assert a["valid"] == pytest.approx(b["valid"], rel=1e-3)
+    for a, b in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        assert a["valid"] == pytest.approx(b["valid"], rel=1e-3)

@@ -1,4 +1,5 @@
 """The rules of games against explicit matrices, the rates of the bilinear game, and themselves: resumed, at their limits, on other devices and precisions."""
+
 import copy
 import math
 
@@ -9,178 +10,350 @@ from torch.nn import functional as F
 
 from optgen import checkpoint, optim
 from optgen.games import Corrections, Field, Game, Player, Rule
-from optgen.rules import (Alternating, Clipped, CompetitiveGradient, Consensus, Extragradient, Feedback, Lookahead, Optimistic, Simultaneous,
-                          SymplecticAdjustment, Unrolled, input_gradient_penalty)
+from optgen.rules import (
+    Alternating,
+    Clipped,
+    CompetitiveGradient,
+    Consensus,
+    Extragradient,
+    Feedback,
+    Lookahead,
+    Optimistic,
+    Simultaneous,
+    SymplecticAdjustment,
+    Unrolled,
+    input_gradient_penalty,
+)
 from optgen.testing import spectral_radius
 
 F64 = torch.float64
-def normal(*shape, g): return torch.randn(*shape, generator=g, dtype=F64)
+
+
+def normal(*shape, g):
+    return torch.randn(*shape, generator=g, dtype=F64)
 
 
 # Random quadratic games, L_i = w'A_i w / 2 + b_i'w, as matrices. Player x has two tensors in two groups of different learning rate.
 class Quadratic:
     SHAPES = {"x": ((2,), (1, 2)), "y": ((3,),), "z": ((2, 2),)}
 
-    def __init__(self, seed, players, lr=.02):
+    def __init__(self, seed, players, lr=0.02):
         g = torch.Generator().manual_seed(seed)
-        self.tensors = {name: [normal(*s, g=g).requires_grad_() for s in self.SHAPES[name]] for name in players}
+        self.tensors = {
+            name: [normal(*s, g=g).requires_grad_() for s in self.SHAPES[name]] for name in players
+        }
         sizes = [p.numel() for ps in self.tensors.values() for p in ps]
         self.n, ends = sum(sizes), torch.tensor(sizes).cumsum(0).tolist()
         self.eta = torch.cat([torch.full((k,), lr * (1 + i)) for i, k in enumerate(sizes)]).to(F64)
         self.at, start = {}, 0
-        for name, ps in self.tensors.items(): self.at[name] = slice(start, start := start + sum(p.numel() for p in ps))
+        for name, ps in self.tensors.items():
+            self.at[name] = slice(start, start := start + sum(p.numel() for p in ps))
         A = [normal(self.n, self.n, g=g) for _ in players]
-        self.A, self.b = {k: (a + a.T) / 2 for k, a in zip(players, A)}, {k: normal(self.n, g=g) for k in players}
+        self.A, self.b = (
+            {k: (a + a.T) / 2 for k, a in zip(players, A)},
+            {k: normal(self.n, g=g) for k in players},
+        )
         rates, edges = self.eta[[e - 1 for e in ends]].tolist(), iter(range(len(sizes)))
-        self.make = lambda name: torch.optim.SGD([dict(params=[p], lr=rates[next(edges)]) for p in self.tensors[name]])
+        self.make = lambda name: torch.optim.SGD(
+            [dict(params=[p], lr=rates[next(edges)]) for p in self.tensors[name]]
+        )
         self.J = torch.cat([self.A[k][self.at[k]] for k in players])
         self.off = self.J.clone()
-        for s in self.at.values(): self.off[s, s] = 0
+        for s in self.at.values():
+            self.off[s, s] = 0
 
     def game(self, rule):
         flat = lambda: torch.cat([p.flatten() for ps in self.tensors.values() for p in ps])
         loss = lambda k: lambda batch: (w := flat()) @ self.A[k] @ w / 2 + self.b[k] @ w
-        return Game(rule=rule, **{k: Player(ps, loss(k), self.make(k)) for k, ps in self.tensors.items()}), lambda: flat().detach()
+        return Game(
+            rule=rule, **{k: Player(ps, loss(k), self.make(k)) for k, ps in self.tensors.items()}
+        ), lambda: flat().detach()
 
-    def grad(self, w, loss): return self.A[loss] @ w + self.b[loss]
-    def v(self, w): return torch.cat([self.grad(w, k)[s] for k, s in self.at.items()])
+    def grad(self, w, loss):
+        return self.A[loss] @ w + self.b[loss]
+
+    def v(self, w):
+        return torch.cat([self.grad(w, k)[s] for k, s in self.at.items()])
 
 
 # What each rule is, written with these matrices: a direction u(w), or a path of weights.
-def plain(q): return q.v
+def plain(q):
+    return q.v
+
+
 def feedback(to, loss, wrt, weight):
     def make(q):
         def u(w):
             i, j, out = q.at[to], q.at[wrt], q.v(w)
             out[i] += 2 * weight * q.A[loss][i, j] @ q.grad(w, loss)[j]
             return out
+
         return u
+
     return make
-def consensus(weight): return lambda q: lambda w: q.v(w) + weight * q.J.T @ q.v(w)
-def symplectic(weight, align, eps=.1):
+
+
+def consensus(weight):
+    return lambda q: lambda w: q.v(w) + weight * q.J.T @ q.v(w)
+
+
+def symplectic(weight, align, eps=0.1):
     def make(q):
         A = (q.J - q.J.T) / 2
+
         def u(w):
-            v = q.v(w); dH, Av = q.J.T @ v, A.T @ v
+            v = q.v(w)
+            dH, Av = q.J.T @ v, A.T @ v
             sign = 1 if not align or (v @ dH) * (Av @ dH) / q.n + eps >= 0 else -1
             return v + weight * sign * Av
+
         return u
+
     return make
+
+
 def unrolled(player, steps, lr=None):
     def make(q):
-        p = q.at[player]; D = torch.diag(q.eta[p] if lr is None else torch.full_like(q.eta[p], lr)); H = q.A[player]
+        p = q.at[player]
+        D = torch.diag(q.eta[p] if lr is None else torch.full_like(q.eta[p], lr))
+        H = q.A[player]
+
         def u(w):
             end, out, T = w.clone(), q.v(w), torch.eye(len(D), dtype=F64) - D @ H[p, p]
-            for _ in range(steps): end[p] = end[p] - D @ q.grad(end, player)[p]
-            reach = sum((torch.linalg.matrix_power(T, k) for k in range(steps)), torch.zeros_like(T)) @ -D @ H[p]  # d end / d w
+            for _ in range(steps):
+                end[p] = end[p] - D @ q.grad(end, player)[p]
+            reach = (
+                sum((torch.linalg.matrix_power(T, k) for k in range(steps)), torch.zeros_like(T))
+                @ -D
+                @ H[p]
+            )  # d end / d w
             for i, s in q.at.items():
-                if i != player: g = q.grad(end, i); out[s] = g[s] + reach[:, s].T @ g[p]
+                if i != player:
+                    g = q.grad(end, i)
+                    out[s] = g[s] + reach[:, s].T @ g[p]
             return out
+
         return u
+
     return make
+
+
 def competitive(lr=None):
-    return lambda q: lambda w: torch.linalg.solve(torch.eye(q.n, dtype=F64) + q.off * (q.eta if lr is None else lr), q.v(w))
-def summed(*parts): return lambda q: lambda w: sum(part(q)(w) - q.v(w) for part in parts) + q.v(w)
+    return lambda q: (
+        lambda w: torch.linalg.solve(
+            torch.eye(q.n, dtype=F64) + q.off * (q.eta if lr is None else lr), q.v(w)
+        )
+    )
+
+
+def summed(*parts):
+    return lambda q: lambda w: sum(part(q)(w) - q.v(w) for part in parts) + q.v(w)
+
 
 def simultaneous(q, u, w, steps):
-    for _ in range(steps): w = w - q.eta * u(w); yield w
+    for _ in range(steps):
+        w = w - q.eta * u(w)
+        yield w
+
+
 def alternating(repeats, order=None):
     def path(q, u, w, steps):
         for _ in range(steps):
             for name in order or q.at:
                 for _ in range(repeats.get(name, 1)):
-                    s, w = q.at[name], w.clone(); w[s] -= (q.eta * u(w))[s]
+                    s, w = q.at[name], w.clone()
+                    w[s] -= (q.eta * u(w))[s]
             yield w
+
     return path
+
+
 def extragradient(q, u, w, steps):
-    for _ in range(steps): w = w - q.eta * u(w - q.eta * u(w)); yield w
+    for _ in range(steps):
+        w = w - q.eta * u(w - q.eta * u(w))
+        yield w
+
+
 def past(q, u, w, steps):
     last = u(w)
-    for _ in range(steps): last = u(w - q.eta * last); w = w - q.eta * last; yield w
+    for _ in range(steps):
+        last = u(w - q.eta * last)
+        w = w - q.eta * last
+        yield w
+
+
 def optimistic(q, u, w, steps):
     last = u(w)
-    for _ in range(steps): new = u(w); w = w - q.eta * (2*new - last); last = new; yield w
+    for _ in range(steps):
+        new = u(w)
+        w = w - q.eta * (2 * new - last)
+        last = new
+        yield w
+
+
 def lookahead(inner, every, alpha):
     def path(q, u, w, steps):
         slow = w
         for t, fast in enumerate(range(steps), 1):
             w = next(inner(q, u, w, 1))
-            if t % every == 0: w = slow = slow + alpha * (w - slow)
+            if t % every == 0:
+                w = slow = slow + alpha * (w - slow)
             yield w
+
     return path
+
 
 RULES = {  # the rule, its path, its direction
     "simultaneous": (lambda: Simultaneous(), simultaneous, plain),
     "alternating": (lambda: Alternating(), alternating({}), plain),
     "alternating-repeats": (lambda: Alternating(repeats={"y": 3}), alternating({"y": 3}), plain),
-    "alternating-order": (lambda: Alternating(order=["y", "x", "z"][:2], repeats={"x": 2}), alternating({"x": 2}, ["y", "x"]), plain),
+    "alternating-order": (
+        lambda: Alternating(order=["y", "x", "z"][:2], repeats={"x": 2}),
+        alternating({"x": 2}, ["y", "x"]),
+        plain,
+    ),
     "extragradient": (lambda: Extragradient(), extragradient, plain),
     "past": (lambda: Extragradient(past=True), past, plain),
     "optimistic": (lambda: Optimistic(), optimistic, plain),
-    "literal": (lambda: Feedback("x", "y", "x", .3), simultaneous, feedback("x", "y", "x", .3)),
-    "nagarajan-kolter": (lambda: Feedback(to="x", loss="y", wrt="y", weight=.7), simultaneous, feedback("x", "y", "y", .7)),
-    "smoothing": (lambda: Feedback("y", "y", "x", .5), simultaneous, feedback("y", "y", "x", .5)),
-    "feedback-list": (lambda: [Feedback("x", "y", "y", .2), Feedback("y", "x", "x", .4), Consensus(.1)], simultaneous,
-                      summed(feedback("x", "y", "y", .2), feedback("y", "x", "x", .4), consensus(.1))),
-    "consensus": (lambda: Consensus(.6), simultaneous, consensus(.6)),
-    "symplectic": (lambda: SymplecticAdjustment(.8, align=False), simultaneous, symplectic(.8, False)),
-    "symplectic-aligned": (lambda: SymplecticAdjustment(.8), simultaneous, symplectic(.8, True)),
-    "lookahead": (lambda: Lookahead(every=3, alpha=.4), lookahead(simultaneous, 3, .4), plain),
-    "lookahead-extragradient": (lambda: Lookahead(Extragradient(Consensus(.3)), every=2, alpha=.7), lookahead(extragradient, 2, .7), consensus(.3)),
+    "literal": (lambda: Feedback("x", "y", "x", 0.3), simultaneous, feedback("x", "y", "x", 0.3)),
+    "nagarajan-kolter": (
+        lambda: Feedback(to="x", loss="y", wrt="y", weight=0.7),
+        simultaneous,
+        feedback("x", "y", "y", 0.7),
+    ),
+    "smoothing": (lambda: Feedback("y", "y", "x", 0.5), simultaneous, feedback("y", "y", "x", 0.5)),
+    "feedback-list": (
+        lambda: [Feedback("x", "y", "y", 0.2), Feedback("y", "x", "x", 0.4), Consensus(0.1)],
+        simultaneous,
+        summed(feedback("x", "y", "y", 0.2), feedback("y", "x", "x", 0.4), consensus(0.1)),
+    ),
+    "consensus": (lambda: Consensus(0.6), simultaneous, consensus(0.6)),
+    "symplectic": (
+        lambda: SymplecticAdjustment(0.8, align=False),
+        simultaneous,
+        symplectic(0.8, False),
+    ),
+    "symplectic-aligned": (lambda: SymplecticAdjustment(0.8), simultaneous, symplectic(0.8, True)),
+    "lookahead": (lambda: Lookahead(every=3, alpha=0.4), lookahead(simultaneous, 3, 0.4), plain),
+    "lookahead-extragradient": (
+        lambda: Lookahead(Extragradient(Consensus(0.3)), every=2, alpha=0.7),
+        lookahead(extragradient, 2, 0.7),
+        consensus(0.3),
+    ),
     "unrolled": (lambda: Unrolled("y", 3), simultaneous, unrolled("y", 3)),
-    "unrolled-first": (lambda: Unrolled("x", 2, lr=.1), simultaneous, unrolled("x", 2, .1)),
+    "unrolled-first": (lambda: Unrolled("x", 2, lr=0.1), simultaneous, unrolled("x", 2, 0.1)),
     "competitive": (lambda: CompetitiveGradient(iterations=16), simultaneous, competitive()),
-    "competitive-lr": (lambda: CompetitiveGradient(lr=.2, iterations=24), simultaneous, competitive(.2)),
-    "alternating-feedback": (lambda: Alternating(Feedback("x", "y", "y", .7), repeats={"y": 2}), alternating({"y": 2}), feedback("x", "y", "y", .7)),
-    "alternating-consensus": (lambda: Alternating(Consensus(.4)), alternating({}), consensus(.4)),
-    "alternating-symplectic": (lambda: Alternating(SymplecticAdjustment(.5)), alternating({}), symplectic(.5, True)),
-    "alternating-unrolled": (lambda: Alternating(Unrolled("y", 2)), alternating({}), unrolled("y", 2)),
-    "alternating-competitive": (lambda: Alternating(CompetitiveGradient(iterations=16)), alternating({}), competitive()),
-    "alternating-list": (lambda: Alternating([Feedback("x", "y", "y", .2), Consensus(.1)]), alternating({}), summed(feedback("x", "y", "y", .2), consensus(.1))),
-    "extragradient-symplectic": (lambda: Extragradient(SymplecticAdjustment(.5)), extragradient, symplectic(.5, True)),
-    "past-consensus": (lambda: Extragradient(Consensus(.4), past=True), past, consensus(.4)),
+    "competitive-lr": (
+        lambda: CompetitiveGradient(lr=0.2, iterations=24),
+        simultaneous,
+        competitive(0.2),
+    ),
+    "alternating-feedback": (
+        lambda: Alternating(Feedback("x", "y", "y", 0.7), repeats={"y": 2}),
+        alternating({"y": 2}),
+        feedback("x", "y", "y", 0.7),
+    ),
+    "alternating-consensus": (lambda: Alternating(Consensus(0.4)), alternating({}), consensus(0.4)),
+    "alternating-symplectic": (
+        lambda: Alternating(SymplecticAdjustment(0.5)),
+        alternating({}),
+        symplectic(0.5, True),
+    ),
+    "alternating-unrolled": (
+        lambda: Alternating(Unrolled("y", 2)),
+        alternating({}),
+        unrolled("y", 2),
+    ),
+    "alternating-competitive": (
+        lambda: Alternating(CompetitiveGradient(iterations=16)),
+        alternating({}),
+        competitive(),
+    ),
+    "alternating-list": (
+        lambda: Alternating([Feedback("x", "y", "y", 0.2), Consensus(0.1)]),
+        alternating({}),
+        summed(feedback("x", "y", "y", 0.2), consensus(0.1)),
+    ),
+    "extragradient-symplectic": (
+        lambda: Extragradient(SymplecticAdjustment(0.5)),
+        extragradient,
+        symplectic(0.5, True),
+    ),
+    "past-consensus": (lambda: Extragradient(Consensus(0.4), past=True), past, consensus(0.4)),
     "past-unrolled": (lambda: Extragradient(Unrolled("y", 2), past=True), past, unrolled("y", 2)),
-    "optimistic-feedback": (lambda: Optimistic(Feedback("x", "y", "y", .7)), optimistic, feedback("x", "y", "y", .7)),
-    "optimistic-competitive": (lambda: Optimistic(CompetitiveGradient(iterations=16)), optimistic, competitive()),
+    "optimistic-feedback": (
+        lambda: Optimistic(Feedback("x", "y", "y", 0.7)),
+        optimistic,
+        feedback("x", "y", "y", 0.7),
+    ),
+    "optimistic-competitive": (
+        lambda: Optimistic(CompetitiveGradient(iterations=16)),
+        optimistic,
+        competitive(),
+    ),
 }
+
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("players", ("xy", "xyz"))
 @pytest.mark.parametrize("name", RULES)
 def test_follows_the_explicit_matrix(name, players, seed):
     make, path, direction = RULES[name]
-    if name == "alternating-order" and players == "xyz": make, path = lambda: Alternating(order=["y", "z", "x"]), alternating({}, ["y", "z", "x"])
+    if name == "alternating-order" and players == "xyz":
+        make, path = lambda: Alternating(order=["y", "z", "x"]), alternating({}, ["y", "z", "x"])
     q = Quadratic(seed, players)
-    game, weights = q.game(make()); w = weights()
+    game, weights = q.game(make())
+    w = weights()
     for expected in path(q, direction(q), w, 6):
         losses = game.step(None)
         assert (weights() - expected).abs().max() <= 1e-10 * expected.abs().max()
-        assert losses.keys() >= set(players) and all(not x.requires_grad and x.ndim == 0 for x in losses.values())
+        assert losses.keys() >= set(players) and all(
+            not x.requires_grad and x.ndim == 0 for x in losses.values()
+        )
 
 
 # Two-player, zero-sum: Schaefer and Anandkumar's own formula.
 @pytest.mark.parametrize("seed", range(4))
 def test_competitive_is_the_published_formula(seed):
-    g = torch.Generator().manual_seed(seed); A, eta = normal(5, 5, g=g), .3; A = A + A.T; b = normal(5, g=g)
+    g = torch.Generator().manual_seed(seed)
+    A, eta = normal(5, 5, g=g), 0.3
+    A = A + A.T
+    b = normal(5, g=g)
     x, y = normal(2, g=g).requires_grad_(), normal(3, g=g).requires_grad_()
     f = lambda batch: (w := torch.cat([x, y])) @ A @ w / 2 + b @ w
-    w = torch.cat([x, y]).detach(); d = A @ w + b; Dxy = A[:2, 2:]
-    dx = -eta * torch.linalg.solve(torch.eye(2, dtype=F64) + eta**2 * Dxy @ Dxy.T, d[:2] + eta * Dxy @ d[2:])
-    dy = eta * torch.linalg.solve(torch.eye(3, dtype=F64) + eta**2 * Dxy.T @ Dxy, d[2:] - eta * Dxy.T @ d[:2])
-    game = Game(x=Player([x], f, optim.SGD([x], lr=eta)), y=Player([y], lambda b: -f(b), optim.SGD([y], lr=eta)), rule=CompetitiveGradient(iterations=6))
+    w = torch.cat([x, y]).detach()
+    d = A @ w + b
+    Dxy = A[:2, 2:]
+    dx = -eta * torch.linalg.solve(
+        torch.eye(2, dtype=F64) + eta**2 * Dxy @ Dxy.T, d[:2] + eta * Dxy @ d[2:]
+    )
+    dy = eta * torch.linalg.solve(
+        torch.eye(3, dtype=F64) + eta**2 * Dxy.T @ Dxy, d[2:] - eta * Dxy.T @ d[:2]
+    )
+    game = Game(
+        x=Player([x], f, optim.SGD([x], lr=eta)),
+        y=Player([y], lambda b: -f(b), optim.SGD([y], lr=eta)),
+        rule=CompetitiveGradient(iterations=6),
+    )
     game.step(None)
     assert (torch.cat([x, y]).detach() - w - torch.cat([dx, dy])).abs().max() < 1e-12
 
 
 def test_conjugate_gradient_starts_from_the_last_solution():
-    q = Quadratic(0, "xyz", lr=.1)
+    q = Quadratic(0, "xyz", lr=0.1)
     game, weights = q.game(CompetitiveGradient(iterations=3))
+
     def error():
         u = game.rule.direction(game.at(None, graph=True))
         exact = competitive()(q)(weights())
-        return (torch.cat([t.flatten() for ts in u.values() for t in ts]) - exact).norm() / exact.norm()
+        return (
+            torch.cat([t.flatten() for ts in u.values() for t in ts]) - exact
+        ).norm() / exact.norm()
+
     errors = [error().item() for _ in range(12)]
-    assert errors[-1] < .01 * errors[0] and all(b <= a * 1.0001 for a, b in zip(errors, errors[1:]))
+    assert errors[-1] < 0.01 * errors[0] and all(
+        b <= a * 1.0001 for a, b in zip(errors, errors[1:])
+    )
 
 
 # A small GAN with everything a real one has: modules, smooth and kinked layers, noise in the batch.
@@ -189,60 +362,113 @@ def gan(rule, make, dtype=torch.float32, device="cpu", seed=0):
         torch.manual_seed(seed)
         G, D = (nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, k)) for k in (2, 1))
     G, D = G.to(device=device, dtype=dtype), D.to(device=device, dtype=dtype)
-    return Game(G=Player(G, lambda b: F.softplus(-D(G(b[1]))).mean(), make(G.parameters())),
-                D=Player(D, lambda b: (F.softplus(-D(b[0])) + F.softplus(D(G(b[1])))).mean(), make(D.parameters())), rule=rule)
+    return Game(
+        G=Player(G, lambda b: F.softplus(-D(G(b[1]))).mean(), make(G.parameters())),
+        D=Player(
+            D,
+            lambda b: (F.softplus(-D(b[0])) + F.softplus(D(G(b[1])))).mean(),
+            make(D.parameters()),
+        ),
+        rule=rule,
+    )
+
 
 def batches(n, dtype=torch.float32, device="cpu", seed=1):
     g = torch.Generator().manual_seed(seed)
-    return [tuple(torch.randn(16, 2, generator=g).to(device=device, dtype=dtype) for _ in range(2)) for _ in range(n)]
+    return [
+        tuple(torch.randn(16, 2, generator=g).to(device=device, dtype=dtype) for _ in range(2))
+        for _ in range(n)
+    ]
+
 
 GAN_RULES = {
-    "simultaneous": lambda: Simultaneous(), "alternating": lambda: Alternating(repeats={"D": 2}), "extragradient": lambda: Extragradient(),
-    "past": lambda: Extragradient(past=True), "optimistic": lambda: Optimistic(), "literal": lambda: Feedback("G", "D", "G", .5),
-    "nagarajan-kolter": lambda: Feedback("G", "D", "D", .5), "list": lambda: [Feedback("G", "D", "D", .5), Feedback("D", "D", "G", .5)],
-    "consensus": lambda: Consensus(.5), "symplectic": lambda: SymplecticAdjustment(), "lookahead": lambda: Lookahead(every=3),
-    "unrolled": lambda: Unrolled("D", 3), "competitive": lambda: CompetitiveGradient(),
-    "lookahead-past": lambda: Lookahead(Extragradient([Consensus(.2), Feedback("G", "D", "D", .5)], past=True), every=3),
-    "optimistic-competitive": lambda: Optimistic(CompetitiveGradient(lr=.01)), "alternating-symplectic": lambda: Alternating(SymplecticAdjustment()), "clipped": lambda: Clipped(.1), "alternating-clipped": lambda: Alternating(Clipped(.1, Consensus(.2))),
+    "simultaneous": lambda: Simultaneous(),
+    "alternating": lambda: Alternating(repeats={"D": 2}),
+    "extragradient": lambda: Extragradient(),
+    "past": lambda: Extragradient(past=True),
+    "optimistic": lambda: Optimistic(),
+    "literal": lambda: Feedback("G", "D", "G", 0.5),
+    "nagarajan-kolter": lambda: Feedback("G", "D", "D", 0.5),
+    "list": lambda: [Feedback("G", "D", "D", 0.5), Feedback("D", "D", "G", 0.5)],
+    "consensus": lambda: Consensus(0.5),
+    "symplectic": lambda: SymplecticAdjustment(),
+    "lookahead": lambda: Lookahead(every=3),
+    "unrolled": lambda: Unrolled("D", 3),
+    "competitive": lambda: CompetitiveGradient(),
+    "lookahead-past": lambda: Lookahead(
+        Extragradient([Consensus(0.2), Feedback("G", "D", "D", 0.5)], past=True), every=3
+    ),
+    "optimistic-competitive": lambda: Optimistic(CompetitiveGradient(lr=0.01)),
+    "alternating-symplectic": lambda: Alternating(SymplecticAdjustment()),
+    "clipped": lambda: Clipped(0.1),
+    "alternating-clipped": lambda: Alternating(Clipped(0.1, Consensus(0.2))),
 }
 OPTIMIZERS = {
-    "momentum": lambda p: optim.Momentum(p, lr=.02, momentum=-.3), "nesterov": lambda p: torch.optim.SGD(p, lr=.02, momentum=.9, nesterov=True, foreach=True),
-    "rmsprop": lambda p: optim.RMSProp(p, lr=.01), "adam": lambda p: optim.Adam(p, lr=.01), "torch-adam": lambda p: torch.optim.Adam(p, lr=.01, amsgrad=True),
-    "torch-adamw": lambda p: torch.optim.AdamW(p, lr=.01), "torch-nadam": lambda p: torch.optim.NAdam(p, lr=.01),
+    "momentum": lambda p: optim.Momentum(p, lr=0.02, momentum=-0.3),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, nesterov=True, foreach=True),
+    "rmsprop": lambda p: optim.RMSProp(p, lr=0.01),
+    "adam": lambda p: optim.Adam(p, lr=0.01),
+    "torch-adam": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "torch-adamw": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "torch-nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
 }
-def weights_of(game): return [w for name in game.players for w in game.params(name)]
+
+
+def weights_of(game):
+    return [w for name in game.players for w in game.params(name)]
+
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("rule", GAN_RULES)
 def test_resumes_bit_for_bit(rule, optimizer, tmp_path):
     "Through a file, and the rule's memory also shared with the first game, which goes on; learning rates on a schedule."
+
     def new():
         game = gan(GAN_RULES[rule](), OPTIMIZERS[optimizer])
-        return game, [torch.optim.lr_scheduler.ExponentialLR(p.optimizer, .9) for p in game.players.values()]
+        return game, [
+            torch.optim.lr_scheduler.ExponentialLR(p.optimizer, 0.9) for p in game.players.values()
+        ]
+
     def run(game, schedules, data):
-        for b in data: game.step(b); [s.step() for s in schedules]
+        for b in data:
+            game.step(b)
+            [s.step() for s in schedules]
+
     data = batches(7)
     whole, first, second, third = new(), new(), new(), new()
     run(*whole, data)
     run(*first, data[:4])
     checkpoint.save(tmp_path / "x.pt", first[0].state_dict())
     second[0].load_state_dict(checkpoint.load(tmp_path / "x.pt"))
-    state = first[0].state_dict()  # torch's optimizers share the tensors of a state they load, so theirs are copied
+    state = (
+        first[0].state_dict()
+    )  # torch's optimizers share the tensors of a state they load, so theirs are copied
     third[0].load_state_dict({k: x if k == "rule" else copy.deepcopy(x) for k, x in state.items()})
-    for game, schedules in (second, third): [s.load_state_dict(copy.deepcopy(t.state_dict())) for s, t in zip(schedules, first[1])]
-    run(*first, data[4:]); run(*second, data[4:]); run(*third, data[4:])
+    for game, schedules in (second, third):
+        [s.load_state_dict(copy.deepcopy(t.state_dict())) for s, t in zip(schedules, first[1])]
+    run(*first, data[4:])
+    run(*second, data[4:])
+    run(*third, data[4:])
     for other in (first, second, third):
-        for a, b in zip(weights_of(whole[0]), weights_of(other[0])): assert torch.equal(a, b)
+        for a, b in zip(weights_of(whole[0]), weights_of(other[0])):
+            assert torch.equal(a, b)
     assert all(w.isfinite().all() for w in weights_of(whole[0]))
 
 
-@pytest.mark.parametrize("rule", ("past", "optimistic", "competitive", "lookahead-past", "optimistic-competitive"))
+@pytest.mark.parametrize(
+    "rule", ("past", "optimistic", "competitive", "lookahead-past", "optimistic-competitive")
+)
 def test_memory_is_out_of_the_optimizers_reach(rule):
     "torch's Nesterov writes into the gradients in its foreach form only: the path must not tell."
     ends = []
     for foreach in (False, True):
-        game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.05, momentum=.9, nesterov=True, foreach=foreach), dtype=F64)
-        for b in batches(6, dtype=F64): game.step(b)
+        game = gan(
+            GAN_RULES[rule](),
+            lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, foreach=foreach),
+            dtype=F64,
+        )
+        for b in batches(6, dtype=F64):
+            game.step(b)
         ends.append(torch.cat([w.detach().flatten() for w in weights_of(game)]))
     assert (ends[0] - ends[1]).abs().max() < 1e-12
 
@@ -252,41 +478,55 @@ def test_starting_afresh_forgets():
     data, make = batches(4), OPTIMIZERS["adam"]
     used, fresh = gan(Optimistic(), make), gan(Optimistic(), make)
     start = copy.deepcopy(used.state_dict())
-    for b in data: used.step(b)
+    for b in data:
+        used.step(b)
     used.load_state_dict(start)
-    for b in data: used.step(b); fresh.step(b)
-    for a, b in zip(weights_of(used), weights_of(fresh)): assert torch.equal(a, b)
+    for b in data:
+        used.step(b)
+        fresh.step(b)
+    for a, b in zip(weights_of(used), weights_of(fresh)):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("rule", GAN_RULES)
 def test_never_looks_at_values(rule):
     "On the meta device there are none: a Python branch on a value would raise."
-    game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.1), device="meta")
-    for b in batches(4, device="meta"): losses = game.step(b)
+    game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=0.1), device="meta")
+    for b in batches(4, device="meta"):
+        losses = game.step(b)
     assert all(x.device.type == "meta" for x in losses.values())
 
 
 @pytest.mark.parametrize("dtype", (F64, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("rule", GAN_RULES)
 def test_keeps_the_precision(rule, dtype):
-    game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.05), dtype=dtype)
-    for b in batches(4, dtype=dtype): losses = game.step(b)
-    assert all(x.dtype == dtype for x in [*losses.values(), *weights_of(game)]) and all(w.isfinite().all() for w in weights_of(game))
+    game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=0.05), dtype=dtype)
+    for b in batches(4, dtype=dtype):
+        losses = game.step(b)
+    assert all(x.dtype == dtype for x in [*losses.values(), *weights_of(game)]) and all(
+        w.isfinite().all() for w in weights_of(game)
+    )
     for m in game.rule.memory.values() if hasattr(game.rule, "memory") else ():
-        if isinstance(m, Field): assert all(x.dtype == dtype for xs in m.values() for x in xs)
+        if isinstance(m, Field):
+            assert all(x.dtype == dtype for xs in m.values() for x in xs)
 
 
 @pytest.mark.parametrize("rule", GAN_RULES)
 def test_bfloat16_autocast(rule):
     "Weights and gradients stay float32, and the path stays near the one without autocast."
+
     def run(autocast):
-        game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.05)); start = [w.detach().clone() for w in weights_of(game)]
-        if autocast: game.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
-        for b in batches(5): game.step(b)
+        game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=0.05))
+        start = [w.detach().clone() for w in weights_of(game)]
+        if autocast:
+            game.autocast = lambda: torch.autocast("cpu", dtype=torch.bfloat16)
+        for b in batches(5):
+            game.step(b)
         assert all(w.dtype == w.grad.dtype == torch.float32 for w in weights_of(game))
         return torch.cat([(w.detach() - s).flatten() for w, s in zip(weights_of(game), start)])
+
     exact, rounded = run(False), run(True)
-    assert 0 < (exact - rounded).norm() < .1 * exact.norm()
+    assert 0 < (exact - rounded).norm() < 0.1 * exact.norm()
 
 
 @pytest.mark.cuda
@@ -294,176 +534,286 @@ def test_bfloat16_autocast(rule):
 def test_on_cuda(rule):
     paths = []
     for device in ("cpu", "cuda"):
-        game = gan(GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=.05), dtype=F64, device=device)
+        game = gan(
+            GAN_RULES[rule](), lambda p: torch.optim.SGD(p, lr=0.05), dtype=F64, device=device
+        )
         data = batches(5, dtype=F64, device=device)
         game.step(data[0])
-        if device == "cuda": torch.cuda.set_sync_debug_mode("error")
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
         try:
-            for b in data[1:]: game.step(b)
+            for b in data[1:]:
+                game.step(b)
         finally:
-            if device == "cuda": torch.cuda.set_sync_debug_mode("default")
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
         paths.append(torch.cat([w.detach().cpu().flatten() for w in weights_of(game)]))
     assert (paths[0] - paths[1]).abs().max() < 1e-9
 
 
 # Limits: what each rule is when its knob is turned off. Same bits.
 LIMITS = {
-    "feedback 0": (lambda: Feedback("G", "D", "D", 0.), lambda: None), "consensus 0": (lambda: Consensus(0.), lambda: None),
-    "symplectic 0": (lambda: SymplecticAdjustment(0.), lambda: None), "unrolled 0": (lambda: Unrolled("D", 0), lambda: None),
-    "empty list": (lambda: [], lambda: None), "lookahead 1 1": (lambda: Lookahead(every=1, alpha=1.), lambda: None),
-    "extragradient inner": (lambda: Extragradient(Consensus(0.)), lambda: Extragradient()),
-    "repeats 1": (lambda: Alternating(repeats={"D": 1}), lambda: Alternating()), "order": (lambda: Alternating(order=["G", "D"]), lambda: Alternating()),
-    "list of one": (lambda: [Consensus(.4)], lambda: Consensus(.4)), "clipped far": (lambda: Clipped(1e9, Consensus(.4)), lambda: Consensus(.4)),
+    "feedback 0": (lambda: Feedback("G", "D", "D", 0.0), lambda: None),
+    "consensus 0": (lambda: Consensus(0.0), lambda: None),
+    "symplectic 0": (lambda: SymplecticAdjustment(0.0), lambda: None),
+    "unrolled 0": (lambda: Unrolled("D", 0), lambda: None),
+    "empty list": (lambda: [], lambda: None),
+    "lookahead 1 1": (lambda: Lookahead(every=1, alpha=1.0), lambda: None),
+    "extragradient inner": (lambda: Extragradient(Consensus(0.0)), lambda: Extragradient()),
+    "repeats 1": (lambda: Alternating(repeats={"D": 1}), lambda: Alternating()),
+    "order": (lambda: Alternating(order=["G", "D"]), lambda: Alternating()),
+    "list of one": (lambda: [Consensus(0.4)], lambda: Consensus(0.4)),
+    "clipped far": (lambda: Clipped(1e9, Consensus(0.4)), lambda: Consensus(0.4)),
 }
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 def test_limits(limit):
     a, b = (gan(rule(), OPTIMIZERS["torch-adam"], dtype=F64) for rule in LIMITS[limit])
-    for batch in batches(6, dtype=F64): a.step(batch); b.step(batch)
-    for x, y in zip(weights_of(a), weights_of(b)): assert (x - y).abs().max() <= (1e-12 if "lookahead" in limit else 0)
+    for batch in batches(6, dtype=F64):
+        a.step(batch)
+        b.step(batch)
+    for x, y in zip(weights_of(a), weights_of(b)):
+        assert (x - y).abs().max() <= (1e-12 if "lookahead" in limit else 0)
 
 
-@pytest.mark.parametrize("rule", (SymplecticAdjustment(), CompetitiveGradient(), Alternating(), Alternating(CompetitiveGradient())))
+@pytest.mark.parametrize(
+    "rule",
+    (
+        SymplecticAdjustment(),
+        CompetitiveGradient(),
+        Alternating(),
+        Alternating(CompetitiveGradient()),
+    ),
+)
 def test_one_player_just_descends(rule):
     "There is nobody to turn with or to answer."
     ends = []
     for r in (rule, None):
         w = torch.linspace(-1, 1, 5, dtype=F64).requires_grad_()
-        game = Game(x=Player([w], lambda b: (w.sin() * b).sum(), torch.optim.Adam([w], lr=.1)), rule=r)
-        for t in range(6): game.step(torch.arange(5.) + t)
+        game = Game(
+            x=Player([w], lambda b: (w.sin() * b).sum(), torch.optim.Adam([w], lr=0.1)), rule=r
+        )
+        for t in range(6):
+            game.step(torch.arange(5.0) + t)
         ends.append(w.detach())
     assert torch.allclose(*ends, rtol=1e-12, atol=0)
 
 
 def test_one_short_unrolled_step_is_nagarajan_and_kolters_feedback():
     "In a zero-sum game L + eta |grad L|^2 to first order in eta; the error is of second."
+
     def direction(rule):
-        game = gan(rule, lambda p: torch.optim.SGD(p, lr=.1), dtype=F64)
+        game = gan(rule, lambda p: torch.optim.SGD(p, lr=0.1), dtype=F64)
         loss = game.players["G"].loss
         game.players["D"].loss = lambda b: -loss(b)
-        b, = batches(1, dtype=F64)
+        (b,) = batches(1, dtype=F64)
         return torch.cat([x.flatten() for x in rule.direction(game.at(b, graph=True))["G"]])
-    plain = direction(Feedback("G", "D", "D", 0.))
+
+    plain = direction(Feedback("G", "D", "D", 0.0))
     for eta in (1e-3, 1e-4):
-        a, b = direction(Unrolled("D", 1, lr=eta)) - plain, direction(Feedback("G", "D", "D", eta)) - plain
+        a, b = (
+            direction(Unrolled("D", 1, lr=eta)) - plain,
+            direction(Feedback("G", "D", "D", eta)) - plain,
+        )
         assert (a - b).norm() < 3 * eta * b.norm()
 
 
-@pytest.mark.parametrize("rule", (lambda: Alternating(), lambda: Alternating(repeats={"D": 3}), lambda: None))
+@pytest.mark.parametrize(
+    "rule", (lambda: Alternating(), lambda: Alternating(repeats={"D": 3}), lambda: None)
+)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_is_the_hand_written_loop(rule, optimizer):
-    rule = rule(); make = OPTIMIZERS[optimizer]
+    rule = rule()
+    make = OPTIMIZERS[optimizer]
     game, hand = gan(rule, make), gan(None, make)
     for b in batches(8):
         game.step(b)
         if rule is None:
-            grads = {k: torch.autograd.grad(p.loss(b), hand.params(k)) for k, p in hand.players.items()}
+            grads = {
+                k: torch.autograd.grad(p.loss(b), hand.params(k)) for k, p in hand.players.items()
+            }
             for k, p in hand.players.items():
-                for w, g in zip(hand.params(k), grads[k]): w.grad = g
+                for w, g in zip(hand.params(k), grads[k]):
+                    w.grad = g
                 p.optimizer.step()
         else:
             for k, p in hand.players.items():
                 for _ in range(rule.repeats.get(k, 1)):
-                    p.optimizer.zero_grad(); p.loss(b).backward(inputs=hand.params(k)); p.optimizer.step()
-    for x, y in zip(weights_of(game), weights_of(hand)): assert torch.equal(x, y)
+                    p.optimizer.zero_grad()
+                    p.loss(b).backward(inputs=hand.params(k))
+                    p.optimizer.step()
+    for x, y in zip(weights_of(game), weights_of(hand)):
+        assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("make", (lambda p: torch.optim.Adam(p, lr=.01, betas=(.5, .9)), lambda p: optim.Adam(p, lr=.01, betas=(.5, .9))))
+@pytest.mark.parametrize(
+    "make",
+    (
+        lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9)),
+        lambda p: optim.Adam(p, lr=0.01, betas=(0.5, 0.9)),
+    ),
+)
 def test_extragradient_is_extra_adam(make):
     "Gidel et al. 2019, Alg. 4: both gradients enter the moments, each with its own bias correction, and the step leaves from the saved weights."
     game = gan(Extragradient(), make, dtype=F64)
     twin = gan(None, make, dtype=F64)
     w = [p.detach().clone() for p in weights_of(twin)]
     m, s, t = [torch.zeros_like(p) for p in w], [torch.zeros_like(p) for p in w], 0
+
     def moved(by):
         nonlocal t
         t += 1
-        for i, g in enumerate(by): m[i] = .5*m[i] + .5*g; s[i] = .9*s[i] + .1*g**2
-        return [p - .01 * (a / (1 - .5**t)) / ((b / (1 - .9**t)).sqrt() + 1e-8) for p, a, b in zip(w, m, s)]
+        for i, g in enumerate(by):
+            m[i] = 0.5 * m[i] + 0.5 * g
+            s[i] = 0.9 * s[i] + 0.1 * g**2
+        return [
+            p - 0.01 * (a / (1 - 0.5**t)) / ((b / (1 - 0.9**t)).sqrt() + 1e-8)
+            for p, a, b in zip(w, m, s)
+        ]
+
     def field(at, b):
         twin.set_weights(Field(G=at[:4], D=at[4:]))
-        return [g for k in "GD" for g in torch.autograd.grad(twin.players[k].loss(b), twin.params(k))]
+        return [
+            g for k in "GD" for g in torch.autograd.grad(twin.players[k].loss(b), twin.params(k))
+        ]
+
     for b in batches(12, dtype=F64):
         game.step(b)
         w = moved(field(moved(field(w, b)), b))
-        for x, y in zip(weights_of(game), w): assert (x - y).abs().max() < 1e-11
+        for x, y in zip(weights_of(game), w):
+            assert (x - y).abs().max() < 1e-11
 
 
 def test_optimistic_is_optimistic_adam():
     "Daskalakis et al. 2018: w - 2 eta m_t/sqrt(s_t) + eta m_{t-1}/sqrt(s_{t-1}), moments of the gradients at the iterates themselves."
-    game, twin = gan(Optimistic(), lambda p: torch.optim.Adam(p, lr=.01, betas=(.5, .9)), dtype=F64), gan(None, lambda p: torch.optim.SGD(p), dtype=F64)
-    w = [p.detach().clone() for p in weights_of(twin)]; m = [torch.zeros_like(p) for p in w]; s = [torch.zeros_like(p) for p in w]; last = None
+    game, twin = (
+        gan(Optimistic(), lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.5, 0.9)), dtype=F64),
+        gan(None, lambda p: torch.optim.SGD(p), dtype=F64),
+    )
+    w = [p.detach().clone() for p in weights_of(twin)]
+    m = [torch.zeros_like(p) for p in w]
+    s = [torch.zeros_like(p) for p in w]
+    last = None
     for t, b in enumerate(batches(12, dtype=F64), 1):
         game.step(b)
         twin.set_weights(Field(G=w[:4], D=w[4:]))
-        for i, g in enumerate(g for k in "GD" for g in torch.autograd.grad(twin.players[k].loss(b), twin.params(k))): m[i] = .5*m[i] + .5*g; s[i] = .9*s[i] + .1*g**2
-        step = [.01 * (a / (1 - .5**t)) / ((c / (1 - .9**t)).sqrt() + 1e-8) for a, c in zip(m, s)]
-        w = [p - 2*d + e for p, d, e in zip(w, step, last or step)]; last = step
-        for x, y in zip(weights_of(game), w): assert (x - y).abs().max() < 1e-11
+        for i, g in enumerate(
+            g for k in "GD" for g in torch.autograd.grad(twin.players[k].loss(b), twin.params(k))
+        ):
+            m[i] = 0.5 * m[i] + 0.5 * g
+            s[i] = 0.9 * s[i] + 0.1 * g**2
+        step = [
+            0.01 * (a / (1 - 0.5**t)) / ((c / (1 - 0.9**t)).sqrt() + 1e-8) for a, c in zip(m, s)
+        ]
+        w = [p - 2 * d + e for p, d, e in zip(w, step, last or step)]
+        last = step
+        for x, y in zip(weights_of(game), w):
+            assert (x - y).abs().max() < 1e-11
 
 
 def test_past_extrapolations_are_optimistic_iterates():
     "With plain descent the points at which extragradient-from-the-past evaluates walk the path of the optimistic rule."
-    seen, sgd = [], lambda p: optim.SGD(p, lr=.05)
-    past, optimistic = gan(Extragradient(past=True), sgd, dtype=F64), gan(Optimistic(), sgd, dtype=F64)
-    b, = batches(1, dtype=F64)
+    seen, sgd = [], lambda p: optim.SGD(p, lr=0.05)
+    past, optimistic = (
+        gan(Extragradient(past=True), sgd, dtype=F64),
+        gan(Optimistic(), sgd, dtype=F64),
+    )
+    (b,) = batches(1, dtype=F64)
     loss = past.players["G"].loss
-    past.players["G"].loss = lambda b: (seen.append([w.detach().clone() for w in weights_of(past)]), loss(b))[1]
-    for _ in range(10): past.step(b)
-    optimistic.set_weights(Field(G=seen[1][:4], D=seen[1][4:]))     # one step out, as past is when it first evaluates there
+    past.players["G"].loss = lambda b: (
+        seen.append([w.detach().clone() for w in weights_of(past)]),
+        loss(b),
+    )[1]
+    for _ in range(10):
+        past.step(b)
+    optimistic.set_weights(
+        Field(G=seen[1][:4], D=seen[1][4:])
+    )  # one step out, as past is when it first evaluates there
     start = gan(None, sgd, dtype=F64)
-    optimistic.rule.memory = {"move": Field({k: [-.05*g for g in gs] for k, gs in start.at(b).v.items()})}
+    optimistic.rule.memory = {
+        "move": Field({k: [-0.05 * g for g in gs] for k, gs in start.at(b).v.items()})
+    }
     for points in seen[2:]:
         optimistic.step(b)
-        for x, y in zip(weights_of(optimistic), points): assert (x - y).abs().max() < 1e-13
+        for x, y in zip(weights_of(optimistic), points):
+            assert (x - y).abs().max() < 1e-13
 
 
 @pytest.mark.parametrize("steps,groups", ((1, False), (3, False), (5, True)))
 def test_unrolled_is_the_gradient_through_the_steps(steps, groups):
     "Autograd through the unrolled graph, in float64, on a network; and the weights come back to the bit."
+
     def make(p):
         p = list(p)
-        return torch.optim.SGD([dict(params=p[:1], lr=.3), dict(params=p[1:], lr=.1)] if groups else p, lr=.2)
-    game = gan(Unrolled("D", steps), make, dtype=F64, seed=3); b, = batches(1, dtype=F64)
+        return torch.optim.SGD(
+            [dict(params=p[:1], lr=0.3), dict(params=p[1:], lr=0.1)] if groups else p, lr=0.2
+        )
+
+    game = gan(Unrolled("D", steps), make, dtype=F64, seed=3)
+    (b,) = batches(1, dtype=F64)
     G, D = (game.players[k].module for k in "GD")
     rate = {id(p): g["lr"] for g in game.players["D"].optimizer.param_groups for p in g["params"]}
-    weights = dict(D.named_parameters()); call = lambda w, x: torch.func.functional_call(D, w, (x,))
+    weights = dict(D.named_parameters())
+    call = lambda w, x: torch.func.functional_call(D, w, (x,))
     moved = dict(weights)
     for _ in range(steps):
         loss = (F.softplus(-call(moved, b[0])) + F.softplus(call(moved, G(b[1])))).mean()
         grads = torch.autograd.grad(loss, list(moved.values()), create_graph=True)
         moved = {k: w - rate[id(weights[k])] * g for (k, w), g in zip(moved.items(), grads)}
     expected = torch.autograd.grad(F.softplus(-call(moved, G(b[1]))).mean(), list(G.parameters()))
-    before = game.weights(); u = game.rule.direction(game.at(b, graph=True))
-    for x, y in zip(u["G"], expected): assert (x - y).abs().max() < 1e-12
-    for x, y in zip(u["D"], game.at(b).v["D"]): assert torch.equal(x, y)
+    before = game.weights()
+    u = game.rule.direction(game.at(b, graph=True))
+    for x, y in zip(u["G"], expected):
+        assert (x - y).abs().max() < 1e-12
+    for x, y in zip(u["D"], game.at(b).v["D"]):
+        assert torch.equal(x, y)
     for k in "GD":
-        for x, y in zip(game.weights()[k], before[k]): assert torch.equal(x, y)
+        for x, y in zip(game.weights()[k], before[k]):
+            assert torch.equal(x, y)
 
 
 # Rates of L_x = s x y, L_y = -s x y, from the update as a black box on all its state (weights, memory).
-S, ETA = .7, .2; s = ETA * S
-ROOT = math.sqrt(1 - 4*s*s)
+S, ETA = 0.7, 0.2
+s = ETA * S
+ROOT = math.sqrt(1 - 4 * s * s)
 RATES = {
-    "simultaneous": (None, math.sqrt(1 + s*s)), "alternating": (Alternating(), 1.), "extragradient": (Extragradient(), math.sqrt(1 - s*s + s**4)),
-    "consensus": (Consensus(1.3), math.sqrt((1 - 1.3*ETA*S*S)**2 + s*s)), "symplectic": (SymplecticAdjustment(1.3), math.sqrt((1 - 1.3*ETA*S*S)**2 + s*s)),
-    "nagarajan-kolter": (Feedback("x", "y", "y", .1), math.sqrt(1 - .2*ETA*S*S + s*s)), "literal": (Feedback("x", "y", "x", 3.), math.sqrt(1 + s*s)),
-    "unrolled": (Unrolled("y", 1, lr=.1), math.sqrt(1 - .2*ETA*S*S + s*s)), "competitive": (CompetitiveGradient(), 1 / math.sqrt(1 + s*s)),
-    "optimistic": (Optimistic(), math.sqrt((1 + ROOT) / 2)), "past": (Extragradient(past=True), math.sqrt((1 + ROOT) / 2)),
-    "lookahead": (Lookahead(every=5, alpha=.4), abs(.6 + .4*(1 + 1j*s)**5)**(1/5)),
+    "simultaneous": (None, math.sqrt(1 + s * s)),
+    "alternating": (Alternating(), 1.0),
+    "extragradient": (Extragradient(), math.sqrt(1 - s * s + s**4)),
+    "consensus": (Consensus(1.3), math.sqrt((1 - 1.3 * ETA * S * S) ** 2 + s * s)),
+    "symplectic": (SymplecticAdjustment(1.3), math.sqrt((1 - 1.3 * ETA * S * S) ** 2 + s * s)),
+    "nagarajan-kolter": (Feedback("x", "y", "y", 0.1), math.sqrt(1 - 0.2 * ETA * S * S + s * s)),
+    "literal": (Feedback("x", "y", "x", 3.0), math.sqrt(1 + s * s)),
+    "unrolled": (Unrolled("y", 1, lr=0.1), math.sqrt(1 - 0.2 * ETA * S * S + s * s)),
+    "competitive": (CompetitiveGradient(), 1 / math.sqrt(1 + s * s)),
+    "optimistic": (Optimistic(), math.sqrt((1 + ROOT) / 2)),
+    "past": (Extragradient(past=True), math.sqrt((1 + ROOT) / 2)),
+    "lookahead": (Lookahead(every=5, alpha=0.4), abs(0.6 + 0.4 * (1 + 1j * s) ** 5) ** (1 / 5)),
 }
+
+
 @pytest.mark.parametrize("name", RATES)
 def test_rate_on_the_bilinear_game(name):
-    rule, expected = RATES[name]; every = 5 if name == "lookahead" else 1
+    rule, expected = RATES[name]
+    every = 5 if name == "lookahead" else 1
     x, y = (torch.ones(1, dtype=F64, requires_grad=True) for _ in range(2))
-    game = Game(x=Player([x], lambda b: S * (x*y).sum(), optim.SGD([x], lr=ETA)), y=Player([y], lambda b: -S * (x*y).sum(), optim.SGD([y], lr=ETA)), rule=rule)
+    game = Game(
+        x=Player([x], lambda b: S * (x * y).sum(), optim.SGD([x], lr=ETA)),
+        y=Player([y], lambda b: -S * (x * y).sum(), optim.SGD([y], lr=ETA)),
+        rule=rule,
+    )
     key = {"optimistic": "move", "past": "u"}.get(name)
+
     def step(state):
         game.set_weights(Field(x=[state[:1]], y=[state[1:2]]))
         game.rule.memory = {key: Field(x=[state[2:3]], y=[state[3:]])} if key else {}
-        for _ in range(every): game.step(None)
+        for _ in range(every):
+            game.step(None)
         memory = game.rule.memory[key] if key else {}
         return torch.cat([t.detach() for t in (x, y, *(m for ts in memory.values() for m in ts))])
-    assert abs(spectral_radius(step, 4 if key else 2)**(1 / every) - expected) < 1e-7
+
+    assert abs(spectral_radius(step, 4 if key else 2) ** (1 / every) - expected) < 1e-7
 
 
 @pytest.mark.parametrize("kind", ("smooth", "detached"))
@@ -472,49 +822,101 @@ def test_input_gradient_penalty(kind):
     g = torch.Generator().manual_seed(0)
     w, a, x = normal(5, 3, g=g).requires_grad_(), normal(5, g=g).requires_grad_(), normal(7, 3, g=g)
     net = lambda x: torch.tanh(x @ w.T) @ a
-    slope = lambda x: ((1 - torch.tanh(x @ w.T)**2) * a) @ w
+    slope = lambda x: ((1 - torch.tanh(x @ w.T) ** 2) * a) @ w
     x = x.requires_grad_(kind == "smooth") * 1
     got, expected = input_gradient_penalty(net, x), slope(x).square().sum(1).mean()
     assert (got - expected).abs() < 1e-12
-    for p, q in zip(torch.autograd.grad(got, (w, a), retain_graph=True), torch.autograd.grad(expected, (w, a), retain_graph=True)): assert (p - q).abs().max() < 1e-12
-    with torch.no_grad(): assert (input_gradient_penalty(net, x) - expected).abs() < 1e-12
-    images = normal(4, 1, 2, 2, g=g); flat = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, dtype=F64))
+    for p, q in zip(
+        torch.autograd.grad(got, (w, a), retain_graph=True),
+        torch.autograd.grad(expected, (w, a), retain_graph=True),
+    ):
+        assert (p - q).abs().max() < 1e-12
+    with torch.no_grad():
+        assert (input_gradient_penalty(net, x) - expected).abs() < 1e-12
+    images = normal(4, 1, 2, 2, g=g)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(4, 1, dtype=F64))
     assert (input_gradient_penalty(flat, images) - flat[1].weight.square().sum()).abs() < 1e-12
 
 
 MISTAKES = [
-    (lambda: Feedback("G", "D", "E", 1.), "'E'"), (lambda: Feedback("F", "D", "D", 1.), "'F'"), (lambda: Feedback("G", "D", "D", -1.), "at least 0"),
-    (lambda: Feedback("G", "D", "D", math.nan), "finite"), (lambda: Consensus(math.inf), "finite"), (lambda: Consensus(-1.), "at least 0"),
-    (lambda: SymplecticAdjustment(math.nan), "finite"), (lambda: Alternating(repeats={"E": 2}), "'E'"), (lambda: Alternating(repeats={"D": 0}), "at least 1"),
-    (lambda: Alternating(repeats={"D": 1.5}), "integer"), (lambda: Alternating(order=["G"]), "leaves out ['D']"), (lambda: Alternating(order=["G", "D", "E"]), "'E'"),
-    (lambda: Alternating(Extragradient()), "itself a way to step"), (lambda: Optimistic(Lookahead()), "itself a way to step"),
-    (lambda: Extragradient(Feedback("G", "D", "E", 1.)), "'E'"), (lambda: Lookahead(Alternating(Unrolled("E", 1))), "'E'"), (lambda: Lookahead(every=0), "at least 1"),
-    (lambda: Lookahead(alpha=0.), "alpha"), (lambda: Lookahead(alpha=1.5), "alpha"), (lambda: Unrolled("E", 2), "'E'"), (lambda: Unrolled("D", -1), "at least 0"),
-    (lambda: Unrolled("D", 1, lr=math.nan), "finite"), (lambda: CompetitiveGradient(iterations=0), "at least 1"), (lambda: CompetitiveGradient(lr=-1.), "at least 0"),
-    (lambda: [Consensus(1.), Feedback("G", "D", "E", 1.)], "'E'"),
+    (lambda: Feedback("G", "D", "E", 1.0), "'E'"),
+    (lambda: Feedback("F", "D", "D", 1.0), "'F'"),
+    (lambda: Feedback("G", "D", "D", -1.0), "at least 0"),
+    (lambda: Feedback("G", "D", "D", math.nan), "finite"),
+    (lambda: Consensus(math.inf), "finite"),
+    (lambda: Consensus(-1.0), "at least 0"),
+    (lambda: SymplecticAdjustment(math.nan), "finite"),
+    (lambda: Alternating(repeats={"E": 2}), "'E'"),
+    (lambda: Alternating(repeats={"D": 0}), "at least 1"),
+    (lambda: Alternating(repeats={"D": 1.5}), "integer"),
+    (lambda: Alternating(order=["G"]), "leaves out ['D']"),
+    (lambda: Alternating(order=["G", "D", "E"]), "'E'"),
+    (lambda: Alternating(Extragradient()), "itself a way to step"),
+    (lambda: Optimistic(Lookahead()), "itself a way to step"),
+    (lambda: Extragradient(Feedback("G", "D", "E", 1.0)), "'E'"),
+    (lambda: Lookahead(Alternating(Unrolled("E", 1))), "'E'"),
+    (lambda: Lookahead(every=0), "at least 1"),
+    (lambda: Lookahead(alpha=0.0), "alpha"),
+    (lambda: Lookahead(alpha=1.5), "alpha"),
+    (lambda: Unrolled("E", 2), "'E'"),
+    (lambda: Unrolled("D", -1), "at least 0"),
+    (lambda: Unrolled("D", 1, lr=math.nan), "finite"),
+    (lambda: CompetitiveGradient(iterations=0), "at least 1"),
+    (lambda: CompetitiveGradient(lr=-1.0), "at least 0"),
+    (lambda: [Consensus(1.0), Feedback("G", "D", "E", 1.0)], "'E'"),
 ]
-@pytest.mark.parametrize("make,word", MISTAKES, ids=[word + str(i) for i, (_, word) in enumerate(MISTAKES)])
+
+
+@pytest.mark.parametrize(
+    "make,word", MISTAKES, ids=[word + str(i) for i, (_, word) in enumerate(MISTAKES)]
+)
 def test_mistakes_are_told_at_construction(make, word):
-    with pytest.raises(ValueError) as e: gan(make(), OPTIMIZERS["adam"])
+    with pytest.raises(ValueError) as e:
+        gan(make(), OPTIMIZERS["adam"])
     assert word in str(e.value)
 
 
-@pytest.mark.parametrize("rule", (Simultaneous(), Alternating(), Optimistic(), Lookahead(), CompetitiveGradient()))
+@pytest.mark.parametrize(
+    "rule", (Simultaneous(), Alternating(), Optimistic(), Lookahead(), CompetitiveGradient())
+)
 def test_only_corrections_add_up(rule):
-    with pytest.raises(TypeError, match="not a correction"): Corrections([Consensus(1.), rule])
+    with pytest.raises(TypeError, match="not a correction"):
+        Corrections([Consensus(1.0), rule])
 
 
 def test_an_optimizer_without_a_learning_rate():
     class Fixed(torch.optim.Optimizer):
-        def __init__(self, params): super().__init__(params, {})
+        def __init__(self, params):
+            super().__init__(params, {})
+
         def step(self):
-            with torch.no_grad(): [p.sub_(.1 * p.grad) for g in self.param_groups for p in g["params"]]
+            with torch.no_grad():
+                [p.sub_(0.1 * p.grad) for g in self.param_groups for p in g["params"]]
+
     for rule in (Unrolled("D", 2), CompetitiveGradient()):
-        with pytest.raises(ValueError, match="give the rule its lr"): gan(rule, Fixed)
-    gan(Unrolled("D", 2, lr=.1), Fixed).step(batches(1)[0])
+        with pytest.raises(ValueError, match="give the rule its lr"):
+            gan(rule, Fixed)
+    gan(Unrolled("D", 2, lr=0.1), Fixed).step(batches(1)[0])
 
 
 def test_rules_of_second_order_refuse_compilation():
-    for rule in (Consensus(.1), Extragradient(Consensus(.1)), Lookahead(Alternating([Feedback("G", "D", "D", 1.)])), Unrolled("D", 1), CompetitiveGradient()):
-        with pytest.raises(ValueError, match="differentiates twice"): gan(rule, OPTIMIZERS["adam"]).compile()
-    assert not any(rule.second_order for rule in (Simultaneous(), Alternating(), Extragradient(), Optimistic(), Lookahead(), Rule()))
+    for rule in (
+        Consensus(0.1),
+        Extragradient(Consensus(0.1)),
+        Lookahead(Alternating([Feedback("G", "D", "D", 1.0)])),
+        Unrolled("D", 1),
+        CompetitiveGradient(),
+    ):
+        with pytest.raises(ValueError, match="differentiates twice"):
+            gan(rule, OPTIMIZERS["adam"]).compile()
+    assert not any(
+        rule.second_order
+        for rule in (
+            Simultaneous(),
+            Alternating(),
+            Extragradient(),
+            Optimistic(),
+            Lookahead(),
+            Rule(),
+        )
+    )

@@ -1,4 +1,5 @@
 "Training beyond what its page checks: compilation, streams, schedules, devices."
+
 import pytest
 import torch
 from PIL import Image
@@ -14,45 +15,68 @@ from optgen.schemes.elbo import BetaVAE
 from optgen.trainer import Watch, fit
 
 
-def few(n=400): return Images(digits("train").images[:n])
+def few(n=400):
+    return Images(digits("train").images[:n])
 
 
-def scheme(seed=0, make=lambda: VAE(784, 32, 16, 4), device=None, beta=lambda: 1.):
+def scheme(seed=0, make=lambda: VAE(784, 32, 16, 4), device=None, beta=lambda: 1.0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().to(device)
     return BetaVAE(model, beta(), optimizer=Adam(model.parameters(), lr=1e-3))
 
 
-def weights(s): return torch.cat([p.detach().cpu().flatten() for p in s.model.parameters()])
+def weights(s):
+    return torch.cat([p.detach().cpu().flatten() for p in s.model.parameters()])
 
 
 def test_compiled_is_eager():
-    eager, compiled = (scheme(beta=lambda: Geco(200., smoothing=.9)) for _ in range(2))
-    for s, c in ((eager, False), (compiled, True)): fit(s, few(), epochs=2, binarize="dynamic", compile=c, progress="none")
+    eager, compiled = (scheme(beta=lambda: Geco(200.0, smoothing=0.9)) for _ in range(2))
+    for s, c in ((eager, False), (compiled, True)):
+        fit(s, few(), epochs=2, binarize="dynamic", compile=c, progress="none")
     assert torch.allclose(weights(eager), weights(compiled), rtol=1e-3, atol=1e-5)
-    assert torch.allclose(eager.beta.value, compiled.beta.value, rtol=1e-3) and eager.beta.value < .9
-    assert (weights(eager) - weights(scheme())).norm() > 100 * (weights(eager) - weights(compiled)).norm()
+    assert (
+        torch.allclose(eager.beta.value, compiled.beta.value, rtol=1e-3) and eager.beta.value < 0.9
+    )
+    assert (weights(eager) - weights(scheme())).norm() > 100 * (
+        weights(eager) - weights(compiled)
+    ).norm()
 
 
 def test_bfloat16_learns_as_much():
-    full, half = (fit(scheme(), few(2000), valid=few(), epochs=4, binarize="static", precision=p, progress="none")[-1]["valid"]["loss"] for p in ("float32", "bfloat16"))
-    first = fit(scheme(), few(2000), valid=few(), epochs=1, binarize="static", progress="none")[-1]["valid"]["loss"]
-    assert abs(half - full) < .1 * (first - full)
+    full, half = (
+        fit(
+            scheme(),
+            few(2000),
+            valid=few(),
+            epochs=4,
+            binarize="static",
+            precision=p,
+            progress="none",
+        )[-1]["valid"]["loss"]
+        for p in ("float32", "bfloat16")
+    )
+    first = fit(scheme(), few(2000), valid=few(), epochs=1, binarize="static", progress="none")[-1][
+        "valid"
+    ]["loss"]
+    assert abs(half - full) < 0.1 * (first - full)
 
 
 def test_a_stream_from_disk_trains_as_the_same_images_in_memory(tmp_path):
-    for i, x in enumerate(few(60).images): Image.fromarray(x[0].numpy()).save(tmp_path / f"{i:02d}.png")
+    for i, x in enumerate(few(60).images):
+        Image.fromarray(x[0].numpy()).save(tmp_path / f"{i:02d}.png")
     stream = image_folder(tmp_path, "train", memory=0)
     assert isinstance(stream, ImageFiles)
     a, b = scheme(), scheme()
-    for s, data in ((a, stream), (b, stream.read())): fit(s, data, valid=data, epochs=2, batch_size=10, binarize="dynamic", progress="none")
+    for s, data in ((a, stream), (b, stream.read())):
+        fit(s, data, valid=data, epochs=2, batch_size=10, binarize="dynamic", progress="none")
     assert torch.equal(weights(a), weights(b))
 
 
 @pytest.mark.parametrize("drop_last, steps", [(False, 5), (True, 4)])
 def test_a_last_batch_that_is_smaller(drop_last, steps):
     from optgen.data import Loader
+
     loader = Loader(few(450), 100, drop_last=drop_last)
     records = fit(scheme(), loader, epochs=2, progress="none")
     assert [r["step"] for r in records] == [steps, 2 * steps]
@@ -61,9 +85,11 @@ def test_a_last_batch_that_is_smaller(drop_last, steps):
 def test_any_optimizer_resumes(tmp_path):
     def new():
         with torch.random.fork_rng():
-            torch.manual_seed(0); model = nn.Linear(784, 1)
-        opt = torch.optim.NAdam(model.parameters(), lr=.01)
+            torch.manual_seed(0)
+            model = nn.Linear(784, 1)
+        opt = torch.optim.NAdam(model.parameters(), lr=0.01)
         return Game(net=Player(model, lambda b: model(b.x.flatten(1)).square().mean(), opt))
+
     whole, first, second = new(), new(), new()
     fit(whole, few(), epochs=4, out=tmp_path / "a", progress="none")
     fit(first, few(), epochs=2, out=tmp_path / "b", progress="none")
@@ -73,21 +99,51 @@ def test_any_optimizer_resumes(tmp_path):
 
 
 def test_the_average_is_what_is_validated_and_sampled(tmp_path):
-    plain, averaged = ([r["valid"]["loss"] for r in fit(scheme(), few(), valid=few(), epochs=2, batch_size=10, binarize="static", ema=ema, progress="none")] for ema in (None, .9))
+    plain, averaged = (
+        [
+            r["valid"]["loss"]
+            for r in fit(
+                scheme(),
+                few(),
+                valid=few(),
+                epochs=2,
+                batch_size=10,
+                binarize="static",
+                ema=ema,
+                progress="none",
+            )
+        ]
+        for ema in (None, 0.9)
+    )
     assert averaged[0] > plain[0] + 1
 
 
 def test_a_scheme_without_evaluation_or_samples_still_trains(tmp_path):
     model = nn.Linear(784, 2)
-    game = Game(net=Player(model, lambda b: nn.functional.mse_loss(model(b.x.flatten(1)), b.x.flatten(1)[:, :2]), torch.optim.SGD(model.parameters(), lr=.01)))
+    game = Game(
+        net=Player(
+            model,
+            lambda b: nn.functional.mse_loss(model(b.x.flatten(1)), b.x.flatten(1)[:, :2]),
+            torch.optim.SGD(model.parameters(), lr=0.01),
+        )
+    )
     records = fit(game, few(), epochs=2, out=tmp_path / "run", progress="none")
-    assert [set(r) for r in records] == [{"epoch", "step", "seconds", "images_per_second", "train"}] * 2
+    assert [set(r) for r in records] == [
+        {"epoch", "step", "seconds", "images_per_second", "train"}
+    ] * 2
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples").exists()
 
 
 def test_a_large_finite_gradient_is_not_taken_for_a_bad_one():
-    model = nn.Linear(3, 1); game = Game(net=Player(model, lambda b: model(b.x).sum() * 1e18, torch.optim.SGD(model.parameters(), lr=0.)))
-    watch = Watch(); watch.update(1, game.step(Batch(torch.ones(9, 3))), game); watch.check(game)
+    model = nn.Linear(3, 1)
+    game = Game(
+        net=Player(
+            model, lambda b: model(b.x).sum() * 1e18, torch.optim.SGD(model.parameters(), lr=0.0)
+        )
+    )
+    watch = Watch()
+    watch.update(1, game.step(Batch(torch.ones(9, 3))), game)
+    watch.check(game)
 
 
 def test_the_bar_on_a_terminal_shows_losses_and_speed(capsys):
@@ -97,12 +153,34 @@ def test_the_bar_on_a_terminal_shows_losses_and_speed(capsys):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("make", [lambda: VAE(784, 32, 16, 4), lambda: ConvVAE((1, 28, 28), 4, width=8)])
+@pytest.mark.parametrize(
+    "make", [lambda: VAE(784, 32, 16, 4), lambda: ConvVAE((1, 28, 28), 4, width=8)]
+)
 def test_on_a_gpu(tmp_path, make):
     whole, second = scheme(make=make, device="cuda"), scheme(seed=1, make=make, device="cuda")
-    fit(whole, few(), valid=few(), epochs=2, binarize="dynamic", out=tmp_path / "a", progress="none")
-    fit(scheme(make=make), few(), valid=few(), epochs=1, binarize="dynamic", out=tmp_path / "b", device="cuda", progress="none")
-    fit(second, few(), valid=few(), epochs=2, binarize="dynamic", out=tmp_path / "b", resume=True, progress="none")
+    fit(
+        whole, few(), valid=few(), epochs=2, binarize="dynamic", out=tmp_path / "a", progress="none"
+    )
+    fit(
+        scheme(make=make),
+        few(),
+        valid=few(),
+        epochs=1,
+        binarize="dynamic",
+        out=tmp_path / "b",
+        device="cuda",
+        progress="none",
+    )
+    fit(
+        second,
+        few(),
+        valid=few(),
+        epochs=2,
+        binarize="dynamic",
+        out=tmp_path / "b",
+        resume=True,
+        progress="none",
+    )
     assert torch.allclose(weights(whole), weights(second), rtol=1e-4, atol=1e-6)
     state = checkpoint.load(tmp_path / "a/checkpoint.pt", map_location="cpu")
     assert all(w.device.type == "cpu" for w in state["scheme"]["model"]["weights"].values())

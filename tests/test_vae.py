@@ -1,4 +1,5 @@
 "The VAE of the installed package: the article's listing, its two losses, its shapes, devices and dtypes."
+
 import math
 
 import pytest
@@ -10,32 +11,51 @@ from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
 
 from optgen.data import digits
-from optgen.models.vae import VAE, ConvVAE, GaussianVAE, bernoulli_log_likelihood, elbo_terms, gaussian_kl, vae_loss
+from optgen.models.vae import (
+    VAE,
+    ConvVAE,
+    GaussianVAE,
+    bernoulli_log_likelihood,
+    elbo_terms,
+    gaussian_kl,
+    vae_loss,
+)
 from optgen.testing import check_gradient
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
-MORE = {**BUILD, "tanh": lambda: VAE(784, 32, 16, 3, activation=torch.nn.Tanh), "GaussianVAE": lambda: GaussianVAE(784, 32, 16, 3)}
+MORE = {
+    **BUILD,
+    "tanh": lambda: VAE(784, 32, 16, 3, activation=torch.nn.Tanh),
+    "GaussianVAE": lambda: GaussianVAE(784, 32, 16, 3),
+}
 every = pytest.mark.parametrize("build", MORE.values(), ids=MORE.keys())
 
 
 class PILDigits(torch.utils.data.Dataset):
     "The embedded digits as torchvision's MNIST gives them: PIL image, transform, label."
-    def __init__(self, n, transform): self.data, self.n, self.transform = digits("train"), n, transform
-    def __len__(self): return self.n
-    def __getitem__(self, i): return self.transform(to_pil_image(self.data.images[i])), int(self.data.labels[i])
+
+    def __init__(self, n, transform):
+        self.data, self.n, self.transform = digits("train"), n, transform
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.transform(to_pil_image(self.data.images[i])), int(self.data.labels[i])
 
 
 @pytest.mark.parametrize("flat", [True, False])
 def test_the_articles_listing_runs_unchanged(flat):
-    x_dim, h_dim1, h_dim2, z_dim, kl_weight = 784, 512, 256, 2, 1.
+    x_dim, h_dim1, h_dim2, z_dim, kl_weight = 784, 512, 256, 2, 1.0
     vae = VAE(x_dim, h_dim1, h_dim2, z_dim)
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3)
     train_loader = DataLoader(PILDigits(2000, ToTensor()), batch_size=100, shuffle=True)
     losses = []
     for epoch in range(2):
         for x, _ in train_loader:
-            if flat: x = x.view(-1, x_dim)
+            if flat:
+                x = x.view(-1, x_dim)
             optimizer.zero_grad()
             x_recon, mean, log_var = vae(x)
             loss = vae_loss(x, x_recon, mean, log_var, kl_weight)
@@ -55,37 +75,55 @@ def test_both_losses_agree_in_float64_where_both_are_finite(build, seed):
     x = torch.rand(4, 1, 28, 28, generator=rng(seed), dtype=torch.float64)
     eps = torch.randn(4, 3, generator=rng(seed), dtype=torch.float64)
     mean, log_var = model.encoder(x)
-    article = vae_loss(x, model.decoder(model.reparameterize(mean, log_var, eps)), mean, log_var, kl_weight=.7)
+    article = vae_loss(
+        x, model.decoder(model.reparameterize(mean, log_var, eps)), mean, log_var, kl_weight=0.7
+    )
     distortion, rate = elbo_terms(model, x, eps)
-    ours = (distortion + .7 * rate).sum()
+    ours = (distortion + 0.7 * rate).sum()
     assert torch.allclose(article, ours, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (article, ours))): assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (article, ours))):
+        assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
 @every
 def test_reparameterized_noise_is_the_encoders_gaussian(build):
-    mean, log_var, eps = (torch.randn(4, 3, generator=rng(i), dtype=torch.float64) for i in range(3))
+    mean, log_var, eps = (
+        torch.randn(4, 3, generator=rng(i), dtype=torch.float64) for i in range(3)
+    )
     z = build().reparameterize(mean, log_var, eps)
-    assert torch.allclose(Normal(mean, (log_var / 2).exp()).cdf(z), torch.special.ndtr(eps), rtol=1e-9)
+    assert torch.allclose(
+        Normal(mean, (log_var / 2).exp()).cdf(z), torch.special.ndtr(eps), rtol=1e-9
+    )
     assert torch.equal(build().reparameterize(mean, log_var, torch.stack([eps, -eps]))[0], z)
 
 
 def test_saturated_pixels_keep_loss_and_gradient():
-    l = torch.tensor([[40., 200., -200.]], requires_grad=True)
-    x = torch.tensor([[0., 0., 1.]])
+    l = torch.tensor([[40.0, 200.0, -200.0]], requires_grad=True)
+    x = torch.tensor([[0.0, 0.0, 1.0]])
     loss = -bernoulli_log_likelihood(x, l).sum()
-    assert torch.allclose(loss, torch.tensor(440.)) and torch.equal(torch.autograd.grad(loss, l)[0], torch.tensor([[1., 1., -1.]]))
+    assert torch.allclose(loss, torch.tensor(440.0)) and torch.equal(
+        torch.autograd.grad(loss, l)[0], torch.tensor([[1.0, 1.0, -1.0]])
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_closed_forms(dtype):
-    mean, log_var = torch.randn(50, 4, generator=rng(1), dtype=dtype), torch.randn(50, 4, generator=rng(2), dtype=dtype)
-    known = kl_divergence(Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean)))
+    mean, log_var = (
+        torch.randn(50, 4, generator=rng(1), dtype=dtype),
+        torch.randn(50, 4, generator=rng(2), dtype=dtype),
+    )
+    known = kl_divergence(
+        Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    )
     assert torch.allclose(gaussian_kl(mean, log_var), known, rtol=1e-5, atol=1e-6)
     l = 6 * torch.randn(5, 7, 3, 2, generator=rng(3), dtype=dtype)
-    x = (torch.rand(7, 3, 2, generator=rng(4)) < .5).to(dtype)
-    assert torch.allclose(bernoulli_log_likelihood(x, l), Bernoulli(logits=l).log_prob(x).sum((-1, -2)), rtol=1e-5)
-    assert torch.allclose(bernoulli_log_likelihood(x.bool(), l), bernoulli_log_likelihood(x, l))  # pixels may be stored as integers
+    x = (torch.rand(7, 3, 2, generator=rng(4)) < 0.5).to(dtype)
+    assert torch.allclose(
+        bernoulli_log_likelihood(x, l), Bernoulli(logits=l).log_prob(x).sum((-1, -2)), rtol=1e-5
+    )
+    assert torch.allclose(
+        bernoulli_log_likelihood(x.bool(), l), bernoulli_log_likelihood(x, l)
+    )  # pixels may be stored as integers
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -97,34 +135,58 @@ def test_gradient_of_the_bound(seed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("variance", [1., .02, 7.])
+@pytest.mark.parametrize("variance", [1.0, 0.02, 7.0])
 def test_gaussian_decoder_is_torchs(dtype, variance):
     model = GaussianVAE(12, 5, 4, 2).to(dtype)
-    assert model.variance == 1 and model.variance.dtype == dtype and "variance" in model.state_dict()
+    assert (
+        model.variance == 1 and model.variance.dtype == dtype and "variance" in model.state_dict()
+    )
     model.variance.fill_(variance)
     x, z = torch.rand(7, 3, 4, dtype=dtype), torch.randn(5, 7, 2, dtype=dtype)
-    known = Normal(model.decoder(z).double(), variance**.5).log_prob(x.double().flatten(1)).sum(-1)
-    assert torch.allclose(model.log_likelihood(x, z).double(), known, rtol=1e-5 if dtype == torch.float32 else 1e-12)
+    known = Normal(model.decoder(z).double(), variance**0.5).log_prob(x.double().flatten(1)).sum(-1)
+    assert torch.allclose(
+        model.log_likelihood(x, z).double(), known, rtol=1e-5 if dtype == torch.float32 else 1e-12
+    )
     assert model.log_likelihood(x.double(), z).dtype == torch.float64
-    if dtype == torch.float64: check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, z[0])), model.parameters())
+    if dtype == torch.float64:
+        check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, z[0])), model.parameters())
 
 
-@pytest.mark.parametrize("kind, more", [(VAE, dict(activation=torch.nn.Tanh)), (GaussianVAE, {}), (GaussianVAE, dict(activation=torch.nn.Tanh))])
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        (VAE, dict(activation=torch.nn.Tanh)),
+        (GaussianVAE, {}),
+        (GaussianVAE, dict(activation=torch.nn.Tanh)),
+    ],
+)
 def test_relatives_start_from_the_same_weights(kind, more):
-    def made(kind, **more): torch.manual_seed(3); return kind(20, 8, 6, 2, torch.full((20,), .2), **more), torch.get_rng_state()
+    def made(kind, **more):
+        torch.manual_seed(3)
+        return kind(20, 8, 6, 2, torch.full((20,), 0.2), **more), torch.get_rng_state()
+
     (a, s), (b, t) = made(VAE), made(kind, **more)
     assert torch.equal(s, t) and all(map(torch.equal, a.parameters(), b.parameters()))
     assert sum(isinstance(m, torch.nn.Tanh) for m in b.modules()) == (4 if more else 0)
     known = b.p_net[1](b.p_net[0](torch.ones(1, 2)))
-    assert torch.equal(known, torch.tanh(b.p_net[0](torch.ones(1, 2))) if more else torch.relu(b.p_net[0](torch.ones(1, 2))))
+    assert torch.equal(
+        known,
+        torch.tanh(b.p_net[0](torch.ones(1, 2)))
+        if more
+        else torch.relu(b.p_net[0](torch.ones(1, 2))),
+    )
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (1, 4, 4), (2, 5, 7), (4, 11, 30), (1, 64, 48)])
+@pytest.mark.parametrize(
+    "shape", [(1, 28, 28), (3, 32, 32), (1, 4, 4), (2, 5, 7), (4, 11, 30), (1, 64, 48)]
+)
 def test_conv_gives_back_the_size_it_got(shape):
     model, x = ConvVAE(shape, 3, width=4), torch.rand(2, *shape)
     x_recon, mean, log_var = model(x)
     assert x_recon.shape == x.shape and mean.shape == log_var.shape == (2, 3)
-    assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape) and model.log_likelihood(x, torch.randn(5, 2, 3)).shape == (5, 2)
+    assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape) and model.log_likelihood(
+        x, torch.randn(5, 2, 3)
+    ).shape == (5, 2)
 
 
 @every
@@ -133,32 +195,44 @@ def test_noise_can_be_drawn_first(build):
     eps = torch.randn(4, 3)
     state = torch.get_rng_state()
     a, b = elbo_terms(model, x, eps), elbo_terms(model, x.flatten(1), eps)
-    assert torch.equal(state, torch.get_rng_state()) and all(torch.equal(s, t) for s, t in zip(a, b))
+    assert torch.equal(state, torch.get_rng_state()) and all(
+        torch.equal(s, t) for s, t in zip(a, b)
+    )
 
 
 @every
 def test_meta_device_and_whole_graph(build):
-    with torch.device("meta"): model, x = build(), torch.rand(3, 1, 28, 28)
+    with torch.device("meta"):
+        model, x = build(), torch.rand(3, 1, 28, 28)
     assert all(t.is_meta and t.shape == (3,) for t in elbo_terms(model, x))
     model, x, eps = build(), torch.rand(3, 1, 28, 28), torch.randn(3, 3)
-    compiled = torch.compile(elbo_terms, fullgraph=True, backend="eager")  # refuses to be built around a peek at a value
-    assert all(torch.allclose(a, b) for a, b in zip(compiled(model, x, eps), elbo_terms(model, x, eps)))
+    compiled = torch.compile(
+        elbo_terms, fullgraph=True, backend="eager"
+    )  # refuses to be built around a peek at a value
+    assert all(
+        torch.allclose(a, b) for a, b in zip(compiled(model, x, eps), elbo_terms(model, x, eps))
+    )
 
 
 def same_on(model, x, eps, device, dtype):
     exact = [t.detach() for t in elbo_terms(model, x, eps)]
     model, x, eps = model.to(device), x.to(device), eps.to(device)
-    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32): found = elbo_terms(model, x, eps)
+    with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
+        found = elbo_terms(model, x, eps)
     sum(t.sum() for t in found).backward()
     assert all(p.grad.isfinite().all() and p.grad.device == x.device for p in model.parameters())
     for a, b in zip(exact, found):
         assert b.device == x.device and b.dtype == torch.float32
-        assert torch.allclose(a, b.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+        assert torch.allclose(
+            a, b.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
+        )
 
 
 @every
 def test_bfloat16_autocast(build):
-    same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cpu", torch.bfloat16)
+    same_on(
+        build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3), "cpu", torch.bfloat16
+    )
 
 
 @every
@@ -166,7 +240,7 @@ def test_bfloat16_autocast(build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda(build, dtype):
-    same_on(build(), (torch.rand(4, 1, 28, 28) < .3).float(), torch.randn(4, 3), "cuda", dtype)
+    same_on(build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3), "cuda", dtype)
 
 
 @every
@@ -176,12 +250,25 @@ def test_state_dict_round_trip(build):
     assert all(torch.equal(s, t) for s, t in zip(elbo_terms(a, x, eps), elbo_terms(b, x, eps)))
 
 
-@pytest.mark.parametrize("call, word", [
-    (lambda: VAE(784, 0, 2, 2), "h_dim1"), (lambda: VAE(784, 2, 2, -1), "z_dim"),
-    (lambda: ConvVAE((1, 3, 9), 2), "4 x 4"), (lambda: ConvVAE((1, 9, 9), 0), "z_dim"),
-    (lambda: VAE(784, 2, 2, 2)(torch.rand(2, 783)), "784 pixels"), (lambda: ConvVAE((3, 8, 8), 2)(torch.rand(3, 8, 8)), "192 pixels"),
-    (lambda: elbo_terms(VAE(4, 2, 2, 2), torch.rand(3, 4), torch.randn(3, 1)), "noise"),
-    (lambda: vae_loss(torch.rand(3, 4), torch.rand(2, 4), torch.zeros(2, 1), torch.zeros(2, 1)), "(2, 4)")])
+@pytest.mark.parametrize(
+    "call, word",
+    [
+        (lambda: VAE(784, 0, 2, 2), "h_dim1"),
+        (lambda: VAE(784, 2, 2, -1), "z_dim"),
+        (lambda: ConvVAE((1, 3, 9), 2), "4 x 4"),
+        (lambda: ConvVAE((1, 9, 9), 0), "z_dim"),
+        (lambda: VAE(784, 2, 2, 2)(torch.rand(2, 783)), "784 pixels"),
+        (lambda: ConvVAE((3, 8, 8), 2)(torch.rand(3, 8, 8)), "192 pixels"),
+        (lambda: elbo_terms(VAE(4, 2, 2, 2), torch.rand(3, 4), torch.randn(3, 1)), "noise"),
+        (
+            lambda: vae_loss(
+                torch.rand(3, 4), torch.rand(2, 4), torch.zeros(2, 1), torch.zeros(2, 1)
+            ),
+            "(2, 4)",
+        ),
+    ],
+)
 def test_bad_input_is_one_clear_error(call, word):
-    with pytest.raises(ValueError) as e: call()
+    with pytest.raises(ValueError) as e:
+        call()
     assert word in str(e.value)

@@ -22,40 +22,81 @@ from ..schemes.assisted import Assisted, Balanced, networks
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00005
 DATA, OTHER = {"mnist": mnist, "fashion": fashion_mnist}, {"mnist": "fashion", "fashion": "mnist"}
 
-def split(config: dict, seed: int) -> tuple:  # images to learn from; labelled ones, None where all are; validation
-    r"Training images of a run: `labels` of them have classes, or all; `valid` others are for validation."
+
+def split(config: dict, seed: int) -> tuple:
+    """Training images of a run: `labels` of them have classes, or all; `valid` others are for
+    validation.
+
+    Returns:
+        images to learn from; labelled ones, None where all are; validation.
+    """
     train = DATA[config["data"]]("train")
-    if config["labels"] == "all": rest, valid = hold_out(train, config["valid"] / len(train), seed); return rest, None, valid
+    if config["labels"] == "all":
+        rest, valid = hold_out(train, config["valid"] / len(train), seed)
+        return rest, None, valid
     chosen = few_labels(train, config["labels"], seed)
-    rest = train.take(torch.ones(len(train), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten())
+    rest = train.take(
+        torch.ones(len(train), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
+    )
     return train, train.take(chosen), rest.take(few_labels(rest, config["valid"], seed))
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00007
 WEIGHTS = {  # how lambda is set -> (lambda, setting, steps of the run) -> arguments of `Assisted`
     "number": lambda w, s, steps: {"weight": w},
     "warm-up": lambda w, s, steps: {"weight": controllers.LinearWarmup(round(s * steps), beta=w)},
-    "control": lambda w, s, steps: {"weight": controllers.ControlVae(s, kp=0., ki=1e-6)},
-    "geco": lambda w, s, steps: {"weight": controllers.Geco(s, rate=.05, smoothing=.9, clip=.02, low=1e-4)},
+    "control": lambda w, s, steps: {"weight": controllers.ControlVae(s, kp=0.0, ki=1e-6)},
+    "geco": lambda w, s, steps: {
+        "weight": controllers.Geco(s, rate=0.05, smoothing=0.9, clip=0.02, low=1e-4)
+    },
     "balanced": lambda w, s, steps: {"weight": w, "rule": Balanced()},
-    "projected": lambda w, s, steps: {"weight": w, "rule": Balanced(norms=False, project=True)}}
+    "projected": lambda w, s, steps: {"weight": w, "rule": Balanced(norms=False, project=True)},
+}
 
-def make_scheme(config: dict, train: Images, labelled: Images|None, steps: int) -> Assisted:
-    r"The scheme of a configuration."
-    parts = networks(config["method"], (784, *config["hidden"], 10), config["z_dim"], config["units"], dropout=config["dropout"], noise=config["noise"], prices=config["prices"], x_mean=train.images.float().mean(0) / 255)
+
+def make_scheme(config: dict, train: Images, labelled: Images | None, steps: int) -> Assisted:
+    """The scheme of a configuration."""
+    parts = networks(
+        config["method"],
+        (784, *config["hidden"], 10),
+        config["z_dim"],
+        config["units"],
+        dropout=config["dropout"],
+        noise=config["noise"],
+        prices=config["prices"],
+        x_mean=train.images.float().mean(0) / 255,
+    )
     parts["coupling"] = type(parts["coupling"])(**config["coupling"])
     adam = partial(Adam, lr=config["lr"], decoupled_weight_decay=True)
-    optimizers = {name: adam(parts[name].parameters(), weight_decay=config["decay"] if name == "classifier" else 0.) for name in ("classifier", "generator", "features") if parts[name] is not None}
-    return Assisted(**parts, labelled=labelled, alpha=config["alpha"], optimizers=optimizers, **WEIGHTS[config["set"]](config["weight"], config["setting"], steps))
+    optimizers = {
+        name: adam(
+            parts[name].parameters(), weight_decay=config["decay"] if name == "classifier" else 0.0
+        )
+        for name in ("classifier", "generator", "features")
+        if parts[name] is not None
+    }
+    return Assisted(
+        **parts,
+        labelled=labelled,
+        alpha=config["alpha"],
+        optimizers=optimizers,
+        **WEIGHTS[config["set"]](config["weight"], config["setting"], steps),
+    )
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00009
-def disturbed(batches, kind: str):  # "noise" or "moved"
-    r"Batches of the same images, disturbed, from a seed."
+def disturbed(batches, kind: str):
+    """Batches of the same images, disturbed, from a seed."""
     for t, batch in enumerate(batches):
         rng = torch.Generator().manual_seed(t)
-        yield Batch((batch.x + .3 * torch.randn(batch.x.shape, generator=rng)).clamp(0, 1) if kind == "noise" else shifted(batch.x, 2, rng), batch.y)
+        yield Batch(
+            (batch.x + 0.3 * torch.randn(batch.x.shape, generator=rng)).clamp(0, 1)
+            if kind == "noise"
+            else shifted(batch.x, 2, rng),
+            batch.y,
+        )
+
 
 def run_assisted(config: dict, seed: int) -> dict:
-    r"One classifier: errors on validation and test images as it trains; all measures at the end."
+    """One classifier: errors on validation and test images as it trains; all measures at the end."""
     train, labelled, valid = split(config, seed)
     few = lambda data: Loader(data, 500, shuffle=False)
     test, outside = (DATA[name]("test") for name in (config["data"], OTHER[config["data"]]))
@@ -63,70 +104,220 @@ def run_assisted(config: dict, seed: int) -> dict:
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True)
         scheme = make_scheme(config, train, labelled, config["epochs"] * len(loader))
-        if config["compile"]: torch.compiler.reset(); scheme.compile()  # what earlier runs of the process compiled would count against this one
-        def look(epoch): return {f"{name}_{key}": round(x, 5) for name, data in (("valid", valid), ("test", test)) for key, x in scheme.evaluate(few(data)).items() if key in ("error", "nll")}
+        if config["compile"]:
+            torch.compiler.reset()
+            scheme.compile()  # what earlier runs of the process compiled would count against this one
+
+        def look(epoch):
+            return {
+                f"{name}_{key}": round(x, 5)
+                for name, data in (("valid", valid), ("test", test))
+                for key, x in scheme.evaluate(few(data)).items()
+                if key in ("error", "nll")
+            }
+
         seen = train_watched(scheme, loader, config["epochs"], config["every"], look, falling)
         end = scheme.evaluate(few(test), few(outside) if config["outside"] else None)
-        for kind in ("noise", "moved"): end[kind] = scheme.evaluate(disturbed(few(test), kind))["error"]
+        for kind in ("noise", "moved"):
+            end[kind] = scheme.evaluate(disturbed(few(test), kind))["error"]
     return {"curve": seen, "test": {key: round(x, 5) for key, x in end.items()}}
 
-def early(curve: list) -> dict:  # the look, Eq. (early)
-    r"Where validation would have stopped the run."
+
+def early(curve: list) -> dict:
+    """Where validation would have stopped the run.
+
+    Returns:
+        the look, Eq. (early).
+    """
     return min(curve, key=lambda look: (look["valid_error"], look["valid_nll"]))
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00011
 TUNING_SEEDS, SEEDS, SLOW_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2)
-ALWAYS = dict(data="mnist", labels=100, valid=100, method="plain", hidden=[500, 250, 250, 250], z_dim=50, units=200, set="number", weight=1., setting=None, alpha=1., coupling={}, dropout=0., decay=0., noise=.3, prices=None,
-              lr=1e-3, batch=100, epochs=8, every=1, outside=True, compile=False)
+ALWAYS = dict(
+    data="mnist",
+    labels=100,
+    valid=100,
+    method="plain",
+    hidden=[500, 250, 250, 250],
+    z_dim=50,
+    units=200,
+    set="number",
+    weight=1.0,
+    setting=None,
+    alpha=1.0,
+    coupling={},
+    dropout=0.0,
+    decay=0.0,
+    noise=0.3,
+    prices=None,
+    lr=1e-3,
+    batch=100,
+    epochs=8,
+    every=1,
+    outside=True,
+    compile=False,
+)
 LADDER = {"lr": 5e-3, "compile": True}
 OWN = {
-    "plain": {}, "noise": {"method": "gamma", "weight": 0.} | LADDER, "reconstruction": {"method": "reconstruction"}, "agreement": {"method": "agreement", "alpha": 10.},
-    "m1": {"method": "m1"}, "m1+m2": {"method": "m1+m2"}, "gamma": {"method": "gamma"} | LADDER, "ladder": {"method": "ladder"} | LADDER}
-REGULAR = ({}, {"dropout": .2}, {"dropout": .5}, {"dropout": .5, "decay": .1})
+    "plain": {},
+    "noise": {"method": "gamma", "weight": 0.0} | LADDER,
+    "reconstruction": {"method": "reconstruction"},
+    "agreement": {"method": "agreement", "alpha": 10.0},
+    "m1": {"method": "m1"},
+    "m1+m2": {"method": "m1+m2"},
+    "gamma": {"method": "gamma"} | LADDER,
+    "ladder": {"method": "ladder"} | LADDER,
+}
+REGULAR = ({}, {"dropout": 0.2}, {"dropout": 0.5}, {"dropout": 0.5, "decay": 0.1})
 TRIED = {
-    "plain": REGULAR, "m1": REGULAR,
-    "noise": tuple({"noise": s} for s in (.1, .3, .6, 1.)),
-    "reconstruction": ({"weight": .003}, {"weight": .03}, {"weight": .003, "dropout": .5}, {"weight": .03, "dropout": .5}),
-    "agreement": ({}, {"z_dim": 20}, {"z_dim": 20, "dropout": .5}, {"coupling": {"divergence": "jensen-shannon"}, "weight": 10.}),
-    "m1+m2": ({}, {"alpha": 10.}, {"alpha": .1}, {"weight": 3.}),
-    "gamma": tuple({"prices": [0.] * 5 + [p]} for p in (.1, 1., 10., 100.)),
-    "ladder": ({}, {"noise": .2}, {"prices": [1000., 10., .1, .1, .1, 1.]}, {"prices": [100., 1., .01, .01, .01, .01]})}
+    "plain": REGULAR,
+    "m1": REGULAR,
+    "noise": tuple({"noise": s} for s in (0.1, 0.3, 0.6, 1.0)),
+    "reconstruction": (
+        {"weight": 0.003},
+        {"weight": 0.03},
+        {"weight": 0.003, "dropout": 0.5},
+        {"weight": 0.03, "dropout": 0.5},
+    ),
+    "agreement": (
+        {},
+        {"z_dim": 20},
+        {"z_dim": 20, "dropout": 0.5},
+        {"coupling": {"divergence": "jensen-shannon"}, "weight": 10.0},
+    ),
+    "m1+m2": ({}, {"alpha": 10.0}, {"alpha": 0.1}, {"weight": 3.0}),
+    "gamma": tuple({"prices": [0.0] * 5 + [p]} for p in (0.1, 1.0, 10.0, 100.0)),
+    "ladder": (
+        {},
+        {"noise": 0.2},
+        {"prices": [1000.0, 10.0, 0.1, 0.1, 0.1, 1.0]},
+        {"prices": [100.0, 1.0, 0.01, 0.01, 0.01, 0.01]},
+    ),
+}
 WAYS = {
-    "warm-up": tuple({"setting": s} for s in (.25, .5, .9)), "control": tuple({"setting": s} for s in (90., 110., 140.)), "geco": tuple({"setting": s} for s in (.003, .03, .3)),
-    "balanced": tuple({"weight": w} for w in (.3, 1., 3.)), "projected": tuple({"weight": w} for w in (.003, .03, .3))}
-FAST, SLOW = ("plain", "reconstruction"), ("agreement", "m1+m2", "ladder")  # with every number of labels, of five seeds and of three; agreement and m1+m2, the slowest, not with all
+    "warm-up": tuple({"setting": s} for s in (0.25, 0.5, 0.9)),
+    "control": tuple({"setting": s} for s in (90.0, 110.0, 140.0)),
+    "geco": tuple({"setting": s} for s in (0.003, 0.03, 0.3)),
+    "balanced": tuple({"weight": w} for w in (0.3, 1.0, 3.0)),
+    "projected": tuple({"weight": w} for w in (0.003, 0.03, 0.3)),
+}
+FAST, SLOW = (
+    ("plain", "reconstruction"),
+    ("agreement", "m1+m2", "ladder"),
+)  # with every number of labels, of five seeds and of three; agreement and m1+m2, the slowest, not with all
 LABELS = {"mnist": (100, 600, 1000, 3000, "all"), "fashion": (100, 1000, "all")}
-LARGER, SMALLER = {"weight": .09}, (.003, .0003)  # where `control` ended; with all labels of MNIST, besides the number that a hundred were given
-TRIAL, LONG, SHORT = {"epochs": 6, "valid": 1000, "outside": False}, {"epochs": 48, "every": 4}, {"epochs": 3}
+LARGER, SMALLER = (
+    {"weight": 0.09},
+    (0.003, 0.0003),
+)  # where `control` ended; with all labels of MNIST, besides the number that a hundred were given
+TRIAL, LONG, SHORT = (
+    {"epochs": 6, "valid": 1000, "outside": False},
+    {"epochs": 48, "every": 4},
+    {"epochs": 3},
+)
 
-def tried(own: dict, changes: dict, **more) -> dict:  # name-number -> configuration
-    r"The configurations of all trials."
-    return {f"{name}-{i}": ALWAYS | TRIAL | own[name] | change | more for name, several in changes.items() for i, change in enumerate(several, 1)}
 
-def best(out, tuning: str) -> dict:  # name -> configuration
-    r"Of each name's trials, the one of least error on validation images, of several the one of least loss."
+def tried(own: dict, changes: dict, **more) -> dict:
+    """The configurations of all trials.
+
+    Returns:
+        name-number -> configuration.
+    """
+    return {
+        f"{name}-{i}": ALWAYS | TRIAL | own[name] | change | more
+        for name, several in changes.items()
+        for i, change in enumerate(several, 1)
+    }
+
+
+def best(out, tuning: str) -> dict:
+    """Of each name's trials, the one of least error on validation images, of several the one of
+    least loss.
+
+    Returns:
+        name -> configuration.
+    """
     runs = {}
-    for r in load_results(out, tuning): runs.setdefault(r["variant"].rpartition("-")[0], []).append(r)
+    for r in load_results(out, tuning):
+        runs.setdefault(r["variant"].rpartition("-")[0], []).append(r)
     rank = lambda r: tuple(r["result"]["curve"][-1][key] for key in ("valid_error", "valid_nll"))
     return {name: min(rs, key=rank)["config"] for name, rs in runs.items()}
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00013
 STAGES = {
-    "hundred": ("tune", "hundred"), "ladder": ("tune", "ladder"), "weights": ("tune", "tune-weights", "weights"),
-    **{f"{data}-labels": ("tune", *(f"{data}-{n}{part}" for n in some for part in ("", "-slow")), *(["mnist-all-small"] if data == "mnist" else [])) for data, some in LABELS.items()}}
+    "hundred": ("tune", "hundred"),
+    "ladder": ("tune", "ladder"),
+    "weights": ("tune", "tune-weights", "weights"),
+    **{
+        f"{data}-labels": (
+            "tune",
+            *(f"{data}-{n}{part}" for n in some for part in ("", "-slow")),
+            *(["mnist-all-small"] if data == "mnist" else []),
+        )
+        for data, some in LABELS.items()
+    },
+}
+
 
 def experiment(name: str, out) -> Experiment:
-    r"The runs of one folder; those that follow a tuning read its results in `out`."
-    if name == "tune": return Experiment(name, run_assisted, tried(OWN, TRIED), TUNING_SEEDS)
-    chosen = {method: config | {key: ALWAYS[key] for key in TRIAL} for method, config in best(out, "tune").items()}
-    if name == "hundred": return Experiment(name, run_assisted, {method: chosen[method] for method in OWN}, SEEDS)
-    if name == "ladder": return Experiment(name, run_assisted, {name: chosen[name] | LONG}, SEEDS)
-    if name == "tune-weights": return Experiment(name, run_assisted, tried({way: chosen["reconstruction"] | {"set": way} for way in WAYS}, WAYS, **TRIAL | SHORT), TUNING_SEEDS)
+    """The runs of one folder; those that follow a tuning read its results in `out`."""
+    if name == "tune":
+        return Experiment(name, run_assisted, tried(OWN, TRIED), TUNING_SEEDS)
+    chosen = {
+        method: config | {key: ALWAYS[key] for key in TRIAL}
+        for method, config in best(out, "tune").items()
+    }
+    if name == "hundred":
+        return Experiment(name, run_assisted, {method: chosen[method] for method in OWN}, SEEDS)
+    if name == "ladder":
+        return Experiment(name, run_assisted, {name: chosen[name] | LONG}, SEEDS)
+    if name == "tune-weights":
+        return Experiment(
+            name,
+            run_assisted,
+            tried(
+                {way: chosen["reconstruction"] | {"set": way} for way in WAYS},
+                WAYS,
+                **TRIAL | SHORT,
+            ),
+            TUNING_SEEDS,
+        )
     if name == "weights":
         ways = best(out, "tune-weights")
-        return Experiment(name, run_assisted, {way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT for way, config in [("number", chosen["reconstruction"]), ("larger", chosen["reconstruction"] | LARGER), *ways.items()]}, SEEDS)
+        return Experiment(
+            name,
+            run_assisted,
+            {
+                way: config | {key: ALWAYS[key] for key in TRIAL} | SHORT
+                for way, config in [
+                    ("number", chosen["reconstruction"]),
+                    ("larger", chosen["reconstruction"] | LARGER),
+                    *ways.items(),
+                ]
+            },
+            SEEDS,
+        )
     data, n, *part = name.split("-")
-    images = {"data": data, "labels": n if n == "all" else int(n), "valid": 10_000 if n == "all" else int(n)}
-    if part == ["small"]: return Experiment(name, run_assisted, {f"weight-{w:g}": chosen["reconstruction"] | images | {"weight": w} for w in SMALLER}, SEEDS)
-    methods = [method for method in (SLOW if part else FAST) if n != "all" or method not in ("agreement", "m1+m2")]
-    return Experiment(name, run_assisted, {method: chosen[method] | ({} if n == "all" else SHORT) | images for method in methods}, SLOW_SEEDS if part else SEEDS)
+    images = {
+        "data": data,
+        "labels": n if n == "all" else int(n),
+        "valid": 10_000 if n == "all" else int(n),
+    }
+    if part == ["small"]:
+        return Experiment(
+            name,
+            run_assisted,
+            {f"weight-{w:g}": chosen["reconstruction"] | images | {"weight": w} for w in SMALLER},
+            SEEDS,
+        )
+    methods = [
+        method
+        for method in (SLOW if part else FAST)
+        if n != "all" or method not in ("agreement", "m1+m2")
+    ]
+    return Experiment(
+        name,
+        run_assisted,
+        {method: chosen[method] | ({} if n == "all" else SHORT) | images for method in methods},
+        SLOW_SEEDS if part else SEEDS,
+    )

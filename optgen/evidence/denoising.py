@@ -26,83 +26,200 @@ from ..schemes.denoising import AdaptiveLevels, DenoisingDiffusion
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00005
 DATA = {"mnist": mnist, "fashion": fashion_mnist}
 
+
 def halved(images: Images) -> Images:
-    r"Means of 2 x 2 pixels."
-    small = [F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in images.images.split(5000)]
+    """Means of 2 x 2 pixels."""
+    small = [
+        F.avg_pool2d(part.float(), 2).round().to(torch.uint8) for part in images.images.split(5000)
+    ]
     return Images(torch.cat(small), images.labels, images.name, images.split, images.classes)
 
+
 @functools.cache
-def features():  # images (B, 1, 14, 14) -> (B, d)
-    r"The shipped classifier's, of images twice as large."
-    with torch.random.fork_rng(): classifier = mnist_classifier()  # its first weights, which are not kept, are drawn
-    return lambda x: classifier.features(F.interpolate(x.float(), scale_factor=2., mode="bilinear"))
+def features():
+    """The shipped classifier's, of images twice as large."""
+    with torch.random.fork_rng():
+        classifier = mnist_classifier()  # its first weights, which are not kept, are drawn
+    return lambda x: classifier.features(
+        F.interpolate(x.float(), scale_factor=2.0, mode="bilinear")
+    )
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00007
 def make_optimizer(config: dict, model: torch.nn.Module):
-    r"The optimizer of a configuration."
-    if config["optimizer"] == "adam": return Adam(model.parameters(), lr=config["lr"])
+    """The optimizer of a configuration."""
+    if config["optimizer"] == "adam":
+        return Adam(model.parameters(), lr=config["lr"])
     if config["optimizer"] == "schedule-free":
         return AdamWScheduleFree(model.parameters(), lr=config["lr"], warmup_steps=100)
     matrices, rest = muon_groups(model, others=("net.embed", "net.start"))
     return Together(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))
 
+
 def make_scheme(config: dict, train: Images) -> DenoisingDiffusion:
-    r"The scheme of a configuration."
+    """The scheme of a configuration."""
     std = (2 * train.images.float() / 255 - 1).square().mean().sqrt().item()
-    model = Denoiser(UNet(train.shape, config["channels"], (1, 2), attention=False), train.shape, "v", std)
-    return DenoisingDiffusion(model, config["weight"], levels=AdaptiveLevels() if config["adaptive"] else None, coupling=config["coupling"], optimizers=make_optimizer(config, model))
+    model = Denoiser(
+        UNet(train.shape, config["channels"], (1, 2), attention=False), train.shape, "v", std
+    )
+    return DenoisingDiffusion(
+        model,
+        config["weight"],
+        levels=AdaptiveLevels() if config["adaptive"] else None,
+        coupling=config["coupling"],
+        optimizers=make_optimizer(config, model),
+    )
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00009
-def measure(scheme: DenoisingDiffusion, test: Images, samples: int, exact: tuple=()) -> dict:
-    r"Loss and distance of the weights that are in, from fixed seeds; with `exact`, levels an image and steps along the curves, the likelihoods too."
+def measure(scheme: DenoisingDiffusion, test: Images, samples: int, exact: tuple = ()) -> dict:
+    """Loss and distance of the weights that are in, from fixed seeds; with `exact`, levels an
+    image and steps along the curves, the likelihoods too.
+    """
     judge = DenoisingDiffusion(scheme.model)  # on the same loss, whatever the run descends
     few = lambda n: Loader(test.take(torch.arange(min(n, len(test)))), 250, shuffle=False)
     real = feature_stats(few(10_000), features())
+
     def distance(sampler, steps):
         rng = torch.Generator().manual_seed(0)
-        return round(fid(real, (judge.sample(250, sampler, steps, PowerSchedule(.01, 80.), generator=rng) for _ in range(samples // 250)), features()), 4)
+        return round(
+            fid(
+                real,
+                (
+                    judge.sample(250, sampler, steps, PowerSchedule(0.01, 80.0), generator=rng)
+                    for _ in range(samples // 250)
+                ),
+                features(),
+            ),
+            4,
+        )
+
     found = {"loss": round(judge.evaluate(few(2000))["loss"], 5), "fid": distance("heun", 10)}
-    if not exact: return found
-    bits = judge.evaluate(few(2000), k=exact[0]) | {f"ode_{k}": x for k, x in judge.evaluate(few(250), ode=exact[1]).items()}
-    return found | {"fid_few": distance("ddim", 4), "fid_floor": frechet_floor(real.cov, samples, real.n).item(), "samples": samples, **{k: round(bits[k], 4) for k in ("bound_bits_per_dim", "bound_se", "ode_nll_bits_per_dim", "ode_nll_se")}}
+    if not exact:
+        return found
+    bits = judge.evaluate(few(2000), k=exact[0]) | {
+        f"ode_{k}": x for k, x in judge.evaluate(few(250), ode=exact[1]).items()
+    }
+    return found | {
+        "fid_few": distance("ddim", 4),
+        "fid_floor": frechet_floor(real.cov, samples, real.n).item(),
+        "samples": samples,
+        **{
+            k: round(bits[k], 4)
+            for k in ("bound_bits_per_dim", "bound_se", "ode_nll_bits_per_dim", "ode_nll_se")
+        },
+    }
+
 
 def run_denoising(config: dict, seed: int) -> dict:
-    r"One diffusion model: loss and distance as it trains, of its weights (`raw`) and of their average."
+    """One diffusion model: loss and distance as it trains, of its weights (`raw`) and of their
+    average.
+    """
     train, test = (halved(DATA[config["data"]](split)) for split in ("train", "test"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True)
         scheme = make_scheme(config, train)
-        averages = [Average(scheme.model, Power.of_width(.1))] if config["optimizer"] != "schedule-free" else []  # that has one of its own, which `train_watched` puts in
+        averages = (
+            [Average(scheme.model, Power.of_width(0.1))]
+            if config["optimizer"] != "schedule-free"
+            else []
+        )  # that has one of its own, which `train_watched` puts in
+
         def both(samples, exact=()):
             found = {"raw": measure(scheme, test, samples, exact)}
             for average in averages:
-                with evaluating(average): found["averaged"] = measure(scheme, test, samples, exact)
+                with evaluating(average):
+                    found["averaged"] = measure(scheme, test, samples, exact)
             return found
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], lambda epoch: both(config["samples"]), falling if config["falls"] else None, averages)
-        with evaluating(scheme): return {"curve": seen, "end": both(config["final"], config["exact"])}
+
+        seen = train_watched(
+            scheme,
+            loader,
+            config["epochs"],
+            config["every"],
+            lambda epoch: both(config["samples"]),
+            falling if config["falls"] else None,
+            averages,
+        )
+        with evaluating(scheme):
+            return {"curve": seen, "end": both(config["final"], config["exact"])}
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00011
 TUNING_SEEDS, SEEDS = (100,), (0, 1, 2)
-ALWAYS = dict(data="mnist", optimizer="adam", lr=2e-3, falls=False, weight="v", adaptive=False, coupling=False, channels=16, batch=100, epochs=3, every=.5, samples=1000, final=2500, exact=[16, 20])
-TRIED = {"adam": tuple({"lr": lr, "falls": falls} for lr, falls in ((2e-3, False), (2e-3, True), (6e-3, True), (1e-3, False))),
-         "muon": tuple({"optimizer": "muon", "lr": lr, "falls": falls} for lr, falls in ((5e-3, False), (.02, False), (.02, True), (.06, True))),
-         "schedule-free": tuple({"optimizer": "schedule-free", "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2))}
-PARTS = {"min-snr": {"weight": "min-snr"}, "adaptive": {"adaptive": True}, "optimal": {"coupling": True}}
+ALWAYS = dict(
+    data="mnist",
+    optimizer="adam",
+    lr=2e-3,
+    falls=False,
+    weight="v",
+    adaptive=False,
+    coupling=False,
+    channels=16,
+    batch=100,
+    epochs=3,
+    every=0.5,
+    samples=1000,
+    final=2500,
+    exact=[16, 20],
+)
+TRIED = {
+    "adam": tuple(
+        {"lr": lr, "falls": falls}
+        for lr, falls in ((2e-3, False), (2e-3, True), (6e-3, True), (1e-3, False))
+    ),
+    "muon": tuple(
+        {"optimizer": "muon", "lr": lr, "falls": falls}
+        for lr, falls in ((5e-3, False), (0.02, False), (0.02, True), (0.06, True))
+    ),
+    "schedule-free": tuple(
+        {"optimizer": "schedule-free", "lr": lr} for lr in (1e-3, 3e-3, 1e-2, 3e-2)
+    ),
+}
+PARTS = {
+    "min-snr": {"weight": "min-snr"},
+    "adaptive": {"adaptive": True},
+    "optimal": {"coupling": True},
+}
 VARIANTS = ("plain", "ema", *PARTS, "muon", "schedule-free", "together")
-TRIAL, FASHION = {"epochs": 1, "every": 1, "final": 1000, "exact": []}, {"data": "fashion", "epochs": 2}
+TRIAL, FASHION = (
+    {"epochs": 1, "every": 1, "final": 1000, "exact": []},
+    {"data": "fashion", "epochs": 2},
+)
 STAGES = {"mnist": ("tune", "mnist"), "fashion": ("tune", "fashion")}
 
+
 def best(out, kind: str, of: str) -> dict:
-    r"The configuration of an optimizer's trial of least loss at its end, of its weights (`of` raw) or, of a constant step, of their average."
-    runs = [r for r in load_results(out, "tune") if r["variant"].rpartition("-")[0] == kind and not (of == "averaged" and r["config"]["falls"])]
+    """The configuration of an optimizer's trial of least loss at its end, of its weights (`of`
+    raw) or, of a constant step, of their average.
+    """
+    runs = [
+        r
+        for r in load_results(out, "tune")
+        if r["variant"].rpartition("-")[0] == kind
+        and not (of == "averaged" and r["config"]["falls"])
+    ]
     return min(runs, key=lambda r: r["result"]["end"][of]["loss"])["config"]
 
+
 def experiment(name: str, out) -> Experiment:
-    r"The runs of one folder; those that follow the tuning read its results in `out`."
-    if name == "tune": return Experiment(name, run_denoising, {f"{kind}-{i}": ALWAYS | TRIAL | change for kind, several in TRIED.items() for i, change in enumerate(several, 1)}, TUNING_SEEDS)
+    """The runs of one folder; those that follow the tuning read its results in `out`."""
+    if name == "tune":
+        return Experiment(
+            name,
+            run_denoising,
+            {
+                f"{kind}-{i}": ALWAYS | TRIAL | change
+                for kind, several in TRIED.items()
+                for i, change in enumerate(several, 1)
+            },
+            TUNING_SEEDS,
+        )
     longer = {k: ALWAYS[k] for k in TRIAL} | (FASHION if name == "fashion" else {})
     plain, ema = (best(out, "adam", of) | longer for of in ("raw", "averaged"))
-    variants = {"plain": plain, "ema": ema, **{part: plain | change for part, change in PARTS.items()}, **{kind: best(out, kind, "raw") | longer for kind in ("muon", "schedule-free")},
-                "together": functools.reduce(dict.__or__, PARTS.values(), plain)}
+    variants = {
+        "plain": plain,
+        "ema": ema,
+        **{part: plain | change for part, change in PARTS.items()},
+        **{kind: best(out, kind, "raw") | longer for kind in ("muon", "schedule-free")},
+        "together": functools.reduce(dict.__or__, PARTS.values(), plain),
+    }
     return Experiment(name, run_denoising, {name: variants[name] for name in VARIANTS}, SEEDS)

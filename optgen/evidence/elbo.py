@@ -27,143 +27,350 @@ from ..reproduce import Experiment, load_results, train_watched
 from ..schemes.elbo import Aggressive, BetaVAE
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005
-def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:  # k = 1: the bound only
-    r"Figures of the first n examples, rounded."
-    found = scheme.evaluate(Loader(data.take(torch.arange(min(n, len(data)))), 100, shuffle=False, binarize=binarize), k=k)
+def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:
+    """Figures of the first n examples, rounded.
+
+    Returns:
+        k = 1: the bound only.
+    """
+    found = scheme.evaluate(
+        Loader(data.take(torch.arange(min(n, len(data)))), 100, shuffle=False, binarize=binarize),
+        k=k,
+    )
     return {name: round(x, 4) for name, x in found.items() if name != "loss"}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00007
 CONTROLLERS = {  # name -> (setting, steps of the run) -> controller
-    "plain": lambda s, steps: controllers.Constant(1.),
+    "plain": lambda s, steps: controllers.Constant(1.0),
     "warm-up": lambda s, steps: controllers.LinearWarmup(round(s * steps)),
     "cyclical": lambda s, steps: controllers.Cyclical(steps, cycles=s),
     "free bits": lambda s, steps: controllers.FreeBits(s),
-    "geco": lambda s, steps: controllers.Geco(s, rate=2e-3, smoothing=.9, clip=.02, low=.05),
-    "control": lambda s, steps: controllers.ControlVae(s, ki=1e-3)}
+    "geco": lambda s, steps: controllers.Geco(s, rate=2e-3, smoothing=0.9, clip=0.02, low=0.05),
+    "control": lambda s, steps: controllers.ControlVae(s, ki=1e-3),
+}
+
 
 def make_scheme(model: nn.Module, config: dict, steps: int) -> BetaVAE:
-    r"The scheme of a configuration: `variant`, its `setting`, `lr`."
+    """The scheme of a configuration: `variant`, its `setting`, `lr`."""
     name, s, adam = config["variant"], config["setting"], partial(Adam, lr=config["lr"])
-    if name == "aggressive": return BetaVAE(model, optimizer=(adam(model.q_net.parameters()), adam(model.p_net.parameters())), rule=Aggressive(*s))
-    if name == "semi-amortised": return BetaVAE(model, optimizer=adam(model.parameters()), inner=Refinement(config["inner"], partial(Momentum, lr=s, momentum=.5)))
+    if name == "aggressive":
+        return BetaVAE(
+            model,
+            optimizer=(adam(model.q_net.parameters()), adam(model.p_net.parameters())),
+            rule=Aggressive(*s),
+        )
+    if name == "semi-amortised":
+        return BetaVAE(
+            model,
+            optimizer=adam(model.parameters()),
+            inner=Refinement(config["inner"], partial(Momentum, lr=s, momentum=0.5)),
+        )
     return BetaVAE(model, CONTROLLERS[name](s, steps), adam(model.parameters()))
 
-def toy_problem(z_dim: int):  # training, validation and test data, a function that makes the model
-    r"Sequences of a known source."
-    return *map(synthetic_sequences, ("train", "valid", "test")), lambda: SequenceVAE(1000, 10, z_dim)
+
+def toy_problem(z_dim: int):
+    """Sequences of a known source."""
+    return *map(synthetic_sequences, ("train", "valid", "test")), lambda: SequenceVAE(
+        1000, 10, z_dim
+    )
+
 
 def strong_problem(z_dim: int):
-    r"Digits, black and white, and a decoder that sees the pixels before."
+    """Digits, black and white, and a decoder that sees the pixels before."""
     train, valid = hold_out(mnist("train"), 1 / 12)
-    return train, valid, mnist("test"), lambda: AutoregressiveVAE((1, 28, 28), z_dim, x_mean=train.images.float().mean(0) / 255)
+    return (
+        train,
+        valid,
+        mnist("test"),
+        lambda: AutoregressiveVAE((1, 28, 28), z_dim, x_mean=train.images.float().mean(0) / 255),
+    )
 
-PROBLEMS = {"toy": (toy_problem, None), "strong": (strong_problem, "static")}  # and how pixels are binarised
+
+PROBLEMS = {
+    "toy": (toy_problem, None),
+    "strong": (strong_problem, "static"),
+}  # and how pixels are binarised
+
 
 def run_collapse(config: dict, seed: int) -> dict:
-    r"One VAE with a strong decoder: likelihood, rate, information, active units, as it trains and at the end."
+    """One VAE with a strong decoder: likelihood, rate, information, active units, as it trains and
+    at the end.
+    """
     problem, binarize = PROBLEMS[config["problem"]]
     train, valid, test, make = problem(config["z_dim"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True, binarize=binarize)
         scheme = make_scheme(make(), config, config["epochs"] * len(loader))
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], lambda epoch: measured(scheme, valid, *config["look"], binarize))
-        return {"curve": seen, "test": measured(scheme, test, *config["final"], binarize) if config["final"] else None}
+        seen = train_watched(
+            scheme,
+            loader,
+            config["epochs"],
+            config["every"],
+            lambda epoch: measured(scheme, valid, *config["look"], binarize),
+        )
+        return {
+            "curve": seen,
+            "test": measured(scheme, test, *config["final"], binarize) if config["final"] else None,
+        }
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00009
 def run_truth(config: dict, seed: int) -> dict:
-    r"The source's own likelihood of the first test sequences."
+    """The source's own likelihood of the first test sequences."""
     source = SyntheticSequences(dtype=torch.float64)
-    nll = -source.log_marginal(synthetic_sequences("test").images[:config["n"]])
-    return {"nll": nll.mean().item(), "se": (nll.std() / len(nll)**.5).item()}
+    nll = -source.log_marginal(synthetic_sequences("test").images[: config["n"]])
+    return {"nll": nll.mean().item(), "se": (nll.std() / len(nll) ** 0.5).item()}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00011
 SCHEDULES = {"constant": None, "linear": lambda t: 1 - t}
 
+
 def run_density(config: dict, seed: int) -> dict:
-    r"One VAE 784-200-200-50 of tanh on dynamically binarised MNIST, as Burda et al. (2016) start it."
+    """One VAE 784-200-200-50 of tanh on dynamically binarised MNIST, as Burda et al. (2016) start
+    it.
+    """
     train, valid = hold_out(mnist("train"), 1 / 12) if config["held"] else (mnist("train"), None)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], binarize="dynamic", seed=seed, drop_last=True)
-        model = VAE(784, 200, 200, 50, x_mean=train.images.float().mean(0) / 255, activation=nn.Tanh)
+        model = VAE(
+            784, 200, 200, 50, x_mean=train.images.float().mean(0) / 255, activation=nn.Tanh
+        )
         for layer in model.modules():
-            if isinstance(layer, nn.Linear): nn.init.xavier_uniform_(layer.weight)
-        matrices, vectors = ([p for p in model.parameters() if (p.ndim == 2) is flat] for flat in (True, False))
-        optimizer = Together(Muon(matrices, config["muon"]), Adam(vectors, config["lr"])) if config["muon"] else Adam(model.parameters(), config["lr"])
-        beta = controllers.LinearWarmup(config["warmup"] * len(loader)) if config["warmup"] else 1.
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+        matrices, vectors = (
+            [p for p in model.parameters() if (p.ndim == 2) is flat] for flat in (True, False)
+        )
+        optimizer = (
+            Together(Muon(matrices, config["muon"]), Adam(vectors, config["lr"]))
+            if config["muon"]
+            else Adam(model.parameters(), config["lr"])
+        )
+        beta = controllers.LinearWarmup(config["warmup"] * len(loader)) if config["warmup"] else 1.0
         grows = config["k"] if isinstance(config["k"], list) else [[0, config["k"]]]
-        scheme = BetaVAE(model, beta, optimizer, config["estimator"], grows[0][1], config["sampled"])
-        if config["ema"]: scheme.averages = averages_of(scheme, config["ema"])
+        scheme = BetaVAE(
+            model, beta, optimizer, config["estimator"], grows[0][1], config["sampled"]
+        )
+        if config["ema"]:
+            scheme.averages = averages_of(scheme, config["ema"])
+
         def look(epoch):
             scheme.k = [k for start, k in grows if start <= epoch][-1]
             return measured(scheme, valid, *config["look"], "static") if valid else {}
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]])
-        with evaluating(scheme): end = measured(scheme, mnist("test"), *config["final"], "static") if config["final"] else None
+
+        seen = train_watched(
+            scheme, loader, config["epochs"], config["every"], look, SCHEDULES[config["schedule"]]
+        )
+        with evaluating(scheme):
+            end = (
+                measured(scheme, mnist("test"), *config["final"], "static")
+                if config["final"]
+                else None
+            )
     return {"curve": seen, "test": end}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
 def run_curve(config: dict, seed: int) -> dict:
-    r"One VAE on dynamically binarised MNIST; rate and distortion on the test set at each look."
+    """One VAE on dynamically binarised MNIST; rate and distortion on the test set at each look."""
     train, asked = hold_out(mnist("train"), 1 / 12)[0], config["asked"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], binarize="dynamic", seed=seed, drop_last=True)
-        model = VAE(784, *config["hidden"], config["z_dim"], x_mean=train.images.float().mean(0) / 255)
-        scheme = BetaVAE(model, CONTROLLERS["geco"](asked[0], None) if asked else config["beta"], Adam(model.parameters(), config["lr"]))
+        model = VAE(
+            784, *config["hidden"], config["z_dim"], x_mean=train.images.float().mean(0) / 255
+        )
+        scheme = BetaVAE(
+            model,
+            CONTROLLERS["geco"](asked[0], None) if asked else config["beta"],
+            Adam(model.parameters(), config["lr"]),
+        )
+
         def look(epoch):
             found = measured(scheme, mnist("test"), 10_000, 1, "static")
-            if asked: scheme.beta.target = asked[min(round(epoch / config["every"]), len(asked) - 1)]
+            if asked:
+                scheme.beta.target = asked[min(round(epoch / config["every"]), len(asked) - 1)]
             return found
+
         return {"curve": train_watched(scheme, loader, config["epochs"], config["every"], look)}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00015
 TUNING_SEEDS, SEEDS, STRONG_SEEDS, CURVE_SEEDS = (100,), (0, 1, 2, 3, 4), (0, 1, 2), (0, 1)
-BUDGET = {"toy": dict(problem="toy", z_dim=2, batch=50, epochs=12, every=2, look=[500, 20], final=[2000, 50], lr=1e-3, setting=None, inner=2),
-          "strong": dict(problem="strong", z_dim=16, batch=50, epochs=2, every=.25, look=[500, 20], final=[1000, 100], lr=2e-3, setting=None, inner=2)}
+BUDGET = {
+    "toy": dict(
+        problem="toy",
+        z_dim=2,
+        batch=50,
+        epochs=12,
+        every=2,
+        look=[500, 20],
+        final=[2000, 50],
+        lr=1e-3,
+        setting=None,
+        inner=2,
+    ),
+    "strong": dict(
+        problem="strong",
+        z_dim=16,
+        batch=50,
+        epochs=2,
+        every=0.25,
+        look=[500, 20],
+        final=[1000, 100],
+        lr=2e-3,
+        setting=None,
+        inner=2,
+    ),
+}
 TRIED = {  # variant -> what its three trials change, by problem
     "plain": {"toy": ("lr", 5e-4, 1e-3, 2e-3), "strong": ("lr", 1e-3, 2e-3, 4e-3)},
-    "warm-up": {"toy": ("setting", .25, .5, .9), "strong": ("setting", .25, .5, .9)},
+    "warm-up": {"toy": ("setting", 0.25, 0.5, 0.9), "strong": ("setting", 0.25, 0.5, 0.9)},
     "cyclical": {"toy": ("setting", 2, 4, 8), "strong": ("setting", 2, 4, 8)},
-    "free bits": {"toy": ("setting", 1., 2., 3.), "strong": ("setting", .1, .25, .5)},
-    "geco": {"toy": ("setting", 42., 44., 46.), "strong": ("setting", 75., 80., 85.)},
-    "control": {"toy": ("setting", 2., 4., 6.), "strong": ("setting", 4., 8., 12.)},
-    "aggressive": {"toy": ("setting", [5, 10, 20], [5, 20, 40], [10, 40, 40]), "strong": ("setting", [5, 10, 20], [5, 20, 40], [10, 40, 40])},
-    "semi-amortised": {"toy": ("setting", .03, .1, .3), "strong": ("setting", .03, .1, .3)}}
-DENSITY = dict(lr=1e-3, muon=None, batch=100, schedule="constant", ema=None, warmup=0, estimator="elbo", k=1, sampled=False, epochs=40, every=4, held=True, look=[1000, 100], final=None)
-INGREDIENTS = {"plain": {}, "schedule": {"schedule": "linear", "lr": 2e-3}, "averaging": {"ema": .9995}, "estimator": {"estimator": "stl"}, "batch of 20": {"batch": 20}, "warm-up": {"warmup": 5}, "muon": {"muon": 7e-3}}
-ALL = {"schedule": "linear", "ema": .9995, "estimator": "stl", "warmup": 5}
-TOGETHER = ({"lr": 2e-3}, {"muon": 1e-2, "batch": 200}, {"muon": 2e-2, "batch": 200, "warmup": 0})  # what is tried beside `ALL`
-FINAL = {"vae": {"epochs": 200}, "iwae-50": {"epochs": 130, "estimator": "dreg", "k": [[0, 5], [100, 50]], "sampled": True, "warmup": 0}}
-CURVE = dict(hidden=[400, 200], z_dim=20, batch=100, epochs=8, every=8, lr=1e-3, beta=None, asked=None)
-BETAS, ASKED = (.1, .3, 1., 3., 8.), (60., 80., 100., 120., 140.)
+    "free bits": {"toy": ("setting", 1.0, 2.0, 3.0), "strong": ("setting", 0.1, 0.25, 0.5)},
+    "geco": {"toy": ("setting", 42.0, 44.0, 46.0), "strong": ("setting", 75.0, 80.0, 85.0)},
+    "control": {"toy": ("setting", 2.0, 4.0, 6.0), "strong": ("setting", 4.0, 8.0, 12.0)},
+    "aggressive": {
+        "toy": ("setting", [5, 10, 20], [5, 20, 40], [10, 40, 40]),
+        "strong": ("setting", [5, 10, 20], [5, 20, 40], [10, 40, 40]),
+    },
+    "semi-amortised": {"toy": ("setting", 0.03, 0.1, 0.3), "strong": ("setting", 0.03, 0.1, 0.3)},
+}
+DENSITY = dict(
+    lr=1e-3,
+    muon=None,
+    batch=100,
+    schedule="constant",
+    ema=None,
+    warmup=0,
+    estimator="elbo",
+    k=1,
+    sampled=False,
+    epochs=40,
+    every=4,
+    held=True,
+    look=[1000, 100],
+    final=None,
+)
+INGREDIENTS = {
+    "plain": {},
+    "schedule": {"schedule": "linear", "lr": 2e-3},
+    "averaging": {"ema": 0.9995},
+    "estimator": {"estimator": "stl"},
+    "batch of 20": {"batch": 20},
+    "warm-up": {"warmup": 5},
+    "muon": {"muon": 7e-3},
+}
+ALL = {"schedule": "linear", "ema": 0.9995, "estimator": "stl", "warmup": 5}
+TOGETHER = (
+    {"lr": 2e-3},
+    {"muon": 1e-2, "batch": 200},
+    {"muon": 2e-2, "batch": 200, "warmup": 0},
+)  # what is tried beside `ALL`
+FINAL = {
+    "vae": {"epochs": 200},
+    "iwae-50": {
+        "epochs": 130,
+        "estimator": "dreg",
+        "k": [[0, 5], [100, 50]],
+        "sampled": True,
+        "warmup": 0,
+    },
+}
+CURVE = dict(
+    hidden=[400, 200], z_dim=20, batch=100, epochs=8, every=8, lr=1e-3, beta=None, asked=None
+)
+BETAS, ASKED = (0.1, 0.3, 1.0, 3.0, 8.0), (60.0, 80.0, 100.0, 120.0, 140.0)
 
-def trials(problem: str) -> dict:  # name -> configuration
-    r"What is tried for each variant."
-    return {f"{variant}-{'-'.join(map(str, x)) if isinstance(x, list) else x:}": BUDGET[problem] | {"variant": variant, key: x} for variant, tried in TRIED.items() for key, *xs in [tried[problem]] for x in xs}
 
-def best(out, tuning: str, group: Callable) -> dict:  # group -> configuration
-    r"Of the runs of each group, the configuration of the likeliest on held-out data."
+def trials(problem: str) -> dict:
+    """What is tried for each variant.
+
+    Returns:
+        name -> configuration.
+    """
+    return {
+        f"{variant}-{'-'.join(map(str, x)) if isinstance(x, list) else x:}": BUDGET[problem]
+        | {"variant": variant, key: x}
+        for variant, tried in TRIED.items()
+        for key, *xs in [tried[problem]]
+        for x in xs
+    }
+
+
+def best(out, tuning: str, group: Callable) -> dict:
+    """Of the runs of each group, the configuration of the likeliest on held-out data.
+
+    Returns:
+        group -> configuration.
+    """
     found = {}
     for r in load_results(out, tuning):
         nll, name = r["result"]["curve"][-1]["nll"], group(r["config"])
-        if name not in found or nll < found[name][0]: found[name] = nll, r["config"]
+        if name not in found or nll < found[name][0]:
+            found[name] = nll, r["config"]
     return {name: config for name, (_, config) in found.items()}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00017
-STAGES = {"toy": ("tune-toy", "toy", "toy-truth"), "strong": ("tune-strong", "strong"), "density": ("ablation", "tune-density", "density"), "curve": ("curve", "walk")}
+STAGES = {
+    "toy": ("tune-toy", "toy", "toy-truth"),
+    "strong": ("tune-strong", "strong"),
+    "density": ("ablation", "tune-density", "density"),
+    "curve": ("curve", "walk"),
+}
+
 
 def experiment(name: str, out) -> Experiment:
-    r"The runs of one folder; those that follow a tuning read its results in `out`."
-    if name.startswith("tune-") and name[5:] in PROBLEMS: return Experiment(name, run_collapse, {k: v | {"final": None} for k, v in trials(name[5:]).items()}, TUNING_SEEDS)
+    """The runs of one folder; those that follow a tuning read its results in `out`."""
+    if name.startswith("tune-") and name[5:] in PROBLEMS:
+        return Experiment(
+            name,
+            run_collapse,
+            {k: v | {"final": None} for k, v in trials(name[5:]).items()},
+            TUNING_SEEDS,
+        )
     if name in PROBLEMS:
         chosen = best(out, f"tune-{name}", lambda config: config["variant"])
-        return Experiment(name, run_collapse, {k: chosen[k] | {"final": BUDGET[name]["final"]} for k in TRIED}, SEEDS if name == "toy" else STRONG_SEEDS)
-    if name == "toy-truth": return Experiment(name, run_truth, {"source": {"n": 2000}}, (0,))
-    if name == "ablation": return Experiment(name, run_density, {k: DENSITY | v for k, v in INGREDIENTS.items()}, TUNING_SEEDS)
-    if name == "tune-density": return Experiment(name, run_density, {"-".join(f"{k}-{v:g}" for k, v in tried.items()): DENSITY | ALL | tried for tried in TOGETHER}, TUNING_SEEDS)
+        return Experiment(
+            name,
+            run_collapse,
+            {k: chosen[k] | {"final": BUDGET[name]["final"]} for k in TRIED},
+            SEEDS if name == "toy" else STRONG_SEEDS,
+        )
+    if name == "toy-truth":
+        return Experiment(name, run_truth, {"source": {"n": 2000}}, (0,))
+    if name == "ablation":
+        return Experiment(
+            name, run_density, {k: DENSITY | v for k, v in INGREDIENTS.items()}, TUNING_SEEDS
+        )
+    if name == "tune-density":
+        return Experiment(
+            name,
+            run_density,
+            {
+                "-".join(f"{k}-{v:g}" for k, v in tried.items()): DENSITY | ALL | tried
+                for tried in TOGETHER
+            },
+            TUNING_SEEDS,
+        )
     if name == "density":
         chosen = best(out, "tune-density", lambda config: "all")["all"]
-        return Experiment(name, run_density, {k: chosen | {"held": False, "final": [10_000, 5000]} | v for k, v in FINAL.items()}, (0,))
-    if name == "curve": return Experiment(name, run_curve, {f"beta-{b:g}": CURVE | {"beta": b} for b in BETAS} | {f"asked-{d:g}": CURVE | {"asked": [d]} for d in ASKED}, CURVE_SEEDS)
-    return Experiment(name, run_curve, {"walk": CURVE | {"asked": list(ASKED), "every": 4, "epochs": 4 * len(ASKED)}}, CURVE_SEEDS)
+        return Experiment(
+            name,
+            run_density,
+            {k: chosen | {"held": False, "final": [10_000, 5000]} | v for k, v in FINAL.items()},
+            (0,),
+        )
+    if name == "curve":
+        return Experiment(
+            name,
+            run_curve,
+            {f"beta-{b:g}": CURVE | {"beta": b} for b in BETAS}
+            | {f"asked-{d:g}": CURVE | {"asked": [d]} for d in ASKED},
+            CURVE_SEEDS,
+        )
+    return Experiment(
+        name,
+        run_curve,
+        {"walk": CURVE | {"asked": list(ASKED), "every": 4, "epochs": 4 * len(ASKED)}},
+        CURVE_SEEDS,
+    )

@@ -37,181 +37,392 @@ RULES = {  # name -> (weight -> rule, {"ring": weights to try, "mnist": the same
     "extragradient": (lambda w: rules.Extragradient(), {}),
     "extragradient-past": (lambda w: rules.Extragradient(past=True), {}),
     "optimistic": (lambda w: rules.Optimistic(), {}),
-    "literal": (lambda w: rules.Feedback("G", "D", "G", w), {"ring": (.01, .1, 1.), "mnist": (.01, .1, 1.)}),
-    "nagarajan-kolter": (lambda w: rules.Feedback("G", "D", "D", w), {"ring": (.01, .1, 1.), "mnist": (1e-3, .01, .1)}),
-    "smoothing": (lambda w: rules.Feedback("D", "D", "G", w), {"ring": (.01, .1, 1.), "mnist": (.01, .1, 1.)}),
-    "consensus": (lambda w: rules.Consensus(w), {"ring": (1., 3., 10.), "mnist": (.01, .1, 1.)}),
-    "symplectic": (lambda w: rules.SymplecticAdjustment(w), {"ring": (.3, 1., 3.), "mnist": (.01, .1, 1.)}),
-    "lookahead": (lambda w: rules.Lookahead(every=int(w)), {"ring": (5, 10, 20), "mnist": (5, 10, 20)}),
+    "literal": (
+        lambda w: rules.Feedback("G", "D", "G", w),
+        {"ring": (0.01, 0.1, 1.0), "mnist": (0.01, 0.1, 1.0)},
+    ),
+    "nagarajan-kolter": (
+        lambda w: rules.Feedback("G", "D", "D", w),
+        {"ring": (0.01, 0.1, 1.0), "mnist": (1e-3, 0.01, 0.1)},
+    ),
+    "smoothing": (
+        lambda w: rules.Feedback("D", "D", "G", w),
+        {"ring": (0.01, 0.1, 1.0), "mnist": (0.01, 0.1, 1.0)},
+    ),
+    "consensus": (
+        lambda w: rules.Consensus(w),
+        {"ring": (1.0, 3.0, 10.0), "mnist": (0.01, 0.1, 1.0)},
+    ),
+    "symplectic": (
+        lambda w: rules.SymplecticAdjustment(w),
+        {"ring": (0.3, 1.0, 3.0), "mnist": (0.01, 0.1, 1.0)},
+    ),
+    "lookahead": (
+        lambda w: rules.Lookahead(every=int(w)),
+        {"ring": (5, 10, 20), "mnist": (5, 10, 20)},
+    ),
     "unrolled": (lambda w: rules.Unrolled("D", int(w)), {"ring": (1, 3, 5), "mnist": (1, 3, 5)}),
-    "competitive": (lambda w: rules.CompetitiveGradient(w, iterations=2), {"ring": (.1, 1., 3.), "mnist": (1e-3, .01, .1)}),
-    "r1+r2": (lambda w: rules.Simultaneous(), {"ring": (.01, .1, 1.), "mnist": (.1, 1., 10.)}),
-    "negative-momentum": (lambda w: rules.Simultaneous(), {"ring": (-.1, -.3, -.6), "mnist": (-.1, -.3, -.6)}),
+    "competitive": (
+        lambda w: rules.CompetitiveGradient(w, iterations=2),
+        {"ring": (0.1, 1.0, 3.0), "mnist": (1e-3, 0.01, 0.1)},
+    ),
+    "r1+r2": (
+        lambda w: rules.Simultaneous(),
+        {"ring": (0.01, 0.1, 1.0), "mnist": (0.1, 1.0, 10.0)},
+    ),
+    "negative-momentum": (
+        lambda w: rules.Simultaneous(),
+        {"ring": (-0.1, -0.3, -0.6), "mnist": (-0.1, -0.3, -0.6)},
+    ),
 }
 
+
 def make_gan(generator: nn.Module, discriminator: nn.Module, config: dict, **kwargs) -> FeedbackGAN:
-    r"The GAN of a configuration: `rule`, `weight`, `loss`, `lr`, `betas`."
+    """The GAN of a configuration: `rule`, `weight`, `loss`, `lr`, `betas`."""
     name, w = config["rule"], config["weight"]
-    optimizer = (lambda p: Momentum(p, config["lr"], w)) if name == "negative-momentum" else lambda p: Adam(p, config["lr"], betas=tuple(config["betas"]))
-    gamma = w if name == "r1+r2" else 0.
-    return FeedbackGAN(generator, discriminator, config["loss"], RULES[name][0](w), [optimizer(m.parameters()) for m in (generator, discriminator)], gamma, gamma, **kwargs)
+    optimizer = (
+        (lambda p: Momentum(p, config["lr"], w))
+        if name == "negative-momentum"
+        else lambda p: Adam(p, config["lr"], betas=tuple(config["betas"]))
+    )
+    gamma = w if name == "r1+r2" else 0.0
+    return FeedbackGAN(
+        generator,
+        discriminator,
+        config["loss"],
+        RULES[name][0](w),
+        [optimizer(m.parameters()) for m in (generator, discriminator)],
+        gamma,
+        gamma,
+        **kwargs,
+    )
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-3
 def train_gan(
-    gan: Game,              # steps
-    batches: Iterator,      # endless
-    steps: int,
-    every: int,             # steps between two looks; the last step is looked at too
-    look,                   # () -> dict of numbers, or None where the samples are not finite
-) -> tuple[list, int|None]: # ([{"step", "cpu", "wall", what `look` gave}], step at which it was seen to have diverged or None)
-    r"Train and watch."
-    rates = [LambdaLR(p.optimizer, lambda t: min(1., 2 * (1 - t / steps))) for p in gan.players.values()]
-    seen, cpu, wall = [], 0., 0.
+    gan: Game, batches: Iterator, steps: int, every: int, look
+) -> tuple[list, int | None]:
+    """Train and watch.
+
+    Args:
+        gan: steps.
+        batches: endless.
+        every: steps between two looks; the last step is looked at too.
+        look: () -> dict of numbers, or None where the samples are not finite.
+
+    Returns:
+        ([{"step", "cpu", "wall", what `look` gave}], step at which it was seen to have diverged or
+        None).
+    """
+    rates = [
+        LambdaLR(p.optimizer, lambda t: min(1.0, 2 * (1 - t / steps))) for p in gan.players.values()
+    ]
+    seen, cpu, wall = [], 0.0, 0.0
     for t in range(1, steps + 1):
         batch = next(batches)
         cpu0, wall0 = time.process_time(), time.perf_counter()
         gan.step(batch)
-        for rate in rates: rate.step()
-        cpu += time.process_time() - cpu0; wall += time.perf_counter() - wall0
+        for rate in rates:
+            rate.step()
+        cpu += time.process_time() - cpu0
+        wall += time.perf_counter() - wall0
         if t % every == 0 or t == steps:
-            if (found := look()) is None: return seen, t
+            if (found := look()) is None:
+                return seen, t
             seen.append({"step": t, "cpu": round(cpu, 2), "wall": round(wall, 2), **found})
     return seen, None
 
+
 def endless(loader: Iterable) -> Iterator[Batch]:
-    r"Epoch after epoch."
-    while True: yield from loader
+    """Epoch after epoch."""
+    while True:
+        yield from loader
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-4
 MIXTURES = {  # sampler, centres, standard deviation
-    "ring": (ring, ring_centers(), .01),
-    "grid": (lambda n, generator: grid(n, 5, .5, .0125, generator), grid_centers(5, .5), .0125)}
+    "ring": (ring, ring_centers(), 0.01),
+    "grid": (lambda n, generator: grid(n, 5, 0.5, 0.0125, generator), grid_centers(5, 0.5), 0.0125),
+}
+
 
 def relu_mlp(*sizes) -> list:
-    r"Layers of those sizes, `ReLU` between them."
+    """Layers of those sizes, `ReLU` between them."""
     return [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), nn.ReLU())][:-1]
 
+
 def run_mixture(config: dict, seed: int) -> dict:
-    r"One GAN on a ring or a grid of Gaussians: modes, share within 3 sigma, and what it took to reach all modes."
-    draw, centers, std = MIXTURES[config["problem"]]; hidden = config["hidden"]
+    """One GAN on a ring or a grid of Gaussians: modes, share within 3 sigma, and what it took to
+    reach all modes.
+    """
+    draw, centers, std = MIXTURES[config["problem"]]
+    hidden = config["hidden"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        G, D = nn.Sequential(*relu_mlp(config["z_dim"], *hidden, 2)), nn.Sequential(*relu_mlp(2, *hidden, 1), nn.Flatten(0))
+        G, D = (
+            nn.Sequential(*relu_mlp(config["z_dim"], *hidden, 2)),
+            nn.Sequential(*relu_mlp(2, *hidden, 1), nn.Flatten(0)),
+        )
         G.z_dim = config["z_dim"]
-        data, noise = torch.Generator().manual_seed(seed + 1_000_000), torch.Generator().manual_seed(seed + 2_000_000)
+        data, noise = (
+            torch.Generator().manual_seed(seed + 1_000_000),
+            torch.Generator().manual_seed(seed + 2_000_000),
+        )
         last = {}
+
         def look():
-            with torch.no_grad(): x = G(torch.randn(10_000, G.z_dim, generator=noise))
-            found = mode_coverage(x, centers, std); last.update(x=x, counts=found.counts)
-            return {"modes": found.modes.item(), "share": round(found.share.item(), 4)} if x.isfinite().all() else None
+            with torch.no_grad():
+                x = G(torch.randn(10_000, G.z_dim, generator=noise))
+            found = mode_coverage(x, centers, std)
+            last.update(x=x, counts=found.counts)
+            return (
+                {"modes": found.modes.item(), "share": round(found.share.item(), 4)}
+                if x.isfinite().all()
+                else None
+            )
+
         batches = (Batch(draw(config["batch"], generator=data)[0]) for _ in iter(int, 1))
-        seen, diverged = train_gan(make_gan(G, D, config), batches, config["steps"], config["every"], look)
-    end = {"modes": 0, "share": 0.} if diverged else {k: seen[-1][k] for k in ("modes", "share")}
+        seen, diverged = train_gan(
+            make_gan(G, D, config), batches, config["steps"], config["every"], look
+        )
+    end = {"modes": 0, "share": 0.0} if diverged else {k: seen[-1][k] for k in ("modes", "share")}
     first = next((s for s in seen if s["modes"] == len(centers)), None)
     points = (1000 * last["x"][:300]).round().int().tolist() if seed == 0 and not diverged else None
-    return end | {"diverged": diverged, "all_modes": first and {k: first[k] for k in ("step", "cpu", "wall")}, "counts": last["counts"].int().tolist(),
-                  "curve": [[*s.values()] for s in seen], "points": points}
+    return end | {
+        "diverged": diverged,
+        "all_modes": first and {k: first[k] for k in ("step", "cpu", "wall")},
+        "counts": last["counts"].int().tolist(),
+        "curve": [[*s.values()] for s in seen],
+        "points": points,
+    }
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-5
 def affordable(config: dict, G: nn.Module, D: nn.Module, shape: tuple) -> int:
-    r"Steps of the rule that cost as much as `budget` plain ones, Eq. (passes)."
+    """Steps of the rule that cost as much as `budget` plain ones, Eq. (passes)."""
     twins = copy.deepcopy(G), copy.deepcopy(D)
-    x = torch.rand(config["batch"], *shape, requires_grad=True).clone()  # no leaf: the counter stumbles over gradients by a leaf
-    plain, cost = (step_flops(make_gan(*twins, config | s), Batch(x)) for s in ({"rule": "simultaneous", "weight": None}, {}))
+    x = torch.rand(
+        config["batch"], *shape, requires_grad=True
+    ).clone()  # no leaf: the counter stumbles over gradients by a leaf
+    plain, cost = (
+        step_flops(make_gan(*twins, config | s), Batch(x))
+        for s in ({"rule": "simultaneous", "weight": None}, {})
+    )
     return round(config["budget"] * plain / cost)
 
+
 def run_images(config: dict, seed: int) -> dict:
-    r"One GAN on MNIST or on stacked MNIST."
+    """One GAN on MNIST or on stacked MNIST."""
     stack = config["problem"] == "stacked"
     data = stacked(mnist(), config["images"], seed=seed) if stack else mnist()
     judge = mnist_classifier()
-    if not stack: real = feature_stats(Loader(mnist("test"), 500, shuffle=False), judge.features)
+    if not stack:
+        real = feature_stats(Loader(mnist("test"), 500, shuffle=False), judge.features)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        G, D = ConvGenerator(data.shape, config["z_dim"], config["width"]), ConvDiscriminator(data.shape, config["width"])
+        G, D = (
+            ConvGenerator(data.shape, config["z_dim"], config["width"]),
+            ConvDiscriminator(data.shape, config["width"]),
+        )
         noise = torch.Generator().manual_seed(seed + 2_000_000)
+
         @torch.no_grad()
-        def sample(n): return (G(torch.randn(min(500, n - i), G.z_dim, generator=noise)) for i in range(0, n, 500))
+        def sample(n):
+            return (
+                G(torch.randn(min(500, n - i), G.z_dim, generator=noise)) for i in range(0, n, 500)
+            )
+
         def look(n=config["look"]):
-            if not all(p.isfinite().all() for p in G.parameters()): return None
-            if not stack: return {"fid": round(fid(sample(n), real, judge.features), 3)}
+            if not all(p.isfinite().all() for p in G.parameters()):
+                return None
+            if not stack:
+                return {"fid": round(fid(sample(n), real, judge.features), 3)}
             modes, kl = label_coverage(torch.cat([read_stack(judge, x) for x in sample(n)]), 1000)
             return {"modes": modes.item(), "kl": round(kl.item(), 4)}
+
         steps = affordable(config, G, D, data.shape)
         batches = endless(Loader(data, config["batch"], seed=seed, drop_last=True))
-        seen, diverged = train_gan(make_gan(G, D, config), batches, steps, -(-steps // config["looks"]), look)
-        end = (None if diverged else look(config["final"])) or ({"modes": 0, "kl": None} if stack else {"fid": None})
+        seen, diverged = train_gan(
+            make_gan(G, D, config), batches, steps, -(-steps // config["looks"]), look
+        )
+        end = (None if diverged else look(config["final"])) or (
+            {"modes": 0, "kl": None} if stack else {"fid": None}
+        )
         x = None if diverged or seed else (255 * next(sample(16))).round().byte()
-    return end | {"diverged": diverged, "steps": steps, "curve": [[*s.values()] for s in seen], "pixels": x is not None and x.numpy().tobytes().hex() or None}
+    return end | {
+        "diverged": diverged,
+        "steps": steps,
+        "curve": [[*s.values()] for s in seen],
+        "pixels": x is not None and x.numpy().tobytes().hex() or None,
+    }
 
-def read_stack(judge, x) -> torch.Tensor:  # (B, C, H, W) -> (B,) numbers read digit by digit
-    r"The number of a stacked image, Eq. (stacked)."
+
+def read_stack(judge, x) -> torch.Tensor:
+    """The number of a stacked image, Eq. (stacked).
+
+    Returns:
+        (B, C, H, W) -> (B,) numbers read digit by digit.
+    """
     digit = predict(judge, x.flatten(0, 1).unsqueeze(1)).view(len(x), -1)
     return (digit * 10 ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)).sum(1)
 
+
 def run_floor(config: dict, seed: int) -> dict:
-    r"What real images would score: training images in the place of samples."
+    """What real images would score: training images in the place of samples."""
     judge, n = mnist_classifier(), config["n"]
     if config["problem"] == "stacked":
-        modes, kl = label_coverage(torch.cat([read_stack(judge, b.x) for b in Loader(stacked(mnist(), n, seed=seed + 500), 500)]), 1000)
+        modes, kl = label_coverage(
+            torch.cat(
+                [read_stack(judge, b.x) for b in Loader(stacked(mnist(), n, seed=seed + 500), 500)]
+            ),
+            1000,
+        )
         return {"modes": modes.item(), "kl": round(kl.item(), 4)}
-    data = mnist(); places = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n]
-    return {"fid": round(fid(Loader(data.take(places), 500), Loader(mnist("test"), 500, shuffle=False), judge.features), 3)}
+    data = mnist()
+    places = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:n]
+    return {
+        "fid": round(
+            fid(
+                Loader(data.take(places), 500),
+                Loader(mnist("test"), 500, shuffle=False),
+                judge.features,
+            ),
+            3,
+        )
+    }
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-6
 TUNING_SEEDS, SEEDS, IMAGE_SEEDS = (100, 101, 102, 103), tuple(range(10)), (0, 1, 2)
-MIXTURE = dict(betas=[.5, .99], batch=128, hidden=[64, 64], z_dim=16, every=100)
+MIXTURE = dict(betas=[0.5, 0.99], batch=128, hidden=[64, 64], z_dim=16, every=100)
 STEPS = {"tune": 1500, "ring": 2000, "grid": 3000}
-IMAGE = dict(betas=[.5, .99], batch=64, width=16, z_dim=64, looks=4, look=2000)
+IMAGE = dict(betas=[0.5, 0.99], batch=64, width=16, z_dim=64, looks=4, look=2000)
 BUDGET = {"tune-mnist": 400, "mnist": 1600, "stacked": 6000}  # plain steps' worth
 FINAL = {"tune-mnist": 2000, "mnist": 10_000, "stacked": 26_000}  # samples at the end
 RATES = {"ring": (1e-3, 2e-3, 4e-3), "mnist": (5e-4, 1e-3, 2e-3)}
-MOMENTUM_RATE = {"ring": .1, "mnist": .03}
+MOMENTUM_RATE = {"ring": 0.1, "mnist": 0.03}
 LOSSES = {"ring": ("non-saturating", "saturating"), "mnist": ("non-saturating", "relativistic")}
-STACKED = ("simultaneous", "r1+r2", "consensus")              # and the best of the others on MNIST
+STACKED = ("simultaneous", "r1+r2", "consensus")  # and the best of the others on MNIST
 
-def settings(problem: str) -> dict:  # name -> {"rule", "weight", "loss", "lr"}
-    r"What is tried for each rule."
+
+def settings(problem: str) -> dict:
+    """What is tried for each rule.
+
+    Returns:
+        name -> {"rule", "weight", "loss", "lr"}.
+    """
     out = {}
     for rule, (_, weights) in RULES.items():
         rates, losses = RATES[problem], LOSSES[problem]
-        if weights: rates = rates[-1:]
-        if rule == "simultaneous": rates, losses = (*rates, 2 * rates[-1]), ("non-saturating", "saturating", "hinge", "relativistic")
-        if rule == "negative-momentum": rates = (MOMENTUM_RATE[problem],)
+        if weights:
+            rates = rates[-1:]
+        if rule == "simultaneous":
+            rates, losses = (
+                (*rates, 2 * rates[-1]),
+                ("non-saturating", "saturating", "hinge", "relativistic"),
+            )
+        if rule == "negative-momentum":
+            rates = (MOMENTUM_RATE[problem],)
         for lr, w, loss in product(rates, weights.get(problem, (None,)), losses):
             name = [rule, f"{lr:g}", *([] if w is None else [f"{w:g}"]), loss]
             out["_".join(name)] = {"rule": rule, "weight": w, "loss": loss, "lr": lr}
     return out
 
-def chosen(out, tuning: str) -> dict:  # rule -> its setting
-    r"The best setting of each rule on the tuning seeds, from their results."
+
+def chosen(out, tuning: str) -> dict:
+    """The best setting of each rule on the tuning seeds, from their results.
+
+    Returns:
+        rule -> its setting.
+    """
     scores = {}
     for r in load_results(out, tuning):
-        score = r["result"]["modes"] + r["result"]["share"] if tuning == "tune" else -(r["result"]["fid"] if r["result"]["fid"] is not None else 1e9)
+        score = (
+            r["result"]["modes"] + r["result"]["share"]
+            if tuning == "tune"
+            else -(r["result"]["fid"] if r["result"]["fid"] is not None else 1e9)
+        )
         scores.setdefault(r["variant"], []).append(score)
     best, tried = {}, settings("ring" if tuning == "tune" else "mnist")
     for name, s in tried.items():
-        if s["rule"] not in best or mean(scores[name]) > mean(scores[best[s["rule"]]]): best[s["rule"]] = name
+        if s["rule"] not in best or mean(scores[name]) > mean(scores[best[s["rule"]]]):
+            best[s["rule"]] = name
     return {rule: tried[name] for rule, name in best.items()}
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-7
-STAGES = {"tune": ("tune", "tune-mnist"), "ring": ("tune", "ring"), "mnist": ("tune-mnist", "mnist", "mnist-floor"),
-          "stacked": ("tune-mnist", "mnist", "stacked", "stacked-floor"), "grid": ("tune", "grid")}  # with what each needs
+STAGES = {
+    "tune": ("tune", "tune-mnist"),
+    "ring": ("tune", "ring"),
+    "mnist": ("tune-mnist", "mnist", "mnist-floor"),
+    "stacked": ("tune-mnist", "mnist", "stacked", "stacked-floor"),
+    "grid": ("tune", "grid"),
+}  # with what each needs
 
-def fourth(out) -> str:  # a name in `RULES`
-    r"The best rule on MNIST that is not one of `STACKED`."
+
+def fourth(out) -> str:
+    """The best rule on MNIST that is not one of `STACKED`.
+
+    Returns:
+        a name in `RULES`.
+    """
     found = {}
-    for r in load_results(out, "mnist"): found.setdefault(r["variant"], []).append(1e9 if r["result"]["fid"] is None else r["result"]["fid"])
+    for r in load_results(out, "mnist"):
+        found.setdefault(r["variant"], []).append(
+            1e9 if r["result"]["fid"] is None else r["result"]["fid"]
+        )
     return min((rule for rule in found if rule not in STACKED), key=lambda rule: mean(found[rule]))
 
+
 def experiment(name: str, out) -> Experiment:
-    r"The runs of one folder; those that follow a tuning read its results in `out`."
-    image = lambda problem, s: IMAGE | {"problem": problem, "budget": BUDGET[name], "final": FINAL[name]} | ({"images": 60_000} if problem == "stacked" else {}) | s
-    if name == "tune": return Experiment(name, run_mixture, {k: MIXTURE | {"problem": "ring", "steps": STEPS[name]} | s for k, s in settings("ring").items()}, TUNING_SEEDS)
-    if name == "tune-mnist": return Experiment(name, run_images, {k: image("mnist", s) | {"looks": 1} for k, s in settings("mnist").items()}, TUNING_SEEDS[:1])
-    if name in MIXTURES: return Experiment(name, run_mixture, {k: MIXTURE | {"problem": name, "steps": STEPS[name]} | s for k, s in chosen(out, "tune").items()}, SEEDS)
+    """The runs of one folder; those that follow a tuning read its results in `out`."""
+    image = lambda problem, s: (
+        IMAGE
+        | {"problem": problem, "budget": BUDGET[name], "final": FINAL[name]}
+        | ({"images": 60_000} if problem == "stacked" else {})
+        | s
+    )
+    if name == "tune":
+        return Experiment(
+            name,
+            run_mixture,
+            {
+                k: MIXTURE | {"problem": "ring", "steps": STEPS[name]} | s
+                for k, s in settings("ring").items()
+            },
+            TUNING_SEEDS,
+        )
+    if name == "tune-mnist":
+        return Experiment(
+            name,
+            run_images,
+            {k: image("mnist", s) | {"looks": 1} for k, s in settings("mnist").items()},
+            TUNING_SEEDS[:1],
+        )
+    if name in MIXTURES:
+        return Experiment(
+            name,
+            run_mixture,
+            {
+                k: MIXTURE | {"problem": name, "steps": STEPS[name]} | s
+                for k, s in chosen(out, "tune").items()
+            },
+            SEEDS,
+        )
     if name.endswith("-floor"):
         stack = name.startswith("stacked")
-        return Experiment(name, run_floor, {"real": {"problem": "stacked", "n": 26_000} if stack else {"problem": "mnist", "n": 10_000}}, IMAGE_SEEDS)
+        return Experiment(
+            name,
+            run_floor,
+            {
+                "real": {"problem": "stacked", "n": 26_000}
+                if stack
+                else {"problem": "mnist", "n": 10_000}
+            },
+            IMAGE_SEEDS,
+        )
     best = chosen(out, "tune-mnist")
-    return Experiment(name, run_images, {k: image(name, best[k]) for k in ((*STACKED, fourth(out)) if name == "stacked" else RULES)}, IMAGE_SEEDS)
+    return Experiment(
+        name,
+        run_images,
+        {
+            k: image(name, best[k])
+            for k in ((*STACKED, fourth(out)) if name == "stacked" else RULES)
+        },
+        IMAGE_SEEDS,
+    )

@@ -23,20 +23,26 @@ from ..schemes.likelihood import MaximumLikelihood
 MODELS = {  # model: (what is done to its pixels, size and mean image -> the model)
     "made": ("binary", lambda size, mean: MADE((1, 28, 28), **size, x_mean=mean)),
     "pixelcnn": ("binary", lambda size, mean: PixelCNN((1, 28, 28), **size)),
-    "flow": ("dequantised", lambda size, mean: image_flow((1, 28, 28), **size, before=[Logit(1e-6)]))}
+    "flow": (
+        "dequantised",
+        lambda size, mean: image_flow((1, 28, 28), **size, before=[Logit(1e-6)]),
+    ),
+}
+
 
 def make_scheme(config: dict, train: Images) -> MaximumLikelihood:
-    r"The scheme of a configuration."
+    """The scheme of a configuration."""
     data, make = MODELS[config["model"]]
     model = make(config["size"], train.images.float().mean(0) / 255)
     adam = partial(Adam, lr=config["lr"], weight_decay=config["decay"], decoupled_weight_decay=True)
-    if not config["muon"]: return MaximumLikelihood(model, data, adam(model.parameters()))
+    if not config["muon"]:
+        return MaximumLikelihood(model, data, adam(model.parameters()))
     matrices, rest = muon_groups(model)
     return MaximumLikelihood(model, data, Together(Muon(matrices, lr=config["muon"]), adam(rest)))
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00007
 def run_likelihood(config: dict, seed: int) -> dict:
-    r"One model."
+    """One model."""
     (train, valid), test = hold_out(mnist("train"), 1 / 6), mnist("test")
     binarize = "static" if MODELS[config["model"]][0] == "binary" else None
     few = lambda images: Loader(images, 500, shuffle=False, binarize=binarize)
@@ -44,29 +50,74 @@ def run_likelihood(config: dict, seed: int) -> dict:
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True, binarize=binarize)
         scheme = make_scheme(config, train)
-        if config["compile"]: torch.compiler.reset(); scheme.compile()
-        average = Average(scheme.model, Power.of_width(.1))
+        if config["compile"]:
+            torch.compiler.reset()
+            scheme.compile()
+        average = Average(scheme.model, Power.of_width(0.1))
+
         def look(epoch):
             found = {"valid": round(scheme.evaluate(few(valid))["nll"], 4)}
-            with evaluating(average): on_valid, on_test = (scheme.evaluate(few(images)) for images in (valid, test))
-            return found | {"valid_averaged": round(on_valid["nll"], 4), "test": round(on_test["nll"], 4), "test_se": round(on_test["nll_se"], 4)}
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, falling if config["falls"] else None, [average])
+            with evaluating(average):
+                on_valid, on_test = (scheme.evaluate(few(images)) for images in (valid, test))
+            return found | {
+                "valid_averaged": round(on_valid["nll"], 4),
+                "test": round(on_test["nll"], 4),
+                "test_se": round(on_test["nll_se"], 4),
+            }
+
+        seen = train_watched(
+            scheme,
+            loader,
+            config["epochs"],
+            config["every"],
+            look,
+            falling if config["falls"] else None,
+            [average],
+        )
     return {"curve": seen, "parameters": sum(p.numel() for p in scheme.model.parameters())}
 
+
 def best_look(curve: list) -> dict:
-    r"Eq. (best-look)."
+    """Eq. (best-look)."""
     return min(curve, key=lambda look: look["valid_averaged"])
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00009
-SEEDS = {"made": (0, 1, 2), "made-constant": (0,), "pixelcnn": (0, 1), "flow": (0, 1, 2)}  # they change little; PixelCNN's runs are long
-ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0., batch=100, compile=False)
+SEEDS = {
+    "made": (0, 1, 2),
+    "made-constant": (0,),
+    "pixelcnn": (0, 1),
+    "flow": (0, 1, 2),
+}  # they change little; PixelCNN's runs are long
+ALWAYS = dict(lr=2e-3, muon=None, falls=True, decay=0.0, batch=100, compile=False)
 ANCHORS = {
-    "made": dict(model="made", size=dict(hidden=[4000], direct=True), decay=.2, epochs=10, every=1),
-    "pixelcnn": dict(model="pixelcnn", size=dict(channels=16, layers=7), lr=3e-3, muon=.02, batch=50, epochs=4, every=1, compile=True),
-    "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=4, every=1)}
+    "made": dict(
+        model="made", size=dict(hidden=[4000], direct=True), decay=0.2, epochs=10, every=1
+    ),
+    "pixelcnn": dict(
+        model="pixelcnn",
+        size=dict(channels=16, layers=7),
+        lr=3e-3,
+        muon=0.02,
+        batch=50,
+        epochs=4,
+        every=1,
+        compile=True,
+    ),
+    "flow": dict(model="flow", size=dict(couplings=2, channels=16, blocks=1), epochs=4, every=1),
+}
 STAGES = {"anchors": tuple(ANCHORS), "steps": ("made", "made-constant")}
 
-def experiment(name: str, out) -> Experiment:  # `out` is not read
-    r"The runs of one folder."
+
+def experiment(name: str, out) -> Experiment:
+    """The runs of one folder.
+
+    Returns:
+        `out` is not read.
+    """
     kind, _, constant = name.partition("-")
-    return Experiment(name, run_likelihood, {name: ALWAYS | ANCHORS[kind] | ({"falls": False} if constant else {})}, SEEDS[name])
+    return Experiment(
+        name,
+        run_likelihood,
+        {name: ALWAYS | ANCHORS[kind] | ({"falls": False} if constant else {})},
+        SEEDS[name],
+    )

@@ -13,89 +13,158 @@ from torch import nn
 from .vae import BernoulliVAE, LatentModel, _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/23_autoregressive.ipynb #23a2fcf4-2
-def causal_window(
-    x,           # images (B, H, W)
-    radius: int, # $r$, in pixels
-):               # (2r(r+1), B, H W): neighbour by neighbour, zero outside the image
-    r"The pixels $x_{N(i)}$ that precede each pixel within the radius, Eq. (ar-window)."
+def causal_window(x, radius: int):
+    """The pixels $x_{N(i)}$ that precede each pixel within the radius, Eq. (ar-window).
+
+    Args:
+        x: images (B, H, W).
+        radius: $r$, in pixels.
+
+    Returns:
+        (2r(r+1), B, H W): neighbour by neighbour, zero outside the image.
+    """
     r, (_, H, W) = radius, x.shape
     x = F.pad(x, (r, r, r, 0))
-    return torch.stack([x[:, i:i + H, j:j + W] for i in range(r + 1) for j in range(2 * r + 1) if i < r or j < r]).flatten(2)
+    return torch.stack(
+        [
+            x[:, i : i + H, j : j + W]
+            for i in range(r + 1)
+            for j in range(2 * r + 1)
+            if i < r or j < r
+        ]
+    ).flatten(2)
+
 
 class CausalDecoder(nn.Module):
-    r"The logits of Eq. (ar-window) but for $c$: a perceptron shared by all pixels, given the neighbours of each and its value of the map $f(z)$."
-    def __init__(self,
-        pixels: int, # $D$
-        z_dim: int,  # latents
-        hidden: int, # units of the map $f$
-        width: int,  # units of either layer of the shared perceptron
-        seen: int,   # neighbours of a pixel
-    ):
+    """The logits of Eq. (ar-window) but for $c$: a perceptron shared by all pixels, given the
+    neighbours of each and its value of the map $f(z)$.
+
+    Args:
+        pixels: $D$.
+        z_dim: latents.
+        hidden: units of the map $f$.
+        width: units of either layer of the shared perceptron.
+        seen: neighbours of a pixel.
+    """
+
+    def __init__(self, pixels: int, z_dim: int, hidden: int, width: int, seen: int):
         super().__init__()
         self.map = nn.Sequential(nn.Linear(z_dim, hidden), nn.ReLU(), nn.Linear(hidden, pixels))
-        self.window, self.mix, self.out = nn.Linear(seen + 1, width), nn.Linear(width, width), nn.Linear(width, 1, bias=False)
+        self.window, self.mix, self.out = (
+            nn.Linear(seen + 1, width),
+            nn.Linear(width, width),
+            nn.Linear(width, 1, bias=False),
+        )
         self.bias = nn.Parameter(torch.zeros(pixels))
 
-    def forward(self,
-        neighbours, # (seen, ...)
-        f,          # $f(z)$, (...)
-    ):              # (...)
+    def forward(self, neighbours, f):
+        """Forward.
+
+        Args:
+            neighbours: (seen, ...).
+            f: $f(z)$, (...).
+
+        Returns:
+            (...).
+        """
         along = lambda layer, h: torch.addmm(layer.bias[:, None], layer.weight, h)
         a = along(self.window, torch.cat([neighbours, f[None]]).flatten(1))
         return (self.out.weight @ along(self.mix, a.relu()).relu()).view(f.shape)
 
 # %% ../../nbs/20_models/23_autoregressive.ipynb #23a2fcf4-3
 class AutoregressiveVAE(BernoulliVAE):
-    r"Binary images, drawn pixel by pixel from a causal window and z, Eq. (ar-window). Grey pixels must be binarised first. Raises ValueError for a size below 1 or for channels."
-    def __init__(self,
-        shape,           # (1, H, W) of an image
-        z_dim: int,      # latents
-        hidden: int=200, # units of the encoder's two layers and of the decoder's map of z
-        width: int=32,   # units of either layer of the perceptron that all pixels share
-        radius: int=3,   # of the causal window, pixels
-        x_mean=None,     # mean training image, H W values in [0, 1]: $c$ is its logit at the start
+    """Binary images, drawn pixel by pixel from a causal window and z, Eq. (ar-window). Grey pixels
+    must be binarised first. Raises ValueError for a size below 1 or for channels.
+
+    Args:
+        shape: (1, H, W) of an image.
+        z_dim: latents.
+        hidden: units of the encoder's two layers and of the decoder's map of z.
+        width: units of either layer of the perceptron that all pixels share.
+        radius: of the causal window, pixels.
+        x_mean: mean training image, H W values in [0, 1]: $c$ is its logit at the start.
+    """
+
+    def __init__(
+        self, shape, z_dim: int, hidden: int = 200, width: int = 32, radius: int = 3, x_mean=None
     ):
         super().__init__()
         C, H, W = self.shape = tuple(shape)
-        if C != 1: raise ValueError(f"pixels of one channel are drawn row by row; got {C} channels")
-        _check_sizes(height=H, width_of_image=W, z_dim=z_dim, hidden=hidden, width=width, radius=radius)
+        if C != 1:
+            raise ValueError(f"pixels of one channel are drawn row by row; got {C} channels")
+        _check_sizes(
+            height=H, width_of_image=W, z_dim=z_dim, hidden=hidden, width=width, radius=radius
+        )
         self.x_dim, self.z_dim, self.radius = H * W, z_dim, radius
-        self.q_net = nn.Sequential(nn.Linear(H * W, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 2 * z_dim))
+        self.q_net = nn.Sequential(
+            nn.Linear(H * W, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, 2 * z_dim),
+        )
         self.p_net = CausalDecoder(H * W, z_dim, hidden, width, 2 * radius * (radius + 1))
-        if x_mean is not None: self.p_net.bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
+        if x_mean is not None:
+            self.p_net.bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
     def logits(self, x, z):
-        r"$\ell(x,z)$, (..., B, H W), for binary `x` (B, 1, H, W) or flat; `z` (..., B, z_dim)."
+        r"""$\ell(x,z)$, (..., B, H W), for binary `x` (B, 1, H, W) or flat; `z` (..., B, z_dim)."""
         f = self.p_net.map(z)
-        neighbours = causal_window(self.flat(x).unflatten(1, self.shape[1:]).to(f.dtype), self.radius)
-        return self.p_net(neighbours.view(-1, *[1] * (f.dim() - 2), *neighbours.shape[1:]).expand(-1, *f.shape), f) + self.p_net.bias
+        neighbours = causal_window(
+            self.flat(x).unflatten(1, self.shape[1:]).to(f.dtype), self.radius
+        )
+        return (
+            self.p_net(
+                neighbours.view(-1, *[1] * (f.dim() - 2), *neighbours.shape[1:]).expand(
+                    -1, *f.shape
+                ),
+                f,
+            )
+            + self.p_net.bias
+        )
 
     def log_likelihood(self, x, z):
-        r"$\log p(x\mid z)$, nats (..., B), Eq. (ar-chain); `z` (..., B, z_dim) may carry leading sample dimensions."
+        r"""$\log p(x\mid z)$, nats (..., B), Eq. (ar-chain); `z` (..., B, z_dim) may carry leading
+        sample dimensions.
+        """
         return bernoulli_log_likelihood(self.flat(x), self.logits(x, z))
 
     @torch.no_grad()
-    def decoder(self,
-        z,              # (..., z_dim)
-        generator=None, # random generator on the device of `z`; torch's own if None
-    ):                  # binary images (..., 1, H, W), in the dtype of the parameters
-        r"A draw from $p(x\mid z)$, pixel after pixel."
+    def decoder(self, z, generator=None):
+        r"""A draw from $p(x\mid z)$, pixel after pixel.
+
+        Args:
+            z: (..., z_dim).
+            generator: random generator on the device of `z`; torch's own if None.
+
+        Returns:
+            binary images (..., 1, H, W), in the dtype of the parameters.
+        """
         (_, H, W), r, p = self.shape, self.radius, self.p_net
         f = p.map(z.reshape(-1, self.z_dim))
         x = p.bias.new_zeros(len(f), H + r, W + 2 * r)
         for i in range(H * W):
             row, column = divmod(i, W)
-            seen = x[:, row:row + r + 1, column:column + 2 * r + 1].flatten(1)[:, :2 * r * (r + 1)]
+            seen = x[:, row : row + r + 1, column : column + 2 * r + 1].flatten(1)[
+                :, : 2 * r * (r + 1)
+            ]
             l = p(seen.T.to(f.dtype), f[:, i]) + p.bias[i]
-            x[:, row + r, column + r] = torch.bernoulli(l.sigmoid(), generator=generator).to(x.dtype)
-        return x[:, r:, r:r + W].reshape(*z.shape[:-1], *self.shape)
+            x[:, row + r, column + r] = torch.bernoulli(l.sigmoid(), generator=generator).to(
+                x.dtype
+            )
+        return x[:, r:, r : r + W].reshape(*z.shape[:-1], *self.shape)
 
 # %% ../../nbs/20_models/23_autoregressive.ipynb #23a2fcf4-4
-def lstm_step(
-    a, # pre-activations (..., 4H), in the order i, f, o, g
-    c, # cell (..., H)
-):     # new $h$ and $c$, each (..., H)
-    r"One step of the recurrence, Eq. (ar-lstm)."
+def lstm_step(a, c):
+    """One step of the recurrence, Eq. (ar-lstm).
+
+    Args:
+        a: pre-activations (..., 4H), in the order i, f, o, g.
+        c: cell (..., H).
+
+    Returns:
+        new $h$ and $c$, each (..., H).
+    """
     gates, g = a.split((3 * c.shape[-1], c.shape[-1]), -1)
     i, f, o = gates.sigmoid().chunk(3, -1)
     c = f * c + i * g.tanh()
@@ -103,43 +172,70 @@ def lstm_step(
 
 # %% ../../nbs/20_models/23_autoregressive.ipynb #23a2fcf4-5
 class SequenceVAE(LatentModel):
-    r"Sequences of tokens, LSTM to LSTM, Eq. (ar-tokens); `x` is (B, length) int64, 0 ... vocab - 1. Raises ValueError for a size below 1."
-    def __init__(self,
-        vocab: int,      # different tokens
-        length: int,     # tokens in a sequence
-        z_dim: int=2,    # latents
-        embed: int=50,   # numbers that stand for a token
-        hidden: int=50,  # $H$, of either LSTM
-    ):
+    """Sequences of tokens, LSTM to LSTM, Eq. (ar-tokens); `x` is (B, length) int64, 0 ... vocab -
+    1. Raises ValueError for a size below 1.
+
+    Args:
+        vocab: different tokens.
+        length: tokens in a sequence.
+        z_dim: latents.
+        embed: numbers that stand for a token.
+        hidden: $H$, of either LSTM.
+    """
+
+    def __init__(self, vocab: int, length: int, z_dim: int = 2, embed: int = 50, hidden: int = 50):
         super().__init__()
         _check_sizes(vocab=vocab, length=length, z_dim=z_dim, embed=embed, hidden=hidden)
         self.vocab, self.x_dim, self.z_dim = vocab, length, z_dim
-        self.q_net = nn.ModuleDict(dict(embed=nn.Embedding(vocab, embed), token=nn.Linear(embed, 4 * hidden), state=nn.Linear(hidden, 4 * hidden, bias=False),
-                                        out=nn.Linear(hidden, 2 * z_dim)))
-        self.p_net = nn.ModuleDict(dict(embed=nn.Embedding(vocab + 1, embed), token=nn.Linear(embed, 4 * hidden), state=nn.Linear(hidden, 4 * hidden, bias=False),
-                                        latent=nn.Linear(z_dim, 4 * hidden, bias=False), start=nn.Linear(z_dim, hidden, bias=False), out=nn.Linear(hidden, vocab),
-                                        direct=nn.Linear(z_dim, vocab, bias=False)))
+        self.q_net = nn.ModuleDict(
+            dict(
+                embed=nn.Embedding(vocab, embed),
+                token=nn.Linear(embed, 4 * hidden),
+                state=nn.Linear(hidden, 4 * hidden, bias=False),
+                out=nn.Linear(hidden, 2 * z_dim),
+            )
+        )
+        self.p_net = nn.ModuleDict(
+            dict(
+                embed=nn.Embedding(vocab + 1, embed),
+                token=nn.Linear(embed, 4 * hidden),
+                state=nn.Linear(hidden, 4 * hidden, bias=False),
+                latent=nn.Linear(z_dim, 4 * hidden, bias=False),
+                start=nn.Linear(z_dim, hidden, bias=False),
+                out=nn.Linear(hidden, vocab),
+                direct=nn.Linear(z_dim, vocab, bias=False),
+            )
+        )
 
     def encoder(self, x):
-        r"Mean and log-variance of $q(z\mid x)$, each (B, z_dim), in the dtype of the parameters. TypeError for tokens that aren't int64, ValueError for another length."
+        r"""Mean and log-variance of $q(z\mid x)$, each (B, z_dim), in the dtype of the parameters.
+        TypeError for tokens that aren't int64, ValueError for another length.
+        """
         self.check(x)
         q, h = self.q_net, self.q_net.out.weight.new_zeros(len(x), self.q_net.state.in_features)
         c = h
-        for a in q.token(q.embed(x)).unbind(1): h, c = lstm_step(a + q.state(h), c)
+        for a in q.token(q.embed(x)).unbind(1):
+            h, c = lstm_step(a + q.state(h), c)
         return q.out(h).to(q.out.weight.dtype).chunk(2, -1)
 
     def check(self, x):
-        r"Raises TypeError or ValueError where `x` is not a batch of sequences."
-        if x.dtype != torch.int64: raise TypeError(f"tokens are int64, got {x.dtype}: use x.long()")
-        if x.dim() != 2 or x.shape[1] != self.x_dim: raise ValueError(f"expected a batch of sequences of {self.x_dim} tokens, got shape {tuple(x.shape)}")
+        """Raises TypeError or ValueError where `x` is not a batch of sequences."""
+        if x.dtype != torch.int64:
+            raise TypeError(f"tokens are int64, got {x.dtype}: use x.long()")
+        if x.dim() != 2 or x.shape[1] != self.x_dim:
+            raise ValueError(
+                f"expected a batch of sequences of {self.x_dim} tokens, got shape {tuple(x.shape)}"
+            )
 
     def start(self, z):
-        r"$h_0$, $c_0$ and what $z$ adds to every step and to every output, Eq. (ar-tokens)."
+        """$h_0$, $c_0$ and what $z$ adds to every step and to every output, Eq. (ar-tokens)."""
         c = self.p_net.start(z)
         return c.tanh(), c, self.p_net.latent(z), self.p_net.direct(z)
 
     def logits(self, x, z):
-        r"Of every token given those before it, (..., B, length, vocab); `z` (..., B, z_dim) may carry leading sample dimensions."
+        """Of every token given those before it, (..., B, length, vocab); `z` (..., B, z_dim) may
+        carry leading sample dimensions.
+        """
         self.check(x)
         p, (h, c, u, v), hs = self.p_net, self.start(z), []
         for a in p.token(p.embed(F.pad(x[:, :-1], (1, 0), value=self.vocab))).unbind(1):
@@ -148,20 +244,35 @@ class SequenceVAE(LatentModel):
         return p.out(torch.stack(hs, -2)) + v.unsqueeze(-2)
 
     def log_likelihood(self, x, z):
-        r"$\log p(x\mid z)$, nats (..., B), Eq. (ar-chain), in the dtype of the parameters; `z` (..., B, z_dim) may carry leading sample dimensions."
+        r"""$\log p(x\mid z)$, nats (..., B), Eq. (ar-chain), in the dtype of the parameters; `z`
+        (..., B, z_dim) may carry leading sample dimensions.
+        """
         logits = self.logits(x, z)
-        nats = F.cross_entropy(logits.flatten(0, -2).to(self.p_net.out.weight.dtype), x.expand(logits.shape[:-1]).flatten(), reduction="none")
+        nats = F.cross_entropy(
+            logits.flatten(0, -2).to(self.p_net.out.weight.dtype),
+            x.expand(logits.shape[:-1]).flatten(),
+            reduction="none",
+        )
         return -nats.view(logits.shape[:-1]).sum(-1)
 
     @torch.no_grad()
-    def decoder(self,
-        z,              # (..., z_dim)
-        generator=None, # random generator on the device of `z`; torch's own if None
-    ):                  # tokens (..., length), int64
-        r"A draw from $p(x\mid z)$, token after token."
+    def decoder(self, z, generator=None):
+        r"""A draw from $p(x\mid z)$, token after token.
+
+        Args:
+            z: (..., z_dim).
+            generator: random generator on the device of `z`; torch's own if None.
+
+        Returns:
+            tokens (..., length), int64.
+        """
         p, (h, c, u, v) = self.p_net, self.start(z.reshape(-1, self.z_dim))
         x = [torch.full((len(h),), self.vocab, device=z.device)]
         for _ in range(self.x_dim):
             h, c = lstm_step(p.token(p.embed(x[-1])) + u + p.state(h), c)
-            x.append(torch.multinomial((p.out(h) + v).to(p.out.weight.dtype).softmax(-1), 1, generator=generator)[:, 0])
+            x.append(
+                torch.multinomial(
+                    (p.out(h) + v).to(p.out.weight.dtype).softmax(-1), 1, generator=generator
+                )[:, 0]
+            )
         return torch.stack(x[1:], -1).view(*z.shape[:-1], self.x_dim)

@@ -18,120 +18,224 @@ from ..optim import Adam
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-2
 class Classifier(nn.Module):
-    r"A small convolutional classifier for images of any shape, Eq. (classifier)."
-    def __init__(self,
-        shape: tuple=(1, 28, 28), # of an image, (C, H, W)
-        classes: int=10,          # number of logits
-        width: int=16,            # channels of the first stage, $w$; the second has twice as many
-        dim: int=64,              # features, $d$
-        dropout: float=.2,        # share of the features that are dropped before the head, in training only
-    ):                            # ValueError where a size is not positive
-        if min(*shape, classes, width, dim) < 1: raise ValueError(f"sizes must be at least 1, got {shape=}, {classes=}, {width=}, {dim=}")
+    """A small convolutional classifier for images of any shape, Eq. (classifier).
+
+    Args:
+        shape: of an image, (C, H, W).
+        classes: number of logits.
+        width: channels of the first stage, $w$; the second has twice as many.
+        dim: features, $d$.
+        dropout: share of the features that are dropped before the head, in training only.
+
+    Returns:
+        ValueError where a size is not positive.
+    """
+
+    def __init__(
+        self,
+        shape: tuple = (1, 28, 28),
+        classes: int = 10,
+        width: int = 16,
+        dim: int = 64,
+        dropout: float = 0.2,
+    ):
+        if min(*shape, classes, width, dim) < 1:
+            raise ValueError(
+                f"sizes must be at least 1, got {shape=}, {classes=}, {width=}, {dim=}"
+            )
         super().__init__()
         self.shape, self.dim, layers, (c, h, w) = tuple(shape), dim, [], shape
         for out in (width, 2 * width):
-            layers += [nn.Conv2d(c, out, 3, padding=1), nn.ReLU(), nn.Conv2d(out, out, 3, stride=2, padding=1), nn.ReLU()]
+            layers += [
+                nn.Conv2d(c, out, 3, padding=1),
+                nn.ReLU(),
+                nn.Conv2d(out, out, 3, stride=2, padding=1),
+                nn.ReLU(),
+            ]
             c, h, w = out, -(-h // 2), -(-w // 2)
         self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(c * h * w, dim), nn.ReLU())
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(dim, classes)
 
-    def features(self, x: Tensor) -> Tensor:  # (B, C, H, W) in [0, 1], or flat -> (B, d)
+    def features(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) in [0, 1], or flat -> (B, d)."""
         return self.body(x.reshape(-1, *self.shape))
 
-    def forward(self, x: Tensor) -> Tensor:   # (B, C, H, W) in [0, 1], or flat -> logits (B, classes)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, C, H, W) in [0, 1], or flat -> logits (B, classes)."""
         return self.head(self.dropout(self.features(x)))
 
 # %% ../../nbs/20_models/22_classifier.ipynb #07037177
 class Perceptron(nn.Module):
-    r"A fully connected classifier of vectors, or of images laid flat, Eq. (perceptron)."
-    def __init__(self,
-        x_dim: int,          # numbers in an example
-        classes: int=10,     # number of logits
-        hidden=(500, 250),   # units of each layer
-        dropout: float=0.,   # share of every layer's units that are dropped, in training only
-    ):                       # ValueError where a size is not positive
-        if min(x_dim, classes, *hidden) < 1: raise ValueError(f"sizes must be at least 1, got {x_dim=}, {classes=}, {hidden=}")
+    """A fully connected classifier of vectors, or of images laid flat, Eq. (perceptron).
+
+    Args:
+        x_dim: numbers in an example.
+        classes: number of logits.
+        hidden: units of each layer.
+        dropout: share of every layer's units that are dropped, in training only.
+
+    Returns:
+        ValueError where a size is not positive.
+    """
+
+    def __init__(self, x_dim: int, classes: int = 10, hidden=(500, 250), dropout: float = 0.0):
+        if min(x_dim, classes, *hidden) < 1:
+            raise ValueError(f"sizes must be at least 1, got {x_dim=}, {classes=}, {hidden=}")
         super().__init__()
         sizes = [x_dim, *hidden]
         self.x_dim, self.dim = x_dim, sizes[-1]
-        self.body = nn.Sequential(*(layer for m, n in zip(sizes, sizes[1:]) for layer in (nn.Linear(m, n), nn.ReLU(), nn.Dropout(dropout))))
+        self.body = nn.Sequential(
+            *(
+                layer
+                for m, n in zip(sizes, sizes[1:])
+                for layer in (nn.Linear(m, n), nn.ReLU(), nn.Dropout(dropout))
+            )
+        )
         self.head = nn.Linear(self.dim, classes)
 
-    def features(self, x: Tensor) -> Tensor:  # (B, ...) of x_dim numbers each -> (B, dim)
-        if x.shape[1:].numel() != self.x_dim: raise ValueError(f"expected a batch of examples of {self.x_dim} numbers, got shape {tuple(x.shape)}")
+    def features(self, x: Tensor) -> Tensor:
+        """Return (B, ...) of x_dim numbers each -> (B, dim)."""
+        if x.shape[1:].numel() != self.x_dim:
+            raise ValueError(
+                f"expected a batch of examples of {self.x_dim} numbers, got shape {tuple(x.shape)}"
+            )
         return self.body(x.flatten(1))
 
-    def forward(self, x: Tensor) -> Tensor:   # (B, ...) of x_dim numbers each -> logits (B, classes)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, ...) of x_dim numbers each -> logits (B, classes)."""
         return self.head(self.features(x))
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-3
-def shifted(
-    x: Tensor,      # images (B, C, H, W)
-    most: int,      # pixels, either way
-    generator=None, # on the device of `x`; torch's own if None
-) -> Tensor:        # like `x`; what leaves the picture is lost and zeros come in
-    r"Every image moved by whole pixels of its own, all $(2m+1)^2$ moves alike likely."
+def shifted(x: Tensor, most: int, generator=None) -> Tensor:
+    """Every image moved by whole pixels of its own, all $(2m+1)^2$ moves alike likely.
+
+    Args:
+        x: images (B, C, H, W).
+        most: pixels, either way.
+        generator: on the device of `x`; torch's own if None.
+
+    Returns:
+        like `x`; what leaves the picture is lost and zeros come in.
+    """
     b, _, h, w = x.shape
     dy, dx = torch.randint(2 * most + 1, (2, b, 1), generator=generator, device=x.device)
     line = lambda n: torch.arange(n, device=x.device)
-    return F.pad(x, (most,) * 4)[line(b)[:, None, None], :, (line(h) + dy)[:, :, None], (line(w) + dx)[:, None, :]].movedim(-1, 1)
+    return F.pad(x, (most,) * 4)[
+        line(b)[:, None, None], :, (line(h) + dy)[:, :, None], (line(w) + dx)[:, None, :]
+    ].movedim(-1, 1)
 
-def warm_linear(t: int, steps: int) -> float:  # factor of the step size at step t of `steps`
-    r"Up over a tenth, down over the rest, Eq. (warm-linear)."
+
+def warm_linear(t: int, steps: int) -> float:
+    """Up over a tenth, down over the rest, Eq. (warm-linear).
+
+    Returns:
+        factor of the step size at step t of `steps`.
+    """
     return min(1, (t + 1) / (steps / 10)) * (1 - t / steps)
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-4
 @torch.no_grad()
-def predict(
-    model: nn.Module,       # images -> logits; in evaluation mode meanwhile
-    images: Tensor,         # (N, C, H, W): bytes, or floats in [0, 1]
-    batch_size: int=500,    # images at once
-) -> Tensor:                # (N,) int64, the likeliest class
-    r"The class of each image."
-    mode = model.training; model.eval()
-    try: return torch.cat([model(x if x.is_floating_point() else x / 255).argmax(1) for x in images.split(batch_size)])
-    finally: model.train(mode)
+def predict(model: nn.Module, images: Tensor, batch_size: int = 500) -> Tensor:
+    """The class of each image.
+
+    Args:
+        model: images -> logits; in evaluation mode meanwhile.
+        images: (N, C, H, W): bytes, or floats in [0, 1].
+        batch_size: images at once.
+
+    Returns:
+        (N,) int64, the likeliest class.
+    """
+    mode = model.training
+    model.eval()
+    try:
+        return torch.cat(
+            [
+                model(x if x.is_floating_point() else x / 255).argmax(1)
+                for x in images.split(batch_size)
+            ]
+        )
+    finally:
+        model.train(mode)
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-5
 def train_classifier(
-    data: Images,             # with labels
-    valid: Images|None=None,  # counted after each epoch: for choosing a setting, never the test images
-    epochs: int=15, batch_size: int=100,
-    lr: float=2e-3,           # largest step of Adam, $\eta$
-    shift: int=2,             # largest move of an image, pixels
-    seed: int=0,              # of the weights, the order, the moves and the dropped features
-    progress=None,            # called with each epoch's record, `print` say
-    **sizes,                  # of the `Classifier`: width, dim, dropout
-):                            # (model in evaluation mode, [{"epoch", "loss", "errors" of `valid` if it is given}])
-    r"The recipe of the shipped weights: cross-entropy, moved images, Adam, Eq. (warm-linear)."
-    if data.labels is None: raise DataError(f"{data.name}: has no labels, a classifier learns from them. To mend it: put the images of each class in a folder of its own")
+    data: Images,
+    valid: Images | None = None,
+    epochs: int = 15,
+    batch_size: int = 100,
+    lr: float = 2e-3,
+    shift: int = 2,
+    seed: int = 0,
+    progress=None,
+    **sizes,
+):
+    r"""The recipe of the shipped weights: cross-entropy, moved images, Adam, Eq. (warm-linear).
+
+    Args:
+        data: with labels.
+        valid: counted after each epoch: for choosing a setting, never the test images.
+        lr: largest step of Adam, $\eta$.
+        shift: largest move of an image, pixels.
+        seed: of the weights, the order, the moves and the dropped features.
+        progress: called with each epoch's record, `print` say.
+        **sizes: of the `Classifier`: width, dim, dropout.
+
+    Returns:
+        (model in evaluation mode, [{"epoch", "loss", "errors" of `valid` if it is given}]).
+    """
+    if data.labels is None:
+        raise DataError(
+            f"{data.name}: has no labels, a classifier learns from them. To mend it: put the images of each class in a folder of its own"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(data.shape, int(data.labels.max()) + 1, **sizes).to(data.images.device)
-        optimizer, loader, records = Adam(model.parameters(), lr), Loader(data, batch_size, seed=seed), []
-        rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: warm_linear(t, epochs * len(loader)))
+        optimizer, loader, records = (
+            Adam(model.parameters(), lr),
+            Loader(data, batch_size, seed=seed),
+            [],
+        )
+        rate = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda t: warm_linear(t, epochs * len(loader))
+        )
         for epoch in range(1, epochs + 1):
-            total = 0.
+            total = 0.0
             for x, y in loader:
                 optimizer.zero_grad()
                 loss = F.cross_entropy(model(shifted(x, shift)), y)
-                loss.backward(); optimizer.step(); rate.step()
+                loss.backward()
+                optimizer.step()
+                rate.step()
                 total += loss.detach()
             records.append({"epoch": epoch, "loss": total.item() / len(loader)})
-            if valid: records[-1]["errors"] = (predict(model, valid.images) != valid.labels).sum().item()
-            if progress: progress(records[-1])
+            if valid:
+                records[-1]["errors"] = (predict(model, valid.images) != valid.labels).sum().item()
+            if progress:
+                progress(records[-1])
     return model.eval(), records
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-6
 WEIGHTS = ASSETS / "mnist-classifier.pt"
 _sha256 = "a22c22dda5439eefd1dd598a303009e8cb976eb1a6464d713bbff4be3a40205b"
 
-def mnist_classifier(device=None) -> Classifier:  # in evaluation mode, its weights constant; DataError where the file is missing or altered
-    r"The classifier of MNIST digits that comes with the package: `train_classifier(mnist())`, rounded to half precision."
+
+def mnist_classifier(device=None) -> Classifier:
+    """The classifier of MNIST digits that comes with the package: `train_classifier(mnist())`,
+    rounded to half precision.
+
+    Returns:
+        in evaluation mode, its weights constant; DataError where the file is missing or altered.
+    """
     mend = "To mend it: reinstall the package, pip install --force-reinstall --no-deps optgen"
-    try: raw = WEIGHTS.read_bytes()
-    except FileNotFoundError: raise DataError(f"{WEIGHTS}: no such file. {mend}") from None
-    if (found := sha256(raw).hexdigest()) != _sha256: raise DataError(f"{WEIGHTS}: altered: its SHA-256 is {found[:8]}..., expected {_sha256[:8]}.... {mend}")
+    try:
+        raw = WEIGHTS.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{WEIGHTS}: no such file. {mend}") from None
+    if (found := sha256(raw).hexdigest()) != _sha256:
+        raise DataError(
+            f"{WEIGHTS}: altered: its SHA-256 is {found[:8]}..., expected {_sha256[:8]}.... {mend}"
+        )
     model = Classifier()
     model.load_state_dict(torch.load(BytesIO(raw), map_location="cpu", weights_only=True))
     return model.requires_grad_(False).eval().to(device)

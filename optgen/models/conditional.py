@@ -15,62 +15,115 @@ from .vae import LatentModel, _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/27_conditional.ipynb #c27a0006
 class ConditionalVAE(LatentModel):
-    r"A VAE of images that is told the class, Eq. (joint-bound). Kingma et al. (2014), M2. Raises ValueError for a size below 1 or another likelihood."
-    def __init__(self,
-        x_dim: int,      # numbers in an example
-        classes: int,    # $K$
-        z_dim: int=50,   # latents
-        hidden: int=500, # units of the encoder's layer and of the decoder's
-        likelihood: str="bernoulli", # or "gaussian": mean and variance of every number come from the decoder
-        x_mean=None,     # mean training image, x_dim values in [0, 1], of a Bernoulli decoder: it starts there instead of at one half
-        activation=nn.ReLU, # class of the module after a layer
+    """A VAE of images that is told the class, Eq. (joint-bound). Kingma et al. (2014), M2. Raises
+    ValueError for a size below 1 or another likelihood.
+
+    Args:
+        x_dim: numbers in an example.
+        classes: $K$.
+        z_dim: latents.
+        hidden: units of the encoder's layer and of the decoder's.
+        likelihood: or "gaussian": mean and variance of every number come from the decoder.
+        x_mean: mean training image, x_dim values in [0, 1], of a Bernoulli decoder: it starts there
+            instead of at one half.
+        activation: class of the module after a layer.
+    """
+
+    def __init__(
+        self,
+        x_dim: int,
+        classes: int,
+        z_dim: int = 50,
+        hidden: int = 500,
+        likelihood: str = "bernoulli",
+        x_mean=None,
+        activation=nn.ReLU,
     ):
         super().__init__()
         _check_sizes(x_dim=x_dim, classes=classes, z_dim=z_dim, hidden=hidden)
-        if likelihood not in ("bernoulli", "gaussian"): raise ValueError(f"likelihood is 'bernoulli' or 'gaussian', got {likelihood!r}")
+        if likelihood not in ("bernoulli", "gaussian"):
+            raise ValueError(f"likelihood is 'bernoulli' or 'gaussian', got {likelihood!r}")
         self.x_dim, self.classes, self.z_dim, self.likelihood = x_dim, classes, z_dim, likelihood
-        net = lambda inputs, outputs: nn.ModuleDict(dict(x=nn.Linear(inputs, hidden), y=nn.Linear(classes, hidden, bias=False), act=activation(), out=nn.Linear(hidden, outputs)))
-        self.q_net, self.p_net = net(x_dim, 2 * z_dim), net(z_dim, x_dim * (1 if likelihood == "bernoulli" else 2))
+        net = lambda inputs, outputs: nn.ModuleDict(
+            dict(
+                x=nn.Linear(inputs, hidden),
+                y=nn.Linear(classes, hidden, bias=False),
+                act=activation(),
+                out=nn.Linear(hidden, outputs),
+            )
+        )
+        self.q_net, self.p_net = (
+            net(x_dim, 2 * z_dim),
+            net(z_dim, x_dim * (1 if likelihood == "bernoulli" else 2)),
+        )
         self.register_buffer("log_prior", torch.full((classes,), -math.log(classes)))
-        if x_mean is not None: self.p_net.out.bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
+        if x_mean is not None:
+            self.p_net.out.bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
     def told(self, net, x, y):
-        r"What a network answers about `x` (..., n) if it is told the class: (..., n) for `y` (...), or for every class where y is None."
+        """What a network answers about `x` (..., n) if it is told the class: (..., n) for `y`
+        (...), or for every class where y is None.
+        """
         h = net.x(x) + net.y.weight.t() if y is None else net.x(x) + net.y.weight.t()[y]
         return net.out(net.act(h))
 
     def encoder(self, x, y=None):
-        r"Mean and log-variance of $q(z\mid x,y)$, each (B, z_dim), or (B, K, z_dim) of every class where y is None. Raises ValueError for a wrong number of pixels."
-        if x.shape[1:].numel() != self.x_dim: raise ValueError(f"expected a batch of examples of {self.x_dim} numbers, got shape {tuple(x.shape)}")
+        r"""Mean and log-variance of $q(z\mid x,y)$, each (B, z_dim), or (B, K, z_dim) of every
+        class where y is None. Raises ValueError for a wrong number of pixels.
+        """
+        if x.shape[1:].numel() != self.x_dim:
+            raise ValueError(
+                f"expected a batch of examples of {self.x_dim} numbers, got shape {tuple(x.shape)}"
+            )
         x = x.flatten(1)
         return self.told(self.q_net, x if y is not None else x[:, None], y).to(x.dtype).chunk(2, -1)
 
     def decoder(self, z, y):
-        r"What is shown of `z` (..., z_dim) and `y` (...): pixel probabilities, or the mean of a Gaussian."
+        """What is shown of `z` (..., z_dim) and `y` (...): pixel probabilities, or the mean of a
+        Gaussian.
+        """
         out = self.told(self.p_net, z, y)
         return out.sigmoid() if self.likelihood == "bernoulli" else out.chunk(2, -1)[0]
 
     def log_likelihood(self, x, z, y=None):
-        r"$\log p(x\mid y,z)$, nats: (B,) for `z` (B, z_dim) and `y` (B,), or (B, K) for `z` (B, K, z_dim) where y is None."
+        r"""$\log p(x\mid y,z)$, nats: (B,) for `z` (B, z_dim) and `y` (B,), or (B, K) for `z` (B,
+        K, z_dim) where y is None.
+        """
         out, x = self.told(self.p_net, z, y), x.flatten(1)
-        if y is None: x = x[:, None]
+        if y is None:
+            x = x[:, None]
         if self.likelihood == "gaussian":
             mean, log_var = out.to(torch.promote_types(x.dtype, out.dtype)).chunk(2, -1)
-            return -((x - mean)**2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1) / 2
-        return bernoulli_log_likelihood(x.expand(*out.shape[:-1], -1).flatten(0, -2), out.flatten(0, -2)).view(out.shape[:-1])
+            return (
+                -((x - mean) ** 2 * (-log_var).exp() + log_var + math.log(2 * math.pi)).sum(-1) / 2
+            )
+        return bernoulli_log_likelihood(
+            x.expand(*out.shape[:-1], -1).flatten(0, -2), out.flatten(0, -2)
+        ).view(out.shape[:-1])
 
-    def bound(self,
-        x,        # (B, ...): pixels, or what else the likelihood is of
-        y=None,   # (B,) int64, 0 ... K - 1; None: every class
-        eps=None, # standard normal, (B, z_dim), the same for every class; or (B, K, z_dim) where y is None; drawn here if None
-    ):            # nats, (B,), or (B, K) where y is None
-        r"An estimate of $J(x,y)$ with one sample of $z$, Eq. (joint-sample)."
+    def bound(self, x, y=None, eps=None):
+        """An estimate of $J(x,y)$ with one sample of $z$, Eq. (joint-sample).
+
+        Args:
+            x: (B, ...): pixels, or what else the likelihood is of.
+            y: (B,) int64, 0 ... K - 1; None: every class.
+            eps: standard normal, (B, z_dim), the same for every class; or (B, K, z_dim) where y is
+                None; drawn here if None.
+
+        Returns:
+            nats, (B,), or (B, K) where y is None.
+        """
         mean, log_var = self.encoder(x, y)
-        if eps is None: eps = torch.randn_like(mean if y is not None else mean[:, 0])
+        if eps is None:
+            eps = torch.randn_like(mean if y is not None else mean[:, 0])
         eps = eps[:, None].expand_as(mean) if eps.dim() < mean.dim() else eps
         z = self.reparameterize(mean, log_var, eps)
-        return self.log_likelihood(x, z, y) + (eps**2 + log_var - z**2).sum(-1) / 2 + (self.log_prior if y is None else self.log_prior[y])
+        return (
+            self.log_likelihood(x, z, y)
+            + (eps**2 + log_var - z**2).sum(-1) / 2
+            + (self.log_prior if y is None else self.log_prior[y])
+        )
 
     def forward(self, x, eps=None):
-        r"$J(x,\cdot)$, (B, K): logits of the classifier that the model is, Eq. (class-posterior)."
+        r"""$J(x,\cdot)$, (B, K): logits of the classifier that the model is, Eq. (class-posterior)."""
         return self.bound(x, eps=eps)

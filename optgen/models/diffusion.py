@@ -20,38 +20,66 @@ from .vae import _check_sizes
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00006
 class Schedule:
-    r"Noise levels $\sigma$ from `low` to `high`, Eq. (diffusion-level); a subclass has `level(t)` and its inverse `time(sigma)`. Raises ValueError unless 0 < low < high, and where the times of the two are too near an end to lead back to them."
-    def __init__(self,
-        low: float=.002,  # smallest $\sigma$
-        high: float=80.,  # largest
-    ):
-        if not 0 < low < high < math.inf: raise ValueError(f"noise levels go from low to high, 0 < low < high, got {low} and {high}")
+    r"""Noise levels $\sigma$ from `low` to `high`, Eq. (diffusion-level); a subclass has `level(t)`
+    and its inverse `time(sigma)`. Raises ValueError unless 0 < low < high, and where the times
+    of the two are too near an end to lead back to them.
+
+    Args:
+        low: smallest $\sigma$.
+        high: largest.
+    """
+
+    def __init__(self, low: float = 0.002, high: float = 80.0):
+        if not 0 < low < high < math.inf:
+            raise ValueError(
+                f"noise levels go from low to high, 0 < low < high, got {low} and {high}"
+            )
         self.low, self.high = low, high
-        range_ = torch.tensor([low, high], dtype=torch.float64, device="cpu"); times = self.time(range_)
-        if not torch.allclose(self.level(times), range_, rtol=1e-3): raise ValueError(f"the times of the levels {low} and {high} can't be told from 0 and 1: take a narrower range, or PowerSchedule")
+        range_ = torch.tensor([low, high], dtype=torch.float64, device="cpu")
+        times = self.time(range_)
+        if not torch.allclose(self.level(times), range_, rtol=1e-3):
+            raise ValueError(
+                f"the times of the levels {low} and {high} can't be told from 0 and 1: take a narrower range, or PowerSchedule"
+            )
         self.ends = times.tolist()
 
-    def __call__(self, u: Tensor) -> Tensor:  # in [0, 1] -> $\sigma$, like `u`
+    def __call__(self, u: Tensor) -> Tensor:
+        r"""Return in [0, 1] -> $\sigma$, like `u`."""
         start, end = self.ends
         return self.level(start + (end - start) * u)
 
-    def steps(self, n: int) -> Tensor:  # (n + 1,), float64, on the CPU
-        r"Levels of `n` steps of a sampler: from `high` down to `low`, then 0. Raises ValueError unless `n` is at least 1."
-        if n < 1: raise ValueError(f"a sampler takes at least one step, got {n}")
+    def steps(self, n: int) -> Tensor:
+        """Levels of `n` steps of a sampler: from `high` down to `low`, then 0. Raises ValueError
+        unless `n` is at least 1.
+
+        Returns:
+            (n + 1,), float64, on the CPU.
+        """
+        if n < 1:
+            raise ValueError(f"a sampler takes at least one step, got {n}")
         return F.pad(self(torch.linspace(1, 0, n, dtype=torch.float64, device="cpu")), (0, 1))
 
+
 class LinearSchedule(Schedule):
-    r"$\beta$ grows linearly. Ho et al. (2020)."
-    def __init__(self, low=.002, high=80., beta=(.1, 20.)):  # $\beta_0<\beta_1$
+    r"""$\beta$ grows linearly. Ho et al. (2020)."""
+
+    def __init__(self, low=0.002, high=80.0, beta=(0.1, 20.0)):
         self.start, self.slope = beta[0], beta[1] - beta[0]
         super().__init__(low, high)
 
-    def level(self, t): return (self.start * t + self.slope * t**2 / 2).expm1().sqrt()
-    def time(self, sigma): return ((self.start**2 + 2 * self.slope * (sigma**2).log1p()).sqrt() - self.start) / self.slope
+    def level(self, t):
+        return (self.start * t + self.slope * t**2 / 2).expm1().sqrt()
+
+    def time(self, sigma):
+        return (
+            (self.start**2 + 2 * self.slope * (sigma**2).log1p()).sqrt() - self.start
+        ) / self.slope
+
 
 class CosineSchedule(Schedule):
-    r"The signal is a cosine. Nichol & Dhariwal (2021)."
-    def __init__(self, low=.002, high=80., offset=.008):  # $\tau\ge0$
+    """The signal is a cosine. Nichol & Dhariwal (2021)."""
+
+    def __init__(self, low=0.002, high=80.0, offset=0.008):
         self.offset, self.first = offset, math.pi / 2 * offset / (1 + offset)
         super().__init__(low, high)
 
@@ -59,136 +87,228 @@ class CosineSchedule(Schedule):
         angle = math.pi / 2 * (t + self.offset) / (1 + self.offset)
         return ((angle - self.first).sin() * (angle + self.first).sin()).sqrt() / angle.cos()
 
-    def time(self, sigma): return 2 / math.pi * (1 + self.offset) * (math.cos(self.first) / (1 + sigma**2).sqrt()).acos() - self.offset
+    def time(self, sigma):
+        return (
+            2 / math.pi * (1 + self.offset) * (math.cos(self.first) / (1 + sigma**2).sqrt()).acos()
+            - self.offset
+        )
+
 
 class StraightSchedule(Schedule):
-    r"Image and noise are mixed in proportion to time. Liu et al. (2023)."
-    def level(self, t): return t / (1 - t)
-    def time(self, sigma): return sigma / (1 + sigma)
+    """Image and noise are mixed in proportion to time. Liu et al. (2023)."""
+
+    def level(self, t):
+        return t / (1 - t)
+
+    def time(self, sigma):
+        return sigma / (1 + sigma)
+
 
 class LogNormalSchedule(Schedule):
-    r"The levels that training sees; in single precision none above about 150. Karras et al. (2022)."
-    def __init__(self, low=.002, high=80., mean=-1.2, std=1.2):  # $m$, $d>0$
+    """The levels that training sees; in single precision none above about 150. Karras et al.
+    (2022).
+    """
+
+    def __init__(self, low=0.002, high=80.0, mean=-1.2, std=1.2):
         self.mean, self.std = mean, std
         super().__init__(low, high)
 
-    def level(self, t): return (self.mean + self.std * torch.special.ndtri(t)).exp()
-    def time(self, sigma): return torch.special.ndtr((sigma.log() - self.mean) / self.std)
+    def level(self, t):
+        return (self.mean + self.std * torch.special.ndtri(t)).exp()
+
+    def time(self, sigma):
+        return torch.special.ndtr((sigma.log() - self.mean) / self.std)
+
 
 class PowerSchedule(Schedule):
-    r"The levels that a sampler visits. Karras et al. (2022)."
-    def __init__(self, low=.002, high=80., rho=7.):  # $\rho>0$
+    """The levels that a sampler visits. Karras et al. (2022)."""
+
+    def __init__(self, low=0.002, high=80.0, rho=7.0):
         self.rho = rho
         super().__init__(low, high)
 
-    def level(self, t): return t**self.rho
-    def time(self, sigma): return sigma**(1 / self.rho)
+    def level(self, t):
+        return t**self.rho
+
+    def time(self, sigma):
+        return sigma ** (1 / self.rho)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00008
 TARGETS = {  # name: (sigma, s) -> a, b of Eq. (diffusion-target)
     "x0": lambda sigma, std: (torch.ones_like(sigma), torch.zeros_like(sigma)),
     "eps": lambda sigma, std: (torch.zeros_like(sigma), torch.ones_like(sigma)),
-    "v": lambda sigma, std: (-sigma / std * (sigma**2 + std**2).rsqrt(), std * (sigma**2 + std**2).rsqrt()),
-    "flow": lambda sigma, std: (-torch.ones_like(sigma), torch.ones_like(sigma))}
+    "v": lambda sigma, std: (
+        -sigma / std * (sigma**2 + std**2).rsqrt(),
+        std * (sigma**2 + std**2).rsqrt(),
+    ),
+    "flow": lambda sigma, std: (-torch.ones_like(sigma), torch.ones_like(sigma)),
+}
+
 
 def over(sigma: Tensor, x: Tensor) -> Tensor:
-    r"`sigma` (B,) beside images `x` (B, ...)."
+    """`sigma` (B,) beside images `x` (B, ...)."""
     return sigma.view(-1, *[1] * (x.ndim - 1))
 
-def target_of(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: float=1.) -> Tensor:  # like `x`
-    r"$F=a\,x_0+b\,\epsilon$ of the image and its noise."
+
+def target_of(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+    r"""$F=a\,x_0+b\,\epsilon$ of the image and its noise.
+
+    Returns:
+        like `x`.
+    """
     a, b = TARGETS[target](over(sigma, x), std)
     return a * x + b * eps
 
-def image_of(out: Tensor, y: Tensor, sigma: Tensor, target: str, std: float=1.) -> Tensor:  # like `y`
-    r"$\hat x$ of what the network says, Eq. (diffusion-target)."
+
+def image_of(out: Tensor, y: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+    r"""$\hat x$ of what the network says, Eq. (diffusion-target).
+
+    Returns:
+        like `y`.
+    """
     sigma = over(sigma, y)
     a, b = TARGETS[target](sigma, std)
     return (b * y - sigma * out) / (b - sigma * a)
 
-def weight_of(sigma: Tensor, target: str, std: float=1.) -> Tensor:  # like `sigma`
-    r"$(\sigma/\Delta)^2$: squared errors of the image that a squared error of the target is, Eq. (diffusion-target)."
+
+def weight_of(sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+    r"""$(\sigma/\Delta)^2$: squared errors of the image that a squared error of the target is, Eq.
+    (diffusion-target).
+
+    Returns:
+        like `sigma`.
+    """
     a, b = TARGETS[target](sigma, std)
-    return (sigma / (b - sigma * a))**2
+    return (sigma / (b - sigma * a)) ** 2
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00010
 class Denoiser(nn.Module):
-    r"$\hat x(y,\sigma)$ of a network that is asked for a target, Eq. (diffusion-target). Raises ValueError for an unknown target."
-    def __init__(self,
-        net: nn.Module,    # (images (B, ...) of mean square 1, $\frac14\log\sigma$ (B,)[, labels (B,)]) -> like the images
-        shape,             # of an image
-        target: str="v",   # "x0", "eps", "v" or "flow"
-        std: float=1.,     # $s>0$, root of the mean square of the data
-    ):
+    r"""$\hat x(y,\sigma)$ of a network that is asked for a target, Eq. (diffusion-target). Raises
+    ValueError for an unknown target.
+
+    Args:
+        net: (images (B, ...) of mean square 1, $\frac14\log\sigma$ (B,)[, labels (B,)]) -> like the
+            images.
+        shape: of an image.
+        target: "x0", "eps", "v" or "flow".
+        std: $s>0$, root of the mean square of the data.
+    """
+
+    def __init__(self, net: nn.Module, shape, target: str = "v", std: float = 1.0):
         super().__init__()
-        if target not in TARGETS: raise ValueError(f"the target is one of {', '.join(TARGETS)}, got {target!r}")
-        if not std > 0: raise ValueError(f"std is the root of the mean square of the data, above 0, got {std}")
+        if target not in TARGETS:
+            raise ValueError(f"the target is one of {', '.join(TARGETS)}, got {target!r}")
+        if not std > 0:
+            raise ValueError(f"std is the root of the mean square of the data, above 0, got {std}")
         self.net, self.shape, self.target, self.std = net, tuple(shape), target, std
 
     def output(self, y, sigma, *labels):
-        r"$\hat F$, like `y` (B, ...), at `sigma` (B,). Raises ValueError for another shape of images."
-        if tuple(y.shape[1:]) != self.shape: raise ValueError(f"expected a batch of images of shape {self.shape}, got shape {tuple(y.shape)}")
-        return self.net(y * (over(sigma, y)**2 + self.std**2).rsqrt(), sigma.log() / 4, *labels).to(y.dtype)
+        r"""$\hat F$, like `y` (B, ...), at `sigma` (B,). Raises ValueError for another shape of
+        images.
+        """
+        if tuple(y.shape[1:]) != self.shape:
+            raise ValueError(
+                f"expected a batch of images of shape {self.shape}, got shape {tuple(y.shape)}"
+            )
+        return self.net(
+            y * (over(sigma, y) ** 2 + self.std**2).rsqrt(), sigma.log() / 4, *labels
+        ).to(y.dtype)
 
     def forward(self, y, sigma, *labels):
-        r"$\hat x$, like `y` (B, ...), at `sigma` (B,), above 0."
+        r"""$\hat x$, like `y` (B, ...), at `sigma` (B,), above 0."""
         return image_of(self.output(y, sigma, *labels), y, sigma, self.target, self.std)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00011
 class Embedding(nn.Module):
-    r"A number, and a class where there are some, as a vector: sines and cosines, then a perceptron. (B,)[, (B,) int64] -> (B, width)."
-    def __init__(self, width: int, classes: int=0, waves: int=16):
+    """A number, and a class where there are some, as a vector: sines and cosines, then a
+    perceptron. (B,)[, (B,) int64] -> (B, width).
+    """
+
+    def __init__(self, width: int, classes: int = 0, waves: int = 16):
         super().__init__()
         self.register_buffer("frequency", torch.logspace(0, 2, waves))
-        self.net = nn.Sequential(nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.net = nn.Sequential(
+            nn.Linear(2 * waves, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
+        )
         self.classes = nn.Embedding(classes, 2 * waves) if classes else None
 
     def forward(self, c, labels=None):
-        if (labels is None) != (self.classes is None): raise ValueError("a network of classes needs labels, and one without takes none: make it with classes=, or leave the labels away")
+        if (labels is None) != (self.classes is None):
+            raise ValueError(
+                "a network of classes needs labels, and one without takes none: make it with classes=, or leave the labels away"
+            )
         wave = c[:, None].to(self.frequency) * self.frequency
         h = torch.cat([wave.sin(), wave.cos()], 1)
         return self.net(h if labels is None else h + self.classes(labels))
 
+
 class PerceptronDenoiser(nn.Module):
-    r"A perceptron with residual layers, for `Denoiser`: of (B, ...), flattened."
-    def __init__(self,
-        x_dim: int,      # numbers in an example
-        width: int=128,
-        layers: int=3,
-        classes: int=0,  # 0 without labels
-    ):
+    """A perceptron with residual layers, for `Denoiser`: of (B, ...), flattened.
+
+    Args:
+        x_dim: numbers in an example.
+        classes: 0 without labels.
+    """
+
+    def __init__(self, x_dim: int, width: int = 128, layers: int = 3, classes: int = 0):
         super().__init__()
         _check_sizes(x_dim=x_dim, width=width, layers=layers)
-        self.embed, self.start, self.end = Embedding(width, classes), nn.Linear(x_dim, width), nn.Linear(width, x_dim)
-        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)]) for _ in range(layers))
-        nn.init.zeros_(self.end.weight); nn.init.zeros_(self.end.bias)
+        self.embed, self.start, self.end = (
+            Embedding(width, classes),
+            nn.Linear(x_dim, width),
+            nn.Linear(width, x_dim),
+        )
+        self.layers = nn.ModuleList(
+            nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)]) for _ in range(layers)
+        )
+        nn.init.zeros_(self.end.weight)
+        nn.init.zeros_(self.end.bias)
 
     def forward(self, x, c, labels=None):
         e, h = self.embed(c, labels), self.start(x.flatten(1))
-        for first, second in self.layers: h = h + second(F.silu(first(h + e)))
+        for first, second in self.layers:
+            h = h + second(F.silu(first(h + e)))
         return self.end(F.silu(h)).view_as(x)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00012
 class ResidualBlock(nn.Module):
-    r"Two convolutions, the second scaled and moved by the level's embedding; at first what it adds is 0. (B, m, H, W), (B, width) -> (B, n, H, W)."
-    def __init__(self, m: int, n: int, width: int, dropout: float=0.):
+    """Two convolutions, the second scaled and moved by the level's embedding; at first what it
+    adds is 0. (B, m, H, W), (B, width) -> (B, n, H, W).
+    """
+
+    def __init__(self, m: int, n: int, width: int, dropout: float = 0.0):
         super().__init__()
-        self.first = nn.Sequential(nn.GroupNorm(math.gcd(8, m), m), nn.SiLU(), nn.Conv2d(m, n, 3, padding=1))
-        self.norm, self.tune = nn.GroupNorm(math.gcd(8, n), n, affine=False), nn.Linear(width, 2 * n)
+        self.first = nn.Sequential(
+            nn.GroupNorm(math.gcd(8, m), m), nn.SiLU(), nn.Conv2d(m, n, 3, padding=1)
+        )
+        self.norm, self.tune = (
+            nn.GroupNorm(math.gcd(8, n), n, affine=False),
+            nn.Linear(width, 2 * n),
+        )
         self.second = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Conv2d(n, n, 3, padding=1))
         self.skip = nn.Conv2d(m, n, 1) if m != n else nn.Identity()
-        nn.init.zeros_(self.second[-1].weight); nn.init.zeros_(self.second[-1].bias)
+        nn.init.zeros_(self.second[-1].weight)
+        nn.init.zeros_(self.second[-1].bias)
 
     def forward(self, x, e):
         scale, shift = self.tune(e)[:, :, None, None].chunk(2, 1)
         return self.skip(x) + self.second(self.norm(self.first(x)) * (1 + scale) + shift)
 
+
 class Attention(nn.Module):
-    r"Each pixel looks at all, one head, residual; at first what it adds is 0. (B, n, H, W) -> the same."
+    """Each pixel looks at all, one head, residual; at first what it adds is 0. (B, n, H, W) -> the
+    same.
+    """
+
     def __init__(self, n: int):
         super().__init__()
-        self.norm, self.qkv, self.out = nn.GroupNorm(math.gcd(8, n), n), nn.Conv2d(n, 3 * n, 1), nn.Conv2d(n, n, 1)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        self.norm, self.qkv, self.out = (
+            nn.GroupNorm(math.gcd(8, n), n),
+            nn.Conv2d(n, 3 * n, 1),
+            nn.Conv2d(n, n, 1),
+        )
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).flatten(2).mT.chunk(3, 2)
@@ -196,127 +316,256 @@ class Attention(nn.Module):
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00013
 class UNet(nn.Module):
-    r"Residual blocks on the way down and up, each level's own kept for the way up, for `Denoiser`. Ronneberger et al. (2015); Ho et al. (2020)."
-    def __init__(self,
-        shape,             # (C, H, W) of an image, H and W divisible by 2 once for each level but the first; ValueError for another
-        channels: int=32,  # of the first level
-        multiples=(1, 2, 2), # of them, level by level
-        blocks: int=1,     # on the way down, and as many on the way up
-        attention: bool=True, # at the last level
-        dropout: float=0., # in [0, 1)
-        classes: int=0,    # 0 without labels
+    """Residual blocks on the way down and up, each level's own kept for the way up, for
+    `Denoiser`. Ronneberger et al. (2015); Ho et al. (2020).
+
+    Args:
+        shape: (C, H, W) of an image, H and W divisible by 2 once for each level but the first;
+            ValueError for another.
+        channels: of the first level.
+        multiples: of them, level by level.
+        blocks: on the way down, and as many on the way up.
+        attention: at the last level.
+        dropout: in [0, 1).
+        classes: 0 without labels.
+    """
+
+    def __init__(
+        self,
+        shape,
+        channels: int = 32,
+        multiples=(1, 2, 2),
+        blocks: int = 1,
+        attention: bool = True,
+        dropout: float = 0.0,
+        classes: int = 0,
     ):
         super().__init__()
-        C, H, W = shape; levels = len(multiples)
-        _check_sizes(channels=channels, levels=levels, multiples=min(multiples, default=1), blocks=blocks)
-        if H % 2**(levels - 1) or W % 2**(levels - 1): raise ValueError(f"{levels} levels halve the image {levels - 1} times: height and width must be divisible by {2**(levels - 1)}, got {H} x {W}")
+        C, H, W = shape
+        levels = len(multiples)
+        _check_sizes(
+            channels=channels, levels=levels, multiples=min(multiples, default=1), blocks=blocks
+        )
+        if H % 2 ** (levels - 1) or W % 2 ** (levels - 1):
+            raise ValueError(
+                f"{levels} levels halve the image {levels - 1} times: height and width must be divisible by {2 ** (levels - 1)}, got {H} x {W}"
+            )
         width, n = 4 * channels, [channels * k for k in multiples]
         block = lambda a, b: ResidualBlock(a, b, width, dropout)
         self.embed, self.start = Embedding(width, classes), nn.Conv2d(C, channels, 3, padding=1)
-        self.down = nn.ModuleList(nn.ModuleList(block(n[max(i - 1, 0)] if j == 0 else n[i], n[i]) for j in range(blocks)) for i in range(levels))
-        self.middle = nn.ModuleList([block(n[-1], n[-1]), Attention(n[-1]) if attention else nn.Identity(), block(n[-1], n[-1])])
-        self.up = nn.ModuleList(nn.ModuleList(block((n[min(i + 1, levels - 1)] if j == 0 else n[i]) + n[i], n[i]) for j in range(blocks)) for i in range(levels))
-        self.end = nn.Sequential(nn.GroupNorm(math.gcd(8, channels), n[0]), nn.SiLU(), nn.Conv2d(n[0], C, 3, padding=1))
-        nn.init.zeros_(self.end[-1].weight); nn.init.zeros_(self.end[-1].bias)
+        self.down = nn.ModuleList(
+            nn.ModuleList(block(n[max(i - 1, 0)] if j == 0 else n[i], n[i]) for j in range(blocks))
+            for i in range(levels)
+        )
+        self.middle = nn.ModuleList(
+            [
+                block(n[-1], n[-1]),
+                Attention(n[-1]) if attention else nn.Identity(),
+                block(n[-1], n[-1]),
+            ]
+        )
+        self.up = nn.ModuleList(
+            nn.ModuleList(
+                block((n[min(i + 1, levels - 1)] if j == 0 else n[i]) + n[i], n[i])
+                for j in range(blocks)
+            )
+            for i in range(levels)
+        )
+        self.end = nn.Sequential(
+            nn.GroupNorm(math.gcd(8, channels), n[0]), nn.SiLU(), nn.Conv2d(n[0], C, 3, padding=1)
+        )
+        nn.init.zeros_(self.end[-1].weight)
+        nn.init.zeros_(self.end[-1].bias)
 
     def forward(self, x, c, labels=None):
         e, h, kept = self.embed(c, labels), self.start(x), []
         for i, blocks in enumerate(self.down):
-            if i: h = F.avg_pool2d(h, 2)
-            for block in blocks: h = block(h, e); kept.append(h)
+            if i:
+                h = F.avg_pool2d(h, 2)
+            for block in blocks:
+                h = block(h, e)
+                kept.append(h)
         first, attention, second = self.middle
         h = second(attention(first(h, e)), e)
         for i, blocks in reversed(list(enumerate(self.up))):
-            if i < len(self.up) - 1: h = F.interpolate(h, scale_factor=2.)
-            for block in blocks: h = block(torch.cat([h, kept.pop()], 1), e)
+            if i < len(self.up) - 1:
+                h = F.interpolate(h, scale_factor=2.0)
+            for block in blocks:
+                h = block(torch.cat([h, kept.pop()], 1), e)
         return self.end(h)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00015
 def pairs(steps, y: Tensor):
-    r"Each level and the next one as numbers, and the first as (B,). Raises ValueError unless the levels fall, to 0 at the least."
+    """Each level and the next one as numbers, and the first as (B,). Raises ValueError unless the
+    levels fall, to 0 at the least.
+    """
     steps = torch.as_tensor(steps, dtype=torch.float64).tolist()
-    if len(steps) < 2 or steps[-1] < 0 or any(b >= a for a, b in zip(steps, steps[1:])): raise ValueError(f"a sampler steps through at least two falling levels, down to 0 or above, got {steps[:4]}{' …' * (len(steps) > 4)}")
+    if len(steps) < 2 or steps[-1] < 0 or any(b >= a for a, b in zip(steps, steps[1:])):
+        raise ValueError(
+            f"a sampler steps through at least two falling levels, down to 0 or above, got {steps[:4]}{' …' * (len(steps) > 4)}"
+        )
     return [(a, b, y.new_full((len(y),), a)) for a, b in zip(steps, steps[1:])]
 
-@torch.no_grad()
-def ddim(
-    denoise: Callable, # (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...)
-    y: Tensor,         # (B, ...) at the first level: `steps[0]` times standard normal noise
-    steps,             # (n + 1,) falling levels, such as `Schedule.steps(n)`
-) -> Tensor:           # (B, ...)
-    r"Euler's steps along Eq. (diffusion-ode), `n` passes. Song, Meng & Ermon (2021)."
-    for a, b, sigma in pairs(steps, y): y = y + (b - a) / a * (y - denoise(y, sigma))
-    return y
 
 @torch.no_grad()
-def heun(denoise: Callable, y: Tensor, steps) -> Tensor:  # as `ddim`'s
-    r"Heun's steps along Eq. (diffusion-ode), Euler's to level 0: about `2 n` passes. Karras et al. (2022)."
+def ddim(denoise: Callable, y: Tensor, steps) -> Tensor:
+    r"""Euler's steps along Eq. (diffusion-ode), `n` passes. Song, Meng & Ermon (2021).
+
+    Args:
+        denoise: (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...).
+        y: (B, ...) at the first level: `steps[0]` times standard normal noise.
+        steps: (n + 1,) falling levels, such as `Schedule.steps(n)`.
+
+    Returns:
+        (B, ...).
+    """
+    for a, b, sigma in pairs(steps, y):
+        y = y + (b - a) / a * (y - denoise(y, sigma))
+    return y
+
+
+@torch.no_grad()
+def heun(denoise: Callable, y: Tensor, steps) -> Tensor:
+    """Heun's steps along Eq. (diffusion-ode), Euler's to level 0: about `2 n` passes. Karras et
+    al. (2022).
+
+    Returns:
+        as `ddim`'s.
+    """
     for a, b, sigma in pairs(steps, y):
         slope = (y - denoise(y, sigma)) / a
         ahead = y + (b - a) * slope
-        y = ahead if b == 0 else y + (b - a) / 2 * (slope + (ahead - denoise(ahead, torch.full_like(sigma, b))) / b)
+        y = (
+            ahead
+            if b == 0
+            else y + (b - a) / 2 * (slope + (ahead - denoise(ahead, torch.full_like(sigma, b))) / b)
+        )
     return y
 
+
 @torch.no_grad()
-def ancestral(denoise: Callable, y: Tensor, steps, generator=None) -> Tensor:  # as `ddim`'s; of random numbers, on the device of `y`
-    r"Draws from Eq. (diffusion-step), `n` passes. Ho et al. (2020)."
+def ancestral(denoise: Callable, y: Tensor, steps, generator=None) -> Tensor:
+    """Draws from Eq. (diffusion-step), `n` passes. Ho et al. (2020).
+
+    Returns:
+        as `ddim`'s; of random numbers, on the device of `y`.
+    """
     for a, b, sigma in pairs(steps, y):
-        kappa = (b / a)**2
+        kappa = (b / a) ** 2
         y = kappa * y + (1 - kappa) * denoise(y, sigma)
-        if b: y = y + b * (1 - kappa)**.5 * torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+        if b:
+            y = y + b * (1 - kappa) ** 0.5 * torch.randn(
+                y.shape, generator=generator, dtype=y.dtype, device=y.device
+            )
     return y
+
 
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun}
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00017
-def log_normal(x: Tensor, var: float) -> Tensor:  # nats (B,)
-    r"$\log\mathcal N(x;0,\mathrm{var}\,I)$."
+def log_normal(x: Tensor, var: float) -> Tensor:
+    r"""$\log\mathcal N(x;0,\mathrm{var}\,I)$.
+
+    Returns:
+        nats (B,).
+    """
     return -(x**2 / var + math.log(2 * math.pi * var)).flatten(1).sum(1) / 2
+
 
 @torch.no_grad()
 def variational_bound(
-    denoise: Callable, # (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...)
-    x: Tensor,         # (B, ...)
-    low: float=.002,   # $\sigma_0$, well below the least width of the data
-    high: float=80.,   # $\sigma_n$, well above the greatest
-    std: float=1.,     # $s$
-    k: int=1,          # levels an image, one in each of k equal parts of $[\log\sigma_0,\log\sigma_n]$
-    generator=None,    # of random numbers, on the device of `x`
-) -> Tensor:           # nats (B,)
-    r"An unbiased estimate of Eq. (diffusion-elbo) with ever more steps: a bound of $-\log p(x)$ from above."
+    denoise: Callable,
+    x: Tensor,
+    low: float = 0.002,
+    high: float = 80.0,
+    std: float = 1.0,
+    k: int = 1,
+    generator=None,
+) -> Tensor:
+    r"""An unbiased estimate of Eq. (diffusion-elbo) with ever more steps: a bound of $-\log p(x)$
+    from above.
+
+    Args:
+        denoise: (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...).
+        x: (B, ...).
+        low: $\sigma_0$, well below the least width of the data.
+        high: $\sigma_n$, well above the greatest.
+        std: $s$.
+        k: levels an image, one in each of k equal parts of $[\log\sigma_0,\log\sigma_n]$.
+        generator: of random numbers, on the device of `x`.
+
+    Returns:
+        nats (B,).
+    """
     noise = lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     D, kept, least = x[0].numel(), high**2 / (high**2 + std**2), x.new_full((len(x),), low)
     prior = ((x**2).flatten(1).sum(1) / (high**2 + std**2) + D * (kept - 1 - math.log(kept))) / 2
     total = prior - log_normal(x - denoise(x + low * noise(), least), low**2)
     for i in range(k):
         u = (i + torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)) / k
-        sigma = low * (high / low)**u
-        total = total + math.log(high / low) / k * ((x - denoise(x + over(sigma, x) * noise(), sigma)).flatten(1)**2).sum(1) / sigma**2
+        sigma = low * (high / low) ** u
+        total = (
+            total
+            + math.log(high / low)
+            / k
+            * ((x - denoise(x + over(sigma, x) * noise(), sigma)).flatten(1) ** 2).sum(1)
+            / sigma**2
+        )
     return total
 
+
 def ode_log_prob(
-    denoise: Callable,  # (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...), each of its images by itself
-    x: Tensor,          # (B, ...), as at level `low`
-    low: float=.002,    # $\sigma_0$
-    high: float=80.,    # $\sigma_n$
-    std: float=1.,      # $s$
-    steps: int=50,      # of Heun, equal in $\log\sigma$
-    probes: int|None=None, # random sign vectors of Hutchinson's trace; None for the whole trace in D passes
-    generator=None,     # of random numbers, on the device of `x`
-) -> Tensor:            # nats (B,)
-    r"$\log p_{\sigma_0}(x)$, Eq. (diffusion-ode-nats)."
+    denoise: Callable,
+    x: Tensor,
+    low: float = 0.002,
+    high: float = 80.0,
+    std: float = 1.0,
+    steps: int = 50,
+    probes: int | None = None,
+    generator=None,
+) -> Tensor:
+    r"""$\log p_{\sigma_0}(x)$, Eq. (diffusion-ode-nats).
+
+    Args:
+        denoise: (y (B, ...), sigma (B,)) -> $\hat x$ (B, ...), each of its images by itself.
+        x: (B, ...), as at level `low`.
+        low: $\sigma_0$.
+        high: $\sigma_n$.
+        std: $s$.
+        steps: of Heun, equal in $\log\sigma$.
+        probes: random sign vectors of Hutchinson's trace; None for the whole trace in D passes.
+        generator: of random numbers, on the device of `x`.
+
+    Returns:
+        nats (B,).
+    """
     D, w, total = x[0].numel(), x.detach() / math.hypot(low, std), x.new_zeros(len(x))
-    signs = [torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1 for _ in range(probes)] if probes else torch.eye(D, dtype=x.dtype, device=x.device).view(D, 1, *x.shape[1:]).expand(D, *x.shape)
+    signs = (
+        [
+            torch.randint(2, x.shape, generator=generator, device=x.device).to(x) * 2 - 1
+            for _ in range(probes)
+        ]
+        if probes
+        else torch.eye(D, dtype=x.dtype, device=x.device)
+        .view(D, 1, *x.shape[1:])
+        .expand(D, *x.shape)
+    )
+
     def slope(w, level):
-        sigma = math.exp(level); r = math.hypot(sigma, std)
+        sigma = math.exp(level)
+        r = math.hypot(sigma, std)
         with torch.enable_grad():
             y = (r * w).requires_grad_()
             out = denoise(y, y.new_full((len(y),), sigma))
-            trace = sum((torch.autograd.grad(out, y, v, retain_graph=True)[0] * v).flatten(1).sum(1) for v in signs) / (probes or 1)
+            trace = sum(
+                (torch.autograd.grad(out, y, v, retain_graph=True)[0] * v).flatten(1).sum(1)
+                for v in signs
+            ) / (probes or 1)
         return (std**2 / r * w - out.detach()) / r, D * std**2 / r**2 - trace
+
     start, h = math.log(low), math.log(high / low) / steps
     for i in range(steps):
         dw, rise = slope(w, start + i * h)
         dw_ahead, rise_ahead = slope(w + h * dw, start + (i + 1) * h)
         w, total = w + h / 2 * (dw + dw_ahead), total + h / 2 * (rise + rise_ahead)
-    return total + log_normal(w, 1.) - D * math.log(math.hypot(low, std))
+    return total + log_normal(w, 1.0) - D * math.log(math.hypot(low, std))

@@ -17,16 +17,20 @@ from .vae import _check_sizes
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00006
 def bounded(a: Tensor, most: float) -> Tensor:
-    r"$c\tanh(a/c)$, Eq. (flow-bounded)."
+    r"""$c\tanh(a/c)$, Eq. (flow-bounded)."""
     return most * (a / most).tanh()
 
+
 class AffineCoupling(nn.Module):
-    r"Some numbers say how the others are scaled and moved, Eq. (flow-coupling)."
-    def __init__(self,
-        mask,            # of an example, 1 for what stays
-        net: nn.Module,  # (B, ...) -> (B, 2, ...): $a$ and $t$, of which those that stay are not used
-        most: float=2.,  # $c>0$
-    ):
+    """Some numbers say how the others are scaled and moved, Eq. (flow-coupling).
+
+    Args:
+        mask: of an example, 1 for what stays.
+        net: (B, ...) -> (B, 2, ...): $a$ and $t$, of which those that stay are not used.
+        most: $c>0$.
+    """
+
+    def __init__(self, mask, net: nn.Module, most: float = 2.0):
         super().__init__()
         self.register_buffer("mask", mask.clone(memory_format=torch.contiguous_format))
         self.net, self.most = net, most
@@ -43,14 +47,17 @@ class AffineCoupling(nn.Module):
         s, t = self.parts(self.mask * z)
         return (z - t) * (-s).exp()
 
+
 class MaskedAutoregressive(nn.Module):
-    r"Every number is scaled and moved by those before it, Eq. (flow-maf), of (B, D)."
-    def __init__(self,
-        x_dim: int,      # $D$
-        hidden=(100,),   # units of each layer; () for a linear map
-        most: float=2.,  # $c>0$
-        activation=nn.ReLU,
-    ):
+    """Every number is scaled and moved by those before it, Eq. (flow-maf), of (B, D).
+
+    Args:
+        x_dim: $D$.
+        hidden: units of each layer; () for a linear map.
+        most: $c>0$.
+    """
+
+    def __init__(self, x_dim: int, hidden=(100,), most: float = 2.0, activation=nn.ReLU):
         super().__init__()
         self.net, self.most = masked_perceptron(x_dim, hidden, 2, activation), most
         at_rest(self.net[-1])
@@ -67,17 +74,22 @@ class MaskedAutoregressive(nn.Module):
         x = torch.zeros_like(z)
         for i in range(z.shape[1]):
             s, t = self.parts(x)
-            x = torch.cat([x[:, :i], ((z - t) * (-s).exp())[:, i:i + 1], x[:, i + 1:]], 1)
+            x = torch.cat([x[:, :i], ((z - t) * (-s).exp())[:, i : i + 1], x[:, i + 1 :]], 1)
         return x
 
-def at_rest(layer):  # a linear layer or a convolution
-    r"Weights and biases 0."
-    nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+
+def at_rest(layer):
+    """Weights and biases 0."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00007
 class ActNorm(nn.Module):
-    r"An affine map of each number, or of each channel of an image; `calibrate` starts it from a batch."
-    def __init__(self, shape):  # of an example: (D,), or (C, H, W)
+    """An affine map of each number, or of each channel of an image; `calibrate` starts it from a
+    batch.
+    """
+
+    def __init__(self, shape):
         super().__init__()
         self.over = (0,) if len(shape) == 1 else (0, 2, 3)
         kept = tuple(shape) if len(shape) == 1 else (shape[0], 1, 1)
@@ -85,23 +97,40 @@ class ActNorm(nn.Module):
         self.times = math.prod(shape) // math.prod(kept)
 
     @torch.no_grad()
-    def calibrate(self, x):  # (B, ...) of two examples at least; a deviation below 1e-3 counts as that
+    def calibrate(self, x):
+        """(B, ...) of two examples at least; a deviation below 1e-3 counts as that."""
         std, mean = torch.std_mean(x, self.over, correction=0, keepdim=True)
-        self.shift.copy_(-mean[0]); self.log_scale.copy_(-std[0].clamp(min=1e-3).log())
+        self.shift.copy_(-mean[0])
+        self.log_scale.copy_(-std[0].clamp(min=1e-3).log())
 
-    def forward(self, x): return (x + self.shift) * self.log_scale.exp(), (self.times * self.log_scale.sum()).expand(len(x))
-    def inverse(self, z): return z * (-self.log_scale).exp() - self.shift
+    def forward(self, x):
+        return (x + self.shift) * self.log_scale.exp(), (self.times * self.log_scale.sum()).expand(
+            len(x)
+        )
+
+    def inverse(self, z):
+        return z * (-self.log_scale).exp() - self.shift
+
 
 class Reverse(nn.Module):
-    r"The last first, of (B, D)."
-    def forward(self, x): return x.flip(1), x.new_zeros(len(x))
-    def inverse(self, z): return z.flip(1)
+    """The last first, of (B, D)."""
+
+    def forward(self, x):
+        return x.flip(1), x.new_zeros(len(x))
+
+    def inverse(self, z):
+        return z.flip(1)
+
 
 class Logit(nn.Module):
-    r"From $(0,1)$ to all numbers, Eq. (flow-logit); what comes back may be beyond by $\alpha/(1-2\alpha)$."
-    def __init__(self, alpha: float=1e-6):  # in (0, 1/2); ValueError for another
+    r"""From $(0,1)$ to all numbers, Eq. (flow-logit); what comes back may be beyond by
+    $\alpha/(1-2\alpha)$.
+    """
+
+    def __init__(self, alpha: float = 1e-6):
         super().__init__()
-        if not 0 < alpha < .5: raise ValueError(f"alpha lies in (0, 1/2), got {alpha}")
+        if not 0 < alpha < 0.5:
+            raise ValueError(f"alpha lies in (0, 1/2), got {alpha}")
         self.alpha = alpha
 
     def forward(self, y):
@@ -109,117 +138,203 @@ class Logit(nn.Module):
         z = v.log() - (-v).log1p()
         return z, (math.log(1 - 2 * self.alpha) - v.log() - (-v).log1p()).flatten(1).sum(1)
 
-    def inverse(self, z): return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
+    def inverse(self, z):
+        return (z.sigmoid() - self.alpha) / (1 - 2 * self.alpha)
 
-def dequantise(
-    x: Tensor,  # grey levels n / 255
-    u: Tensor,  # uniform in [0, 1), like `x`
-) -> Tensor:    # in [0, 1], 1 by rounding alone
-    r"$y=(n+u)/256$, Eq. (flow-dequantise)."
+
+def dequantise(x: Tensor, u: Tensor) -> Tensor:
+    """$y=(n+u)/256$, Eq. (flow-dequantise).
+
+    Args:
+        x: grey levels n / 255.
+        u: uniform in [0, 1), like `x`.
+
+    Returns:
+        in [0, 1], 1 by rounding alone.
+    """
     return (255 * x + u) / 256
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00008
 class Flow(nn.Module):
-    r"Transforms one after another, to a standard normal $z$, Eq. (flow-density)."
-    def __init__(self,
-        shape,                  # of an example
-        transforms,             # in the order from $x$ to $z$
-    ):
+    """Transforms one after another, to a standard normal $z$, Eq. (flow-density).
+
+    Args:
+        shape: of an example.
+        transforms: in the order from $x$ to $z$.
+    """
+
+    def __init__(self, shape, transforms):
         super().__init__()
         self.shape, self.transforms = tuple(shape), nn.ModuleList(transforms)
         like = next(self.parameters(), torch.empty(()))
-        with torch.no_grad(): self.z_shape = tuple(self(like.new_zeros(1, *shape))[0].shape[1:])
+        with torch.no_grad():
+            self.z_shape = tuple(self(like.new_zeros(1, *shape))[0].shape[1:])
 
     def forward(self, x):
-        r"$z$ (B, *z_shape) and $\log|\det|$ (B,), for `x` (B, ...). Raises ValueError for another shape of examples; flat ones are shaped, and a flow of vectors flattens."
+        r"""$z$ (B, *z_shape) and $\log|\det|$ (B,), for `x` (B, ...). Raises ValueError for another
+        shape of examples; flat ones are shaped, and a flow of vectors flattens.
+        """
         given, flat = tuple(x.shape[1:]), 1 in (len(self.shape), x.ndim - 1)
-        if math.prod(given) != math.prod(self.shape) or given != self.shape and not flat: raise ValueError(f"expected a batch of examples of shape {self.shape}, or flat, got shape {tuple(x.shape)}")
-        z, total = x.reshape(-1, *self.shape), 0.
-        for f in self.transforms: z, log_det = f(z); total = total + log_det
+        if math.prod(given) != math.prod(self.shape) or given != self.shape and not flat:
+            raise ValueError(
+                f"expected a batch of examples of shape {self.shape}, or flat, got shape {tuple(x.shape)}"
+            )
+        z, total = x.reshape(-1, *self.shape), 0.0
+        for f in self.transforms:
+            z, log_det = f(z)
+            total = total + log_det
         return z, total
 
     def inverse(self, z):
-        r"$x=f^{-1}(z)$, (B, *shape), for `z` (B, *z_shape)."
-        for f in reversed(self.transforms): z = f.inverse(z)
+        """$x=f^{-1}(z)$, (B, *shape), for `z` (B, *z_shape)."""
+        for f in reversed(self.transforms):
+            z = f.inverse(z)
         return z
 
     def log_prob(self, x):
-        r"$\log p(x)$, nats (B,), Eq. (flow-density)."
+        r"""$\log p(x)$, nats (B,), Eq. (flow-density)."""
         z, log_det = self(x)
         return log_det - (z**2 + math.log(2 * math.pi)).flatten(1).sum(1) / 2
 
     @torch.no_grad()
-    def sample(self,
-        n: int,
-        generator=None, # of random numbers, on the device of the parameters; torch's own if None
-    ):                  # (n, ...)
-        r"Draws from $p(x)$."
+    def sample(self, n: int, generator=None):
+        """Draws from $p(x)$.
+
+        Args:
+            generator: of random numbers, on the device of the parameters; torch's own if None.
+
+        Returns:
+            (n, ...).
+        """
         like = next(self.parameters(), torch.empty(()))
-        return self.inverse(torch.randn(n, *self.z_shape, generator=generator, dtype=like.dtype, device=like.device))
+        return self.inverse(
+            torch.randn(n, *self.z_shape, generator=generator, dtype=like.dtype, device=like.device)
+        )
 
     @torch.no_grad()
     def calibrate(self, x):
-        r"Start every `ActNorm` from a batch, in the order in which it passes."
+        """Start every `ActNorm` from a batch, in the order in which it passes."""
         x = x.reshape(-1, *self.shape)
         for f in self.transforms:
-            if hasattr(f, "calibrate"): f.calibrate(x)
+            if hasattr(f, "calibrate"):
+                f.calibrate(x)
             x, _ = f(x)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00010
-def perceptron(x_dim: int, hidden, activation=nn.ReLU) -> nn.Sequential:  # (B, x_dim) -> (B, 2, x_dim)
-    r"A perceptron for `AffineCoupling`, at rest at the start."
+def perceptron(x_dim: int, hidden, activation=nn.ReLU) -> nn.Sequential:
+    """A perceptron for `AffineCoupling`, at rest at the start.
+
+    Returns:
+        (B, x_dim) -> (B, 2, x_dim).
+    """
     sizes = [x_dim, *hidden]
     layers = [part for m, n in zip(sizes, sizes[1:]) for part in (nn.Linear(m, n), activation())]
-    last = nn.Linear(sizes[-1], 2 * x_dim); at_rest(last)
+    last = nn.Linear(sizes[-1], 2 * x_dim)
+    at_rest(last)
     return nn.Sequential(*layers, last, nn.Unflatten(1, (2, x_dim)))
 
+
 def realnvp(
-    x_dim: int,            # $D\ge2$
-    layers: int=6,         # couplings, each behind an ActNorm
-    hidden=(100, 100),     # units of each layer of their networks
-    most: float=2.,        # $c$
-    activation=nn.ReLU,    # class of the module after a layer of theirs
-    before=(),             # transforms that come first, such as `Logit`
+    x_dim: int, layers: int = 6, hidden=(100, 100), most: float = 2.0, activation=nn.ReLU, before=()
 ) -> Flow:
-    r"Couplings that take turns with every second number. Dinh et al. (2017). Raises ValueError for a size below 1."
+    r"""Couplings that take turns with every second number. Dinh et al. (2017). Raises ValueError
+    for a size below 1.
+
+    Args:
+        x_dim: $D\ge2$.
+        layers: couplings, each behind an ActNorm.
+        hidden: units of each layer of their networks.
+        most: $c$.
+        activation: class of the module after a layer of theirs.
+        before: transforms that come first, such as `Logit`.
+    """
     _check_sizes(x_dim=x_dim - 1, layers=layers, hidden=min(hidden, default=1))
     mask = (torch.arange(x_dim) % 2).float()
-    return Flow((x_dim,), [*before, *(part for k in range(layers) for part in (ActNorm((x_dim,)), AffineCoupling(mask if k % 2 else 1 - mask, perceptron(x_dim, hidden, activation), most)))])
+    return Flow(
+        (x_dim,),
+        [
+            *before,
+            *(
+                part
+                for k in range(layers)
+                for part in (
+                    ActNorm((x_dim,)),
+                    AffineCoupling(
+                        mask if k % 2 else 1 - mask, perceptron(x_dim, hidden, activation), most
+                    ),
+                )
+            ),
+        ],
+    )
+
 
 def maf(
-    x_dim: int,            # $D$
-    layers: int=5,         # each behind an ActNorm, the order reversed after each
-    hidden=(100,),         # units of each layer of their networks
-    most: float=2.,        # $c$
-    activation=nn.ReLU,    # class of the module after a layer of theirs
-    before=(),             # transforms that come first, such as `Logit`
+    x_dim: int, layers: int = 5, hidden=(100,), most: float = 2.0, activation=nn.ReLU, before=()
 ) -> Flow:
-    r"Masked autoregressive layers. Papamakarios et al. (2017). Raises ValueError for a size below 1."
+    """Masked autoregressive layers. Papamakarios et al. (2017). Raises ValueError for a size below
+    1.
+
+    Args:
+        x_dim: $D$.
+        layers: each behind an ActNorm, the order reversed after each.
+        hidden: units of each layer of their networks.
+        most: $c$.
+        activation: class of the module after a layer of theirs.
+        before: transforms that come first, such as `Logit`.
+    """
     _check_sizes(x_dim=x_dim, layers=layers, hidden=min(hidden, default=1))
-    return Flow((x_dim,), [*before, *(part for _ in range(layers) for part in (ActNorm((x_dim,)), MaskedAutoregressive(x_dim, hidden, most, activation), Reverse()))])
+    return Flow(
+        (x_dim,),
+        [
+            *before,
+            *(
+                part
+                for _ in range(layers)
+                for part in (
+                    ActNorm((x_dim,)),
+                    MaskedAutoregressive(x_dim, hidden, most, activation),
+                    Reverse(),
+                )
+            ),
+        ],
+    )
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a1flow2
 class ResidualNet(nn.Module):
-    r"Convolutions for `AffineCoupling`: (B, C, H, W) -> (B, 2, C, H, W), at rest at the start."
+    """Convolutions for `AffineCoupling`: (B, C, H, W) -> (B, 2, C, H, W), at rest at the start."""
+
     def __init__(self, inputs: int, channels: int, blocks: int):
         super().__init__()
         conv = lambda m, n, size: nn.Conv2d(m, n, size, padding=size // 2)
         self.start, self.end = conv(inputs, channels, 3), conv(channels, 2 * inputs, 3)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.ReLU(), conv(channels, channels, 3), nn.ReLU(), conv(channels, channels, 1)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.ReLU(), conv(channels, channels, 3), nn.ReLU(), conv(channels, channels, 1)
+            )
+            for _ in range(blocks)
+        )
         at_rest(self.end)
 
     def forward(self, x):
         h = self.start(x)
-        for block in self.blocks: h = h + block(h)
+        for block in self.blocks:
+            h = h + block(h)
         return self.end(h.relu()).unflatten(1, (2, -1))
 
+
 class Squeeze(nn.Module):
-    r"$2\times2$ pixels become four channels, (C, H, W) to (4C, H/2, W/2)."
-    def forward(self, x): return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(len(x))
-    def inverse(self, z): return nn.functional.pixel_shuffle(z, 2)
+    r"""$2\times2$ pixels become four channels, (C, H, W) to (4C, H/2, W/2)."""
+
+    def forward(self, x):
+        return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+
+    def inverse(self, z):
+        return nn.functional.pixel_shuffle(z, 2)
+
 
 class Split(nn.Module):
-    r"Half of the channels are done; `rest` goes on with the others."
+    """Half of the channels are done; `rest` goes on with the others."""
+
     def __init__(self, rest: Flow):
         super().__init__()
         self.rest = rest
@@ -234,25 +349,52 @@ class Split(nn.Module):
         x = self.rest.inverse(z)
         return torch.cat([x, done.reshape(x.shape)], 1)
 
-    def calibrate(self, x): self.rest.calibrate(x.chunk(2, 1)[0])
+    def calibrate(self, x):
+        self.rest.calibrate(x.chunk(2, 1)[0])
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a1flow3
 def image_flow(
-    shape,             # (C, H, W) of an image, H and W divisible by 2 once for each scale; ValueError for another
-    scales: int=2,
-    couplings: int=4,  # with a checkerboard, and as many with masks of channels, in each scale
-    channels: int=32,  # of the convolutions
-    blocks: int=2,     # of two convolutions each, in every network
-    most: float=2.,    # $c$
-    before=(),         # transforms that come first, such as `Logit`
+    shape,
+    scales: int = 2,
+    couplings: int = 4,
+    channels: int = 32,
+    blocks: int = 2,
+    most: float = 2.0,
+    before=(),
 ) -> Flow:
-    r"Couplings of images in several scales. Dinh et al. (2017)."
+    """Couplings of images in several scales. Dinh et al. (2017).
+
+    Args:
+        shape: (C, H, W) of an image, H and W divisible by 2 once for each scale; ValueError for
+            another.
+        couplings: with a checkerboard, and as many with masks of channels, in each scale.
+        channels: of the convolutions.
+        blocks: of two convolutions each, in every network.
+        most: $c$.
+        before: transforms that come first, such as `Logit`.
+    """
     _check_sizes(scales=scales, couplings=couplings, channels=channels, blocks=blocks)
     C, H, W = shape
-    if H % 2**scales or W % 2**scales: raise ValueError(f"{scales} scales halve the image as often: height and width must be divisible by {2**scales}, got {H} x {W}")
+    if H % 2**scales or W % 2**scales:
+        raise ValueError(
+            f"{scales} scales halve the image as often: height and width must be divisible by {2**scales}, got {H} x {W}"
+        )
     board = ((torch.arange(H)[:, None] + torch.arange(W)) % 2).float().expand(C, H, W)
     half = (torch.arange(4 * C) < 2 * C).float()[:, None, None]
-    alike = lambda shape, mask: [part for k in range(couplings) for part in (ActNorm(shape), AffineCoupling(mask if k % 2 else 1 - mask, ResidualNet(shape[0], channels, blocks), most))]
+    alike = lambda shape, mask: [
+        part
+        for k in range(couplings)
+        for part in (
+            ActNorm(shape),
+            AffineCoupling(
+                mask if k % 2 else 1 - mask, ResidualNet(shape[0], channels, blocks), most
+            ),
+        )
+    ]
     small = (4 * C, H // 2, W // 2)
-    rest = [Split(image_flow((2 * C, H // 2, W // 2), scales - 1, couplings, channels, blocks, most))] if scales > 1 else []
+    rest = (
+        [Split(image_flow((2 * C, H // 2, W // 2), scales - 1, couplings, channels, blocks, most))]
+        if scales > 1
+        else []
+    )
     return Flow(shape, [*before, *alike(shape, board), Squeeze(), *alike(small, half), *rest])

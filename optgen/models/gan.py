@@ -15,125 +15,198 @@ from torch import nn
 from torch.nn.functional import relu, softplus
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-2
-GAN_LOSSES = { # name -> (loss of D, loss of G), both of (real logits, fake logits); the relativistic ones pair them by place
-    "saturating": (lambda r, f: softplus(-r).mean() + softplus(f).mean(), lambda r, f: -softplus(f).mean()),
-    "non-saturating": (lambda r, f: softplus(-r).mean() + softplus(f).mean(), lambda r, f: softplus(-f).mean()),
+GAN_LOSSES = {  # name -> (loss of D, loss of G), both of (real logits, fake logits); the relativistic ones pair them by place
+    "saturating": (
+        lambda r, f: softplus(-r).mean() + softplus(f).mean(),
+        lambda r, f: -softplus(f).mean(),
+    ),
+    "non-saturating": (
+        lambda r, f: softplus(-r).mean() + softplus(f).mean(),
+        lambda r, f: softplus(-f).mean(),
+    ),
     "hinge": (lambda r, f: relu(1 - r).mean() + relu(1 + f).mean(), lambda r, f: -f.mean()),
     "wasserstein": (lambda r, f: f.mean() - r.mean(), lambda r, f: -f.mean()),
     "relativistic": (lambda r, f: softplus(f - r).mean(), lambda r, f: softplus(r - f).mean()),
 }
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-3
-def optimal_logit(
-    p,    # density or mass of real examples, positive, any shape
-    q,    # of generated ones, at the same points
-    loss="non-saturating", # a name in `GAN_LOSSES`; `ValueError` for "wasserstein", whose optimum is no function of p(x) and q(x)
-):        # logits, same shape; for "relativistic" up to a constant, for "hinge" 0 where p = q, one of many
-    r"The discriminator that minimises its loss, Eq. (gan-optimal), (gan-hinge), (gan-relativistic)."
-    if loss == "hinge": return (p - q).sign()
+def optimal_logit(p, q, loss="non-saturating"):
+    """The discriminator that minimises its loss, Eq. (gan-optimal), (gan-hinge),
+    (gan-relativistic).
+
+    Args:
+        p: density or mass of real examples, positive, any shape.
+        q: of generated ones, at the same points.
+        loss: a name in `GAN_LOSSES`; `ValueError` for "wasserstein", whose optimum is no function
+            of p(x) and q(x).
+
+    Returns:
+        logits, same shape; for "relativistic" up to a constant, for "hinge" 0 where p = q, one of
+        many.
+    """
+    if loss == "hinge":
+        return (p - q).sign()
     if loss not in ("saturating", "non-saturating", "relativistic"):
-        raise ValueError(f"no optimal logit at a point for the loss {loss!r}: choose 'saturating', 'non-saturating', 'hinge' or 'relativistic'")
+        raise ValueError(
+            f"no optimal logit at a point for the loss {loss!r}: choose 'saturating', 'non-saturating', 'hinge' or 'relativistic'"
+        )
     return p.log() - q.log()
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-4
-SILU_GAIN = 1.6765324703310907 # $g$ of Eq. (gan-init)
+SILU_GAIN = 1.6765324703310907  # $g$ of Eq. (gan-init)
+
 
 @torch.no_grad()
 def _initialize(net):
-    r"Eq. (gan-init), in place, for the linear layers and convolutions of `net` in their order."
+    """Eq. (gan-init), in place, for the linear layers and convolutions of `net` in their order."""
     layers = [m for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))]
     for i, m in enumerate(layers):
         n = m.weight[0].numel()
-        if isinstance(m, nn.ConvTranspose2d): n = m.in_channels * m.kernel_size[0]**2 / m.stride[0]**2
-        m.weight.normal_(0, (SILU_GAIN if i else 1) / math.sqrt(n)); m.bias.zero_()
+        if isinstance(m, nn.ConvTranspose2d):
+            n = m.in_channels * m.kernel_size[0] ** 2 / m.stride[0] ** 2
+        m.weight.normal_(0, (SILU_GAIN if i else 1) / math.sqrt(n))
+        m.bias.zero_()
+
 
 class Silu(nn.Module):
-    r"$u\,\mathrm{sigmoid}(u)$, composed of two operations: see above."
-    def forward(self, u): return u * u.sigmoid()
+    r"""$u\,\mathrm{sigmoid}(u)$, composed of two operations: see above."""
 
-def _mlp(*sizes): return [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), Silu())][:-1]
+    def forward(self, u):
+        return u * u.sigmoid()
+
+
+def _mlp(*sizes):
+    return [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), Silu())][:-1]
+
 
 def _check_sizes(shape, least=1, **sizes):
     for name, n in (*sizes.items(), *((f"shape {tuple(shape)}", n) for n in shape)):
-        if n < 1: raise ValueError(f"{name}: every size must be at least 1")
-    if min(shape[1:], default=least) < least: raise ValueError(f"images must be at least {least} x {least} to be halved, got {shape[1]} x {shape[2]}")
+        if n < 1:
+            raise ValueError(f"{name}: every size must be at least 1")
+    if min(shape[1:], default=least) < least:
+        raise ValueError(
+            f"images must be at least {least} x {least} to be halved, got {shape[1]} x {shape[2]}"
+        )
     return tuple(shape)
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-5
 class Generator(nn.Module):
-    r"What generators share: `net` from noise (B, z_dim) to an example of `shape`, through a sigmoid where `out` is 'sigmoid'."
+    """What generators share: `net` from noise (B, z_dim) to an example of `shape`, through a
+    sigmoid where `out` is 'sigmoid'.
+    """
+
     def __init__(self, net, z_dim: int, shape: tuple, out: str):
         super().__init__()
-        if out not in ("linear", "sigmoid"): raise ValueError(f"out is 'linear' or 'sigmoid', got {out!r}")
+        if out not in ("linear", "sigmoid"):
+            raise ValueError(f"out is 'linear' or 'sigmoid', got {out!r}")
         self.net, self.z_dim, self.shape, self.out = net, z_dim, shape, out
         _initialize(net)
 
     def forward(self, z):
-        r"Examples (B, \*shape) for noise (B, z_dim). Raises ValueError for noise of another shape."
-        if z.shape[1:] != (self.z_dim,): raise ValueError(f"expected noise (B, {self.z_dim}), got shape {tuple(z.shape)}")
+        r"""Examples (B, \*shape) for noise (B, z_dim). Raises ValueError for noise of another
+        shape.
+        """
+        if z.shape[1:] != (self.z_dim,):
+            raise ValueError(f"expected noise (B, {self.z_dim}), got shape {tuple(z.shape)}")
         x = self.net(z).to(z.dtype).view(-1, *self.shape)
         return x.sigmoid() if self.out == "sigmoid" else x
 
+
 class Discriminator(nn.Module):
-    r"What discriminators share: `net` from an example of `shape` to one logit; images (three axes) are centred first."
+    """What discriminators share: `net` from an example of `shape` to one logit; images (three
+    axes) are centred first.
+    """
+
     def __init__(self, net, shape: tuple):
         super().__init__()
         self.net, self.shape = net, shape
         _initialize(net)
 
     def forward(self, x):
-        r"Logits (B,) for examples (B, \*shape). Raises ValueError for examples of another shape."
-        if x.shape[1:] != self.shape: raise ValueError(f"expected examples of shape {self.shape}, got a batch of shape {tuple(x.shape)}")
+        r"""Logits (B,) for examples (B, \*shape). Raises ValueError for examples of another shape."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(
+                f"expected examples of shape {self.shape}, got a batch of shape {tuple(x.shape)}"
+            )
         return self.net(2 * x - 1 if len(self.shape) == 3 else x).squeeze(1).to(x.dtype)
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-6
 class MLPGenerator(Generator):
-    r"Linear layers with silu between. Raises ValueError for a size below 1."
-    def __init__(self,
-        z_dim: int,          # numbers of noise
-        hidden=(128, 128),   # units of the layers between
-        shape=(2,),          # of an example
-        out: str="linear",   # "linear", or "sigmoid" for pixels in [0, 1]
-    ):
+    """Linear layers with silu between. Raises ValueError for a size below 1.
+
+    Args:
+        z_dim: numbers of noise.
+        hidden: units of the layers between.
+        shape: of an example.
+        out: "linear", or "sigmoid" for pixels in [0, 1].
+    """
+
+    def __init__(self, z_dim: int, hidden=(128, 128), shape=(2,), out: str = "linear"):
         shape = _check_sizes(shape, z_dim=z_dim, hidden=min(hidden, default=1))
         super().__init__(nn.Sequential(*_mlp(z_dim, *hidden, math.prod(shape))), z_dim, shape, out)
 
+
 class MLPDiscriminator(Discriminator):
-    r"Linear layers with silu between. Raises ValueError for a size below 1."
-    def __init__(self,
-        shape=(2,),          # of an example
-        hidden=(128, 128),   # units of the layers between
-    ):
+    """Linear layers with silu between. Raises ValueError for a size below 1.
+
+    Args:
+        shape: of an example.
+        hidden: units of the layers between.
+    """
+
+    def __init__(self, shape=(2,), hidden=(128, 128)):
         shape = _check_sizes(shape, hidden=min(hidden, default=1))
         super().__init__(nn.Sequential(nn.Flatten(), *_mlp(math.prod(shape), *hidden, 1)), shape)
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-7
 def _halvings(shape, width):
-    r"Sizes (H, W) and channels from the image down."
+    """Sizes (H, W) and channels from the image down."""
     n = (min(shape[1:]) // 4).bit_length()
-    return [(shape[1] >> i, shape[2] >> i) for i in range(n)], [shape[0], *(width << i for i in range(n - 1))]
+    return [(shape[1] >> i, shape[2] >> i) for i in range(n)], [
+        shape[0],
+        *(width << i for i in range(n - 1)),
+    ]
+
 
 class ConvGenerator(Generator):
-    r"A linear layer, then transposed convolutions up to the image, and a sigmoid. Raises ValueError for a size below 1, or an image below 8 x 8."
-    def __init__(self,
-        shape=(1, 28, 28), # (C, H, W) of an image
-        z_dim: int=64,     # numbers of noise
-        width: int=32,     # channels at the largest size; twice as many at each smaller one
-    ):
+    """A linear layer, then transposed convolutions up to the image, and a sigmoid. Raises
+    ValueError for a size below 1, or an image below 8 x 8.
+
+    Args:
+        shape: (C, H, W) of an image.
+        z_dim: numbers of noise.
+        width: channels at the largest size; twice as many at each smaller one.
+    """
+
+    def __init__(self, shape=(1, 28, 28), z_dim: int = 64, width: int = 32):
         shape = _check_sizes(shape, 8, z_dim=z_dim, width=width)
         sizes, ch = _halvings(shape, width)
-        net = [nn.Linear(z_dim, ch[-1] * math.prod(sizes[-1])), Silu(), nn.Unflatten(1, (ch[-1], *sizes[-1]))]
+        net = [
+            nn.Linear(z_dim, ch[-1] * math.prod(sizes[-1])),
+            Silu(),
+            nn.Unflatten(1, (ch[-1], *sizes[-1])),
+        ]
         for i in reversed(range(len(ch) - 1)):
-            net += [nn.ConvTranspose2d(ch[i + 1], ch[i], 4, 2, 1, (sizes[i][0] % 2, sizes[i][1] % 2)), Silu()]
+            net += [
+                nn.ConvTranspose2d(ch[i + 1], ch[i], 4, 2, 1, (sizes[i][0] % 2, sizes[i][1] % 2)),
+                Silu(),
+            ]
         super().__init__(nn.Sequential(*net[:-1]), z_dim, shape, "sigmoid")
 
+
 class ConvDiscriminator(Discriminator):
-    r"Strided convolutions down from the image, then a linear layer. Raises ValueError for a size below 1, or an image below 8 x 8."
-    def __init__(self,
-        shape=(1, 28, 28), # (C, H, W) of an image
-        width: int=32,     # channels of the first convolution; each further one has twice as many
-    ):
+    """Strided convolutions down from the image, then a linear layer. Raises ValueError for a size
+    below 1, or an image below 8 x 8.
+
+    Args:
+        shape: (C, H, W) of an image.
+        width: channels of the first convolution; each further one has twice as many.
+    """
+
+    def __init__(self, shape=(1, 28, 28), width: int = 32):
         shape = _check_sizes(shape, 8, width=width)
         sizes, ch = _halvings(shape, width)
         net = [layer for i, o in pairwise(ch) for layer in (nn.Conv2d(i, o, 4, 2, 1), Silu())]
-        super().__init__(nn.Sequential(*net, nn.Flatten(), nn.Linear(ch[-1] * math.prod(sizes[-1]), 1)), shape)
+        super().__init__(
+            nn.Sequential(*net, nn.Flatten(), nn.Linear(ch[-1] * math.prod(sizes[-1]), 1)), shape
+        )

@@ -13,102 +13,178 @@ from torch import Tensor, nn
 
 # %% ../../nbs/20_models/26_ladder.ipynb #1add0006
 class Path(NamedTuple):
-    r"What a pass through the encoder leaves."
-    z: list        # of each layer 0 ... L, (B, m_l), with its noise if there is any
-    logits: Tensor # (B, classes)
-    mean: list     # of each layer's batch, (m_l,); 0.0 at the input
-    var: list      # the same, 1.0 at the input
+    """What a pass through the encoder leaves.
+
+    Attributes:
+        z: of each layer 0 ... L, (B, m_l), with its noise if there is any.
+        logits: (B, classes).
+        mean: of each layer's batch, (m_l,); 0.0 at the input.
+        var: the same, 1.0 at the input.
+    """
+
+    z: list
+    logits: Tensor
+    mean: list
+    var: list
+
 
 class LadderEncoder(nn.Module):
-    r"A perceptron with batch normalisation and noise at every layer, Eq. (ladder-clean), Eq. (ladder-noisy). Raises ValueError for fewer than one layer, a size below 1, a noise or a decay that is none."
-    normalises_batch = True # for who spreads batches over processes, or makes a last one of what is left
-    def __init__(self,
-        sizes=(784, 1000, 500, 250, 250, 250, 10), # $m_0,\dots,m_L$: numbers in an image, units, classes
-        noise: float=.3,      # standard deviation $s$
-        decay: float=.99,     # of the running statistics
-        eps: float=1e-10,     # $\epsilon$
+    r"""A perceptron with batch normalisation and noise at every layer, Eq. (ladder-clean), Eq.
+    (ladder-noisy). Raises ValueError for fewer than one layer, a size below 1, a noise or a
+    decay that is none.
+
+    Args:
+        sizes: $m_0,\dots,m_L$: numbers in an image, units, classes.
+        noise: standard deviation $s$.
+        decay: of the running statistics.
+        eps: $\epsilon$.
+    """
+
+    normalises_batch = (
+        True  # for who spreads batches over processes, or makes a last one of what is left
+    )
+
+    def __init__(
+        self,
+        sizes=(784, 1000, 500, 250, 250, 250, 10),
+        noise: float = 0.3,
+        decay: float = 0.99,
+        eps: float = 1e-10,
     ):
         super().__init__()
-        if len(sizes) < 2 or min(sizes) < 1: raise ValueError(f"a ladder needs sizes of at least 1, two of them or more, got {tuple(sizes)}")
-        if not (isinstance(noise, (int, float)) and 0 <= noise < float("inf")): raise ValueError(f"noise is a finite number of at least 0, got {noise!r}")
-        if not 0 <= decay < 1: raise ValueError(f"decay lies in [0, 1), got {decay!r}")
+        if len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(
+                f"a ladder needs sizes of at least 1, two of them or more, got {tuple(sizes)}"
+            )
+        if not (isinstance(noise, (int, float)) and 0 <= noise < float("inf")):
+            raise ValueError(f"noise is a finite number of at least 0, got {noise!r}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay lies in [0, 1), got {decay!r}")
         self.sizes, self.noise, self.decay, self.eps = tuple(sizes), noise, decay, eps
         self.maps = nn.ModuleList(nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:]))
-        for layer in self.maps: nn.init.normal_(layer.weight, std=layer.in_features**-.5)
+        for layer in self.maps:
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
         self.shifts = nn.ParameterList(nn.Parameter(torch.zeros(n)) for n in sizes[1:])
         self.scale = nn.Parameter(torch.ones(sizes[-1]))
-        for name, value in (("mean", 0.), ("var", 1.)):
-            for l, n in enumerate(sizes[1:], 1): self.register_buffer(f"{name}{l}", torch.full((n,), value))
+        for name, value in (("mean", 0.0), ("var", 1.0)):
+            for l, n in enumerate(sizes[1:], 1):
+                self.register_buffer(f"{name}{l}", torch.full((n,), value))
         self.register_buffer("followed", torch.zeros((), dtype=torch.int64))
 
-    def path(self,
-        x,              # (B, ...) of m_0 numbers each; ValueError for others
-        eps=None,       # standard normal (B, m_0 + ... + m_L): the noisy path; None: the clean one
-        parts=None,     # sizes of the parts that are normalised apart; None: one; (): by the running statistics
-    ) -> Path:          # means and variances are those of the last part
-        r"A pass with the statistics of the batch, Eq. (ladder-clean) or Eq. (ladder-noisy)."
-        if x.shape[1:].numel() != self.sizes[0]: raise ValueError(f"expected a batch of examples of {self.sizes[0]} numbers, got shape {tuple(x.shape)}")
-        if parts != () and min(parts or [len(x)]) < 2: raise ValueError("the ladder normalises over the batch, and one example has no spread: take batches of two at least, or evaluation mode")
-        noise = [0.] * len(self.sizes) if eps is None else (self.noise * eps).split(self.sizes, -1)
+    def path(self, x, eps=None, parts=None) -> Path:
+        """A pass with the statistics of the batch, Eq. (ladder-clean) or Eq. (ladder-noisy).
+
+        Args:
+            x: (B, ...) of m_0 numbers each; ValueError for others.
+            eps: standard normal (B, m_0 + ... + m_L): the noisy path; None: the clean one.
+            parts: sizes of the parts that are normalised apart; None: one; (): by the running
+                statistics.
+
+        Returns:
+            means and variances are those of the last part.
+        """
+        if x.shape[1:].numel() != self.sizes[0]:
+            raise ValueError(
+                f"expected a batch of examples of {self.sizes[0]} numbers, got shape {tuple(x.shape)}"
+            )
+        if parts != () and min(parts or [len(x)]) < 2:
+            raise ValueError(
+                "the ladder normalises over the batch, and one example has no spread: take batches of two at least, or evaluation mode"
+            )
+        noise = [0.0] * len(self.sizes) if eps is None else (self.noise * eps).split(self.sizes, -1)
         h = x.flatten(1) + noise[0]
-        zs, means, variances = [h], [0.], [1.]
+        zs, means, variances = [h], [0.0], [1.0]
         for l, (layer, shift) in enumerate(zip(self.maps, self.shifts), 1):
             a = layer(h)
-            if parts == (): normal, mean, var = [a], getattr(self, f"mean{l}"), getattr(self, f"var{l}")
-            else: normal = a.split(parts or [len(a)])
+            if parts == ():
+                normal, mean, var = [a], getattr(self, f"mean{l}"), getattr(self, f"var{l}")
+            else:
+                normal = a.split(parts or [len(a)])
             out = []
             for part in normal:
-                if parts != (): var, mean = torch.var_mean(part.to(torch.promote_types(part.dtype, torch.float32)), 0, correction=0)
+                if parts != ():
+                    var, mean = torch.var_mean(
+                        part.to(torch.promote_types(part.dtype, torch.float32)), 0, correction=0
+                    )
                 out.append((part - mean) * (var + self.eps).rsqrt())
             z = torch.cat(out) + noise[l]
-            zs.append(z); means.append(mean); variances.append(var)
+            zs.append(z)
+            means.append(mean)
+            variances.append(var)
             h = z + shift
             h = h.relu() if l < len(self.maps) else self.scale * h
         return Path(zs, h, means, variances)
 
     @torch.no_grad()
-    def follow(self, path: Path):  # the running statistics take a step towards those of a clean path: to their mean at first, later as far as `decay` lets them
+    def follow(self, path: Path):
+        """the running statistics take a step towards those of a clean path: to their mean at
+        first, later as far as `decay` lets them.
+        """
         self.followed += 1
         for l in range(1, len(self.sizes)):
-            for name, found in (("mean", path.mean[l]), ("var", path.var[l])): (kept := getattr(self, f"{name}{l}")).lerp_(found.detach().to(kept), (1 / self.followed.to(kept.dtype)).clamp(min=1 - self.decay))
+            for name, found in (("mean", path.mean[l]), ("var", path.var[l])):
+                (kept := getattr(self, f"{name}{l}")).lerp_(
+                    found.detach().to(kept),
+                    (1 / self.followed.to(kept.dtype)).clamp(min=1 - self.decay),
+                )
 
     def forward(self, x):
-        r"Logits (B, classes) of the clean path: by the batch's statistics in training mode, by the running ones in evaluation mode."
+        """Logits (B, classes) of the clean path: by the batch's statistics in training mode, by
+        the running ones in evaluation mode.
+        """
         return self.path(x, parts=None if self.training else ()).logits
 
+
 class LadderDecoder(nn.Module):
-    r"The way down, Eq. (ladder-cost), as far as some layer is priced."
-    def __init__(self,
-        sizes,           # as the encoder's
-        prices=(1000., 10., .1, .1, .1, .1, .1), # $\lambda_0,\dots,\lambda_L\ge0$; ValueError for another number of them, or none above 0
-    ):
+    r"""The way down, Eq. (ladder-cost), as far as some layer is priced.
+
+    Args:
+        sizes: as the encoder's.
+        prices: $\lambda_0,\dots,\lambda_L\ge0$; ValueError for another number of them, or none
+            above 0.
+    """
+
+    def __init__(self, sizes, prices=(1000.0, 10.0, 0.1, 0.1, 0.1, 0.1, 0.1)):
         super().__init__()
-        if len(prices) != len(sizes) or min(prices) < 0 or max(prices) <= 0: raise ValueError(f"a ladder of {len(sizes)} layers needs as many prices, at least 0 and not all 0; got {tuple(prices)}")
+        if len(prices) != len(sizes) or min(prices) < 0 or max(prices) <= 0:
+            raise ValueError(
+                f"a ladder of {len(sizes)} layers needs as many prices, at least 0 and not all 0; got {tuple(prices)}"
+            )
         self.lowest = next(l for l, price in enumerate(prices) if price)
         self.register_buffer("prices", torch.tensor(prices))
         used = range(self.lowest, len(sizes))
-        self.maps = nn.ModuleDict({str(l): nn.Linear(sizes[l + 1], sizes[l], bias=False) for l in used[:-1]})
-        for layer in self.maps.values(): nn.init.normal_(layer.weight, std=layer.in_features**-.5)
-        start = torch.tensor([[0., 1., 0., 0., 0.], [0., 1., 0., 0., 1.]])[..., None]
-        self.curves = nn.ParameterDict({str(l): nn.Parameter(start.repeat(1, 1, sizes[l])) for l in used})  # of mu and of w
+        self.maps = nn.ModuleDict(
+            {str(l): nn.Linear(sizes[l + 1], sizes[l], bias=False) for l in used[:-1]}
+        )
+        for layer in self.maps.values():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+        start = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0, 1.0]])[..., None]
+        self.curves = nn.ParameterDict(
+            {str(l): nn.Parameter(start.repeat(1, 1, sizes[l])) for l in used}
+        )  # of mu and of w
 
     def combine(self, l: int, z, u):
-        r"$g_l(\tilde z,u)$, Eq. (combinator); at the start $\tilde z$ itself."
+        r"""$g_l(\tilde z,u)$, Eq. (combinator); at the start $\tilde z$ itself."""
         curve = lambda a: a[0] * (a[1] * u + a[2]).sigmoid() + a[3] * u + a[4]
         mu, w = (curve(a) for a in self.curves[str(l)])
         return (z - mu) * w + mu
 
-    def forward(self,
-        noisy: Path,    # of the images to be denoised
-        clean: Path,    # of the same
-        eps: float=1e-10,
-    ) -> Tensor:        # (L + 1,), 0 where no price is
-        r"$C_l$ of Eq. (ladder-cost), means over the batch."
+    def forward(self, noisy: Path, clean: Path, eps: float = 1e-10) -> Tensor:
+        """$C_l$ of Eq. (ladder-cost), means over the batch.
+
+        Args:
+            noisy: of the images to be denoised.
+            clean: of the same.
+
+        Returns:
+            (L + 1,), 0 where no price is.
+        """
         u, costs = noisy.logits.softmax(-1), [noisy.logits.new_zeros(())] * len(noisy.z)
         for l in reversed(range(self.lowest, len(noisy.z))):
             var, mean = torch.var_mean(u, 0, correction=0)
             z = self.combine(l, noisy.z[l], (u - mean) * (var + eps).rsqrt())
-            scale = (clean.var[l] + eps)**-.5 if l else 1.
-            costs[l] = ((clean.z[l] - (z - clean.mean[l]) * scale)**2).mean()
-            if l > self.lowest: u = self.maps[str(l - 1)](z)
+            scale = (clean.var[l] + eps) ** -0.5 if l else 1.0
+            costs[l] = ((clean.z[l] - (z - clean.mean[l]) * scale) ** 2).mean()
+            if l > self.lowest:
+                u = self.maps[str(l - 1)](z)
         return torch.stack(costs)

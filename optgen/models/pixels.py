@@ -17,92 +17,162 @@ from .vae import _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00006
 class PixelModel(nn.Module):
-    r"A distribution of images of `levels` grey levels, Eq. (pixel-chain); a subclass has `logits`. Grey images must be binarised first where `levels` is 2."
-    def __init__(self,
-        shape,           # (C, H, W) of an image
-        levels: int=2,   # $L\ge2$
-    ):
+    r"""A distribution of images of `levels` grey levels, Eq. (pixel-chain); a subclass has
+    `logits`. Grey images must be binarised first where `levels` is 2.
+
+    Args:
+        shape: (C, H, W) of an image.
+        levels: $L\ge2$.
+    """
+
+    def __init__(self, shape, levels: int = 2):
         super().__init__()
         self.shape, self.levels = tuple(shape), levels
-        _check_sizes(**dict(zip(("channels", "height", "width of the image"), self.shape)), levels=levels - 1)
+        _check_sizes(
+            **dict(zip(("channels", "height", "width of the image"), self.shape)), levels=levels - 1
+        )
         self.outputs = 1 if levels == 2 else levels
 
     def logits(self, x):
-        r"$\ell$ of Eq. (pixel-chain), (B, D, 1 or L), for `x` (B, C, H, W) in [0, 1]."
+        r"""$\ell$ of Eq. (pixel-chain), (B, D, 1 or L), for `x` (B, C, H, W) in [0, 1]."""
         raise NotImplementedError
 
     def image(self, x):
-        r"`x` as (B, C, H, W). Raises ValueError for a wrong number of pixels."
-        if x.shape[1:].numel() != math.prod(self.shape): raise ValueError(f"expected a batch of images of shape {self.shape}, got shape {tuple(x.shape)}")
+        """`x` as (B, C, H, W). Raises ValueError for a wrong number of pixels."""
+        if x.shape[1:].numel() != math.prod(self.shape):
+            raise ValueError(
+                f"expected a batch of images of shape {self.shape}, got shape {tuple(x.shape)}"
+            )
         return x.reshape(-1, *self.shape)
 
     def log_prob(self, x):
-        r"$\log p(x)$, nats (B,), Eq. (pixel-chain), for `x` (B, C, H, W) or flat, multiples of $1/(L-1)$ in [0, 1]."
+        r"""$\log p(x)$, nats (B,), Eq. (pixel-chain), for `x` (B, C, H, W) or flat, multiples of
+        $1/(L-1)$ in [0, 1].
+        """
         logits = self.logits(self.image(x))
-        if self.levels == 2: return bernoulli_log_likelihood(x.flatten(1), logits.squeeze(-1))
-        nats = F.cross_entropy(logits.to(x.dtype).flatten(0, 1), (x * (self.levels - 1)).round().long().flatten(), reduction="none")
+        if self.levels == 2:
+            return bernoulli_log_likelihood(x.flatten(1), logits.squeeze(-1))
+        nats = F.cross_entropy(
+            logits.to(x.dtype).flatten(0, 1),
+            (x * (self.levels - 1)).round().long().flatten(),
+            reduction="none",
+        )
         return -nats.view(len(x), -1).sum(1)
 
     def draw(self, logits, generator=None):
-        r"One level, in [0, 1], for each `logits` (B, 1 or L)."
-        if self.levels == 2: return torch.bernoulli(logits[:, 0].sigmoid(), generator=generator)
-        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].to(logits.dtype) / (self.levels - 1)
+        """One level, in [0, 1], for each `logits` (B, 1 or L)."""
+        if self.levels == 2:
+            return torch.bernoulli(logits[:, 0].sigmoid(), generator=generator)
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0].to(
+            logits.dtype
+        ) / (self.levels - 1)
 
     def next_logits(self, x, i: int):
-        r"$\ell_i$, (B, 1 or L), of images `x` whose pixels before i are drawn."
+        r"""$\ell_i$, (B, 1 or L), of images `x` whose pixels before i are drawn."""
         return self.logits(x)[:, i]
 
     @torch.no_grad()
-    def sample(self,
-        n: int,
-        generator=None, # of random numbers, on the device of the parameters; torch's own if None
-    ):                  # (n, C, H, W), in the dtype of the parameters
-        r"Draws from $p(x)$, pixel after pixel."
+    def sample(self, n: int, generator=None):
+        """Draws from $p(x)$, pixel after pixel.
+
+        Args:
+            generator: of random numbers, on the device of the parameters; torch's own if None.
+
+        Returns:
+            (n, C, H, W), in the dtype of the parameters.
+        """
         x = next(self.parameters()).new_zeros(n, *self.shape)
-        for i in range(x[0].numel()): x.view(n, -1)[:, i] = self.draw(self.next_logits(x, i).to(x.dtype), generator)
+        for i in range(x[0].numel()):
+            x.view(n, -1)[:, i] = self.draw(self.next_logits(x, i).to(x.dtype), generator)
         return x
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00007
 class MaskedLinear(nn.Linear):
-    r"A linear layer with some weights held at zero."
-    def __init__(self,
-        mask,            # (outputs, inputs), 1 where there is a weight
-        bias: bool=True,
-    ):
+    """A linear layer with some weights held at zero.
+
+    Args:
+        mask: (outputs, inputs), 1 where there is a weight.
+    """
+
+    def __init__(self, mask, bias: bool = True):
         super().__init__(mask.shape[1], mask.shape[0], bias)
         self.register_buffer("mask", mask.to(self.weight.dtype))
 
-    def forward(self, x): return F.linear(x, self.mask * self.weight, self.bias)
+    def forward(self, x):
+        return F.linear(x, self.mask * self.weight, self.bias)
+
 
 def masked_perceptron(
-    x_dim: int,       # $D$
-    hidden,           # units of each layer
-    outputs: int=1,   # numbers a pixel
-    activation=nn.ReLU, # class of the module after a layer
-    dropout: float=0.,# share of the units of each layer that a step in training leaves out
-) -> nn.Sequential:   # (B, D) -> (B, outputs D): the first number of every pixel, then the second, ...
-    r"A perceptron whose outputs of pixel $i$ depend on $x_{<i}$ alone, Eq. (made-mask). Raises ValueError for a size below 1."
+    x_dim: int, hidden, outputs: int = 1, activation=nn.ReLU, dropout: float = 0.0
+) -> nn.Sequential:
+    """A perceptron whose outputs of pixel $i$ depend on $x_{<i}$ alone, Eq. (made-mask). Raises
+    ValueError for a size below 1.
+
+    Args:
+        x_dim: $D$.
+        hidden: units of each layer.
+        outputs: numbers a pixel.
+        activation: class of the module after a layer.
+        dropout: share of the units of each layer that a step in training leaves out.
+
+    Returns:
+        (B, D) -> (B, outputs D): the first number of every pixel, then the second, ...
+    """
     _check_sizes(x_dim=x_dim, hidden=min(hidden, default=1), outputs=outputs)
-    degrees = [torch.arange(1, x_dim + 1), *(torch.arange(n) * max(1, x_dim - 1) // n + 1 for n in hidden)]
-    layers = [part for j, k in zip(degrees, degrees[1:]) for part in (MaskedLinear(k[:, None] >= j), activation(), *([nn.Dropout(dropout)] if dropout else []))]
-    return nn.Sequential(*layers, MaskedLinear((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1)))
+    degrees = [
+        torch.arange(1, x_dim + 1),
+        *(torch.arange(n) * max(1, x_dim - 1) // n + 1 for n in hidden),
+    ]
+    layers = [
+        part
+        for j, k in zip(degrees, degrees[1:])
+        for part in (
+            MaskedLinear(k[:, None] >= j),
+            activation(),
+            *([nn.Dropout(dropout)] if dropout else []),
+        )
+    ]
+    return nn.Sequential(
+        *layers, MaskedLinear((degrees[0][:, None] > degrees[-1]).repeat(outputs, 1))
+    )
+
 
 class MADE(PixelModel):
-    r"A masked perceptron, Eq. (made-mask). Germain et al. (2015). Raises ValueError for a size below 1."
-    def __init__(self,
-        shape,           # (C, H, W) of an image
-        hidden=(500,),   # units of each layer
-        levels: int=2,   # $L$
-        x_mean=None,     # mean training image, D values in [0, 1], of two levels: the biases of the output start there
-        dropout: float=0.,# share of the units of each layer that a step in training leaves out; to score and to draw, put the model in evaluation mode
-        direct: bool=False,# whether pixels go to the output directly too, Eq. (made-direct), from $A=0$
+    """A masked perceptron, Eq. (made-mask). Germain et al. (2015). Raises ValueError for a size
+    below 1.
+
+    Args:
+        shape: (C, H, W) of an image.
+        hidden: units of each layer.
+        levels: $L$.
+        x_mean: mean training image, D values in [0, 1], of two levels: the biases of the output
+            start there.
+        dropout: share of the units of each layer that a step in training leaves out; to score and
+            to draw, put the model in evaluation mode.
+        direct: whether pixels go to the output directly too, Eq. (made-direct), from $A=0$.
+    """
+
+    def __init__(
+        self,
+        shape,
+        hidden=(500,),
+        levels: int = 2,
+        x_mean=None,
+        dropout: float = 0.0,
+        direct: bool = False,
     ):
         super().__init__(shape, levels)
         D = math.prod(self.shape)
         self.net = masked_perceptron(D, hidden, self.outputs, dropout=dropout)
-        self.direct = MaskedLinear(torch.ones(D, D).tril(-1).repeat(self.outputs, 1), bias=False) if direct else None
-        if direct: nn.init.zeros_(self.direct.weight)
-        if x_mean is not None and levels == 2: self.net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
+        self.direct = (
+            MaskedLinear(torch.ones(D, D).tril(-1).repeat(self.outputs, 1), bias=False)
+            if direct
+            else None
+        )
+        if direct:
+            nn.init.zeros_(self.direct.weight)
+        if x_mean is not None and levels == 2:
+            self.net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
     def logits(self, x):
         x = x.flatten(1)
@@ -111,44 +181,58 @@ class MADE(PixelModel):
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00008
 class PixelLSTM(PixelModel):
-    r"An LSTM that reads the pixels row by row, Eq. (pixel-lstm); the article's. Raises ValueError for a size below 1."
-    def __init__(self,
-        shape,            # (C, H, W) of an image
-        hidden: int=128,  # $H$
-        layers: int=1,
-        levels: int=2,    # $L$
-    ):
+    """An LSTM that reads the pixels row by row, Eq. (pixel-lstm); the article's. Raises ValueError
+    for a size below 1.
+
+    Args:
+        shape: (C, H, W) of an image.
+        hidden: $H$.
+        levels: $L$.
+    """
+
+    def __init__(self, shape, hidden: int = 128, layers: int = 1, levels: int = 2):
         super().__init__(shape, levels)
         _check_sizes(hidden=hidden, layers=layers)
-        self.lstm, self.out = nn.LSTM(2, hidden, layers, batch_first=True), nn.Linear(hidden, self.outputs)
+        self.lstm, self.out = (
+            nn.LSTM(2, hidden, layers, batch_first=True),
+            nn.Linear(hidden, self.outputs),
+        )
 
     def read(self, pixels, state=None, first=False):
-        r"$\ell$ after each of some pixels (B, n), and the state; `first`: the pixel before them is the beginning's mark."
+        r"""$\ell$ after each of some pixels (B, n), and the state; `first`: the pixel before them
+        is the beginning's mark.
+        """
         mark = torch.zeros_like(pixels)
-        if first: mark[:, 0] = 1.
+        if first:
+            mark[:, 0] = 1.0
         h, state = self.lstm(torch.stack([pixels, mark], -1), state)
         return self.out(h), state
 
-    def logits(self, x): return self.read(F.pad(x.flatten(1)[:, :-1], (1, 0)), first=True)[0]
+    def logits(self, x):
+        return self.read(F.pad(x.flatten(1)[:, :-1], (1, 0)), first=True)[0]
 
     @torch.no_grad()
     def sample(self, n, generator=None):
-        r"As `PixelModel.sample`, with the state kept: every pixel costs the same."
+        """As `PixelModel.sample`, with the state kept: every pixel costs the same."""
         x, state = next(self.parameters()).new_zeros(n, math.prod(self.shape) + 1), None
         for i in range(1, x.shape[1]):
-            l, state = self.read(x[:, i - 1:i], state, first=i == 1)
+            l, state = self.read(x[:, i - 1 : i], state, first=i == 1)
             x[:, i] = self.draw(l[:, 0].to(x.dtype), generator)
         return x[:, 1:].reshape(n, *self.shape)
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00009
 class CausalLayer(nn.Module):
-    r"A layer of both stacks, Eq. (pixel-cnn)."
-    def __init__(self, inputs: int, channels: int, radius: int, first: bool, dilation: int=1):
+    """A layer of both stacks, Eq. (pixel-cnn)."""
+
+    def __init__(self, inputs: int, channels: int, radius: int, first: bool, dilation: int = 1):
         super().__init__()
         self.reach, self.first = radius * dilation, first
         self.down = nn.Conv2d(inputs, 2 * channels, (radius + 1, 2 * radius + 1), dilation=dilation)
         self.right = nn.Conv2d(inputs, 2 * channels, (1, radius + (not first)), dilation=dilation)
-        self.mix, self.out = nn.Conv2d(2 * channels, 2 * channels, 1), nn.Conv2d(channels, channels, 1)
+        self.mix, self.out = (
+            nn.Conv2d(2 * channels, 2 * channels, 1),
+            nn.Conv2d(channels, channels, 1),
+        )
 
     def forward(self, v, h):
         gate = lambda a: (lambda s, t: s.tanh() * t.sigmoid())(*a.chunk(2, 1))
@@ -158,33 +242,72 @@ class CausalLayer(nn.Module):
         new = self.out(gate(right + self.mix(F.pad(down, (0, 0, 1, -1)))))
         return gate(down), new if self.first else h + new
 
+
 class PixelCNN(PixelModel):
-    r"Gated masked convolutions without a blind spot, Eq. (pixel-cnn), for images of one channel. Van den Oord et al. (2016). Raises ValueError for a size below 1, or more channels."
-    def __init__(self,
-        shape,             # (1, H, W) of an image
-        channels: int=32,  # of every layer
-        layers: int=7,     # $N$
-        radius: int=1,     # $r$
-        levels: int=2,     # $L$
-        first: int=3,      # $r_1$, the first layer's radius
-        dilations=(1, 2, 4),  # $d_2, d_3, \dots$ of the layers after the first, again from the beginning where there are more
+    r"""Gated masked convolutions without a blind spot, Eq. (pixel-cnn), for images of one channel.
+    Van den Oord et al. (2016). Raises ValueError for a size below 1, or more channels.
+
+    Args:
+        shape: (1, H, W) of an image.
+        channels: of every layer.
+        layers: $N$.
+        radius: $r$.
+        levels: $L$.
+        first: $r_1$, the first layer's radius.
+        dilations: $d_2, d_3, \dots$ of the layers after the first, again from the beginning where
+            there are more.
+    """
+
+    def __init__(
+        self,
+        shape,
+        channels: int = 32,
+        layers: int = 7,
+        radius: int = 1,
+        levels: int = 2,
+        first: int = 3,
+        dilations=(1, 2, 4),
     ):
         super().__init__(shape, levels)
-        if self.shape[0] != 1: raise ValueError(f"pixels of one channel are drawn row by row; got {self.shape[0]} channels")
-        _check_sizes(channels_of_a_layer=channels, layers=layers, radius=radius, first=first, smallest_of_the_dilations=min(dilations, default=0))
+        if self.shape[0] != 1:
+            raise ValueError(
+                f"pixels of one channel are drawn row by row; got {self.shape[0]} channels"
+            )
+        _check_sizes(
+            channels_of_a_layer=channels,
+            layers=layers,
+            radius=radius,
+            first=first,
+            smallest_of_the_dilations=min(dilations, default=0),
+        )
         steps = [*itertools.islice(itertools.cycle(dilations), layers - 1)]
         self.reach = first + radius * sum(steps) + 1  # rows above
-        places = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in self.shape[1:]), indexing="ij")
+        places = torch.meshgrid(
+            *(torch.linspace(-1, 1, side) for side in self.shape[1:]), indexing="ij"
+        )
         self.register_buffer("places", torch.stack(places), persistent=False)
-        self.layers = nn.ModuleList([CausalLayer(3, channels, first, True), *(CausalLayer(channels, channels, radius, False, d) for d in steps)])
-        self.out = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, self.outputs, 1))
+        self.layers = nn.ModuleList(
+            [
+                CausalLayer(3, channels, first, True),
+                *(CausalLayer(channels, channels, radius, False, d) for d in steps),
+            ]
+        )
+        self.out = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 1),
+            nn.ReLU(),
+            nn.Conv2d(channels, self.outputs, 1),
+        )
 
-    def logits(self, x, top: int=0):  # `top`: row of the image at which x begins
-        v = h = torch.cat([x, self.places[:, top:top + x.shape[2]].expand(len(x), -1, -1, -1)], 1)
-        for layer in self.layers: v, h = layer(v, h)
+    def logits(self, x, top: int = 0):
+        """`top`: row of the image at which x begins."""
+        v = h = torch.cat([x, self.places[:, top : top + x.shape[2]].expand(len(x), -1, -1, -1)], 1)
+        for layer in self.layers:
+            v, h = layer(v, h)
         return self.out(h).flatten(2).mT
 
-    def next_logits(self, x, i):  # from the rows that the pixel sees
+    def next_logits(self, x, i):
+        """from the rows that the pixel sees."""
         row, column = divmod(i, self.shape[2])
         top = max(0, row - self.reach)
-        return self.logits(x[:, :, top:row + 1], top)[:, (row - top) * self.shape[2] + column]
+        return self.logits(x[:, :, top : row + 1], top)[:, (row - top) * self.shape[2] + column]

@@ -14,94 +14,154 @@ import torch.nn.functional as F
 from torch import nn
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-2
-def gaussian_kl(
-    mean,    # $\mu$ of $q$, any shape
-    log_var, # $\log\sigma^2$ of $q$, same shape
-):           # nats of each dimension, same shape, at least 0
-    r"$\mathrm{KL}(\mathcal N(\mu,\sigma^2)\,\|\,\mathcal N(0,1))$, element by element, Eq. (vae-rate)."
+def gaussian_kl(mean, log_var):
+    r"""$\mathrm{KL}(\mathcal N(\mu,\sigma^2)\,\|\,\mathcal N(0,1))$, element by element, Eq.
+    (vae-rate).
+
+    Args:
+        mean: $\mu$ of $q$, any shape.
+        log_var: $\log\sigma^2$ of $q$, same shape.
+
+    Returns:
+        nats of each dimension, same shape, at least 0.
+    """
     return (mean**2 + log_var.expm1() - log_var) / 2
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-3
-def bernoulli_log_likelihood(
-    x,      # pixels (B, ...); a likelihood only if they are 0 or 1, see below
-    logits, # $\ell$, (..., B, ...): shaped as `x`, after any leading sample dimensions
-):          # nats, (..., B): summed over the pixels
-    r"$\log p(x\mid z)$ from logits, Eq. (vae-bernoulli), in the wider of the two dtypes."
+def bernoulli_log_likelihood(x, logits):
+    r"""$\log p(x\mid z)$ from logits, Eq. (vae-bernoulli), in the wider of the two dtypes.
+
+    Args:
+        x: pixels (B, ...); a likelihood only if they are 0 or 1, see below.
+        logits: $\ell$, (..., B, ...): shaped as `x`, after any leading sample dimensions.
+
+    Returns:
+        nats, (..., B): summed over the pixels.
+    """
     dtype = torch.promote_types(x.dtype, logits.dtype)
     x, l = x.to(dtype), logits.to(dtype)
-    return -F.binary_cross_entropy_with_logits(l, x.expand_as(l), reduction="none").flatten(1 - x.dim()).sum(-1)
+    return (
+        -F.binary_cross_entropy_with_logits(l, x.expand_as(l), reduction="none")
+        .flatten(1 - x.dim())
+        .sum(-1)
+    )
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-4
 class LatentModel(nn.Module):
-    r"What every VAE shares: an encoder whose parameters are those of `q_net`, a decoder with those of `p_net`, a standard normal prior of `z_dim` latents."
+    """What every VAE shares: an encoder whose parameters are those of `q_net`, a decoder with
+    those of `p_net`, a standard normal prior of `z_dim` latents.
+    """
+
     def reparameterize(self, mean, log_var, eps=None):
-        r"A sample $z$, Eq. (vae-reparameterize); `eps` is standard normal, (..., B, z_dim), drawn here if None. Raises ValueError for another shape."
-        if eps is None: eps = torch.randn_like(mean)
-        if eps.shape[-mean.dim():] != mean.shape: raise ValueError(f"noise of shape {tuple(eps.shape)} must end in {tuple(mean.shape)}")
+        """A sample $z$, Eq. (vae-reparameterize); `eps` is standard normal, (..., B, z_dim), drawn
+        here if None. Raises ValueError for another shape.
+        """
+        if eps is None:
+            eps = torch.randn_like(mean)
+        if eps.shape[-mean.dim() :] != mean.shape:
+            raise ValueError(f"noise of shape {tuple(eps.shape)} must end in {tuple(mean.shape)}")
         return mean + (log_var / 2).exp() * eps
 
     def forward(self, x):
-        r"The article's triple: what the decoder shows of a sample $z\sim q(z\mid x)$ (its probabilities), mean, log-variance."
+        r"""The article's triple: what the decoder shows of a sample $z\sim q(z\mid x)$ (its
+        probabilities), mean, log-variance.
+        """
         mean, log_var = self.encoder(x)
         return self.decoder(self.reparameterize(mean, log_var)), mean, log_var
 
+
 class BernoulliVAE(LatentModel):
-    r"What the VAEs of images share: Gaussian encoder, Bernoulli decoder, `x_dim` pixels."
-    shape = None # (C, H, W) of an image, or None where the model knows a flat vector only
+    """What the VAEs of images share: Gaussian encoder, Bernoulli decoder, `x_dim` pixels."""
+
+    shape = None  # (C, H, W) of an image, or None where the model knows a flat vector only
 
     def flat(self, x):
-        r"`x` as (B, x_dim). Raises ValueError for a wrong number of pixels."
-        if x.shape[1:].numel() != self.x_dim: raise ValueError(f"expected a batch of images of {self.x_dim} pixels, got shape {tuple(x.shape)}")
+        """`x` as (B, x_dim). Raises ValueError for a wrong number of pixels."""
+        if x.shape[1:].numel() != self.x_dim:
+            raise ValueError(
+                f"expected a batch of images of {self.x_dim} pixels, got shape {tuple(x.shape)}"
+            )
         return x.flatten(1)
 
     def encoder(self, x):
-        r"Mean and log-variance of $q(z\mid x)$, each (B, z_dim), for `x` (B, C, H, W) or flat. Raises ValueError for a wrong number of pixels."
+        r"""Mean and log-variance of $q(z\mid x)$, each (B, z_dim), for `x` (B, C, H, W) or flat.
+        Raises ValueError for a wrong number of pixels.
+        """
         return self.q_net(self.flat(x)).to(x.dtype).chunk(2, -1)
 
     def decoder(self, z):
-        r"Pixel probabilities $\pi = \mathrm{sigmoid}(\ell(z))$."
+        r"""Pixel probabilities $\pi = \mathrm{sigmoid}(\ell(z))$."""
         return self.logits(z).sigmoid()
 
     def log_likelihood(self, x, z):
-        r"$\log p(x\mid z)$, nats (..., B), Eq. (vae-bernoulli); `z` (..., B, z_dim) may carry leading sample dimensions."
+        r"""$\log p(x\mid z)$, nats (..., B), Eq. (vae-bernoulli); `z` (..., B, z_dim) may carry
+        leading sample dimensions.
+        """
         logits = self.logits(z)
-        return bernoulli_log_likelihood(x.reshape(len(x), *logits.shape[z.dim() - 1:]), logits)
+        return bernoulli_log_likelihood(x.reshape(len(x), *logits.shape[z.dim() - 1 :]), logits)
+
 
 def _check_sizes(**sizes):
     for name, n in sizes.items():
-        if n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
+        if n < 1:
+            raise ValueError(f"{name} must be at least 1, got {n}")
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-5
 class VAE(BernoulliVAE):
-    r"The article's perceptron, x_dim-h_dim1-h_dim2-z_dim and back, `activation` between. Raises ValueError for a size below 1."
-    def __init__(self,
-        x_dim: int,  # numbers in an image
-        h_dim1: int, # units next to the pixels
-        h_dim2: int, # units next to the latents
-        z_dim: int,  # latents
-        x_mean=None, # mean training image, x_dim values in [0, 1]: the decoder starts there instead of at one half
-        activation=nn.ReLU, # class of the module between two layers
+    """The article's perceptron, x_dim-h_dim1-h_dim2-z_dim and back, `activation` between. Raises
+    ValueError for a size below 1.
+
+    Args:
+        x_dim: numbers in an image.
+        h_dim1: units next to the pixels.
+        h_dim2: units next to the latents.
+        z_dim: latents.
+        x_mean: mean training image, x_dim values in [0, 1]: the decoder starts there instead of at
+            one half.
+        activation: class of the module between two layers.
+    """
+
+    def __init__(
+        self, x_dim: int, h_dim1: int, h_dim2: int, z_dim: int, x_mean=None, activation=nn.ReLU
     ):
         super().__init__()
         _check_sizes(x_dim=x_dim, h_dim1=h_dim1, h_dim2=h_dim2, z_dim=z_dim)
         self.x_dim, self.z_dim = x_dim, z_dim
-        self.q_net = nn.Sequential(nn.Linear(x_dim, h_dim1), activation(), nn.Linear(h_dim1, h_dim2), activation(), nn.Linear(h_dim2, 2 * z_dim))
-        self.p_net = nn.Sequential(nn.Linear(z_dim, h_dim2), activation(), nn.Linear(h_dim2, h_dim1), activation(), nn.Linear(h_dim1, x_dim))
-        if x_mean is not None: self.p_net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
+        self.q_net = nn.Sequential(
+            nn.Linear(x_dim, h_dim1),
+            activation(),
+            nn.Linear(h_dim1, h_dim2),
+            activation(),
+            nn.Linear(h_dim2, 2 * z_dim),
+        )
+        self.p_net = nn.Sequential(
+            nn.Linear(z_dim, h_dim2),
+            activation(),
+            nn.Linear(h_dim2, h_dim1),
+            activation(),
+            nn.Linear(h_dim1, x_dim),
+        )
+        if x_mean is not None:
+            self.p_net[-1].bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
     def logits(self, z):
-        r"$\ell(z)$, (..., x_dim)."
+        r"""$\ell(z)$, (..., x_dim)."""
         return self.p_net(z)
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-8
 class GaussianVAE(VAE):
-    r"The networks of `VAE` with a Gaussian decoder, Eq. (vae-gaussian); its one variance is the buffer `variance`, 0-dim, positive, 1 at the start."
-    def __init__(self, *args, **kwargs): # as `VAE`'s
+    """The networks of `VAE` with a Gaussian decoder, Eq. (vae-gaussian); its one variance is the
+    buffer `variance`, 0-dim, positive, 1 at the start.
+    """
+
+    def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.register_buffer("variance", torch.ones(()))
 
     def log_likelihood(self, x, z):
-        r"$\log p(x\mid z)$, nats (..., B), Eq. (vae-gaussian), in the wider dtype; `z` (..., B, z_dim) may carry leading sample dimensions."
+        r"""$\log p(x\mid z)$, nats (..., B), Eq. (vae-gaussian), in the wider dtype; `z` (..., B,
+        z_dim) may carry leading sample dimensions.
+        """
         logits = self.logits(z)
         dtype = torch.promote_types(x.dtype, logits.dtype)
         error = self.flat(x).to(dtype) - logits.to(dtype).sigmoid()
@@ -109,45 +169,80 @@ class GaussianVAE(VAE):
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-6
 class ConvVAE(BernoulliVAE):
-    r"Two strided convolutions down to the latents and their transposes up. Raises ValueError for a size below 1, or an image below 4 x 4."
-    def __init__(self,
-        shape,         # (C, H, W) of an image
-        z_dim: int,    # latents
-        width: int=32, # channels of the first convolution; the second has twice as many
-    ):
+    """Two strided convolutions down to the latents and their transposes up. Raises ValueError for
+    a size below 1, or an image below 4 x 4.
+
+    Args:
+        shape: (C, H, W) of an image.
+        z_dim: latents.
+        width: channels of the first convolution; the second has twice as many.
+    """
+
+    def __init__(self, shape, z_dim: int, width: int = 32):
         super().__init__()
         C, H, W = self.shape = tuple(shape)
-        if min(H, W) < 4: raise ValueError(f"images must be at least 4 x 4 to be halved twice, got {H} x {W}")
+        if min(H, W) < 4:
+            raise ValueError(f"images must be at least 4 x 4 to be halved twice, got {H} x {W}")
         _check_sizes(channels=C, z_dim=z_dim, width=width)
         self.x_dim, self.z_dim, h, w = C * H * W, z_dim, H // 4, W // 4
-        self.q_net = nn.Sequential(nn.Unflatten(1, self.shape), nn.Conv2d(C, width, 4, 2, 1), nn.ReLU(),
-                                   nn.Conv2d(width, 2 * width, 4, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(2 * width * h * w, 2 * z_dim))
-        self.p_net = nn.Sequential(nn.Linear(z_dim, 2 * width * h * w), nn.ReLU(), nn.Unflatten(1, (2 * width, h, w)),
-                                   nn.ConvTranspose2d(2 * width, width, 4, 2, 1, (H // 2 % 2, W // 2 % 2)), nn.ReLU(),
-                                   nn.ConvTranspose2d(width, C, 4, 2, 1, (H % 2, W % 2)))
+        self.q_net = nn.Sequential(
+            nn.Unflatten(1, self.shape),
+            nn.Conv2d(C, width, 4, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 4, 2, 1),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(2 * width * h * w, 2 * z_dim),
+        )
+        self.p_net = nn.Sequential(
+            nn.Linear(z_dim, 2 * width * h * w),
+            nn.ReLU(),
+            nn.Unflatten(1, (2 * width, h, w)),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, (H // 2 % 2, W // 2 % 2)),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, C, 4, 2, 1, (H % 2, W % 2)),
+        )
 
     def logits(self, z):
-        r"$\ell(z)$, (..., C, H, W)."
+        r"""$\ell(z)$, (..., C, H, W)."""
         return self.p_net(z.reshape(-1, self.z_dim)).unflatten(0, z.shape[:-1])
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-7
-def elbo_terms(
-    model,    # has `encoder`, `reparameterize` and `log_likelihood`
-    x,        # a batch (B, ...)
-    eps=None, # standard normal noise (B, z_dim), drawn here if None
-):            # distortion $-\log p(x\mid z)$ and rate $\mathrm{KL}(q\|p)$, nats, each (B,)
-    r"The two terms of the bound with one sample of z, Eq. (vae-elbo), from logits."
+def elbo_terms(model, x, eps=None):
+    r"""The two terms of the bound with one sample of z, Eq. (vae-elbo), from logits.
+
+    Args:
+        model: has `encoder`, `reparameterize` and `log_likelihood`.
+        x: a batch (B, ...).
+        eps: standard normal noise (B, z_dim), drawn here if None.
+
+    Returns:
+        distortion $-\log p(x\mid z)$ and rate $\mathrm{KL}(q\|p)$, nats, each (B,).
+    """
     mean, log_var = model.encoder(x)
     z = model.reparameterize(mean, log_var, eps)
     return -model.log_likelihood(x, z), gaussian_kl(mean, log_var).sum(-1)
 
-def vae_loss(
-    x,            # pixels in [0, 1], (B, ...)
-    x_recon,      # the decoder's probabilities, as many
-    mean,         # (B, z_dim)
-    log_var,      # (B, z_dim)
-    kl_weight=1., # $\beta$
-):                # 0-dim, nats summed over the batch
-    r"The article's loss: Eq. (vae-beta) from probabilities. Raises ValueError where the numbers of pixels differ."
-    if x.numel() != x_recon.numel(): raise ValueError(f"images of shape {tuple(x.shape)} have a reconstruction of shape {tuple(x_recon.shape)}")
-    return F.binary_cross_entropy(x_recon, x.reshape(x_recon.shape), reduction="sum") + kl_weight * gaussian_kl(mean, log_var).sum()
+
+def vae_loss(x, x_recon, mean, log_var, kl_weight=1.0):
+    r"""The article's loss: Eq. (vae-beta) from probabilities. Raises ValueError where the numbers
+    of pixels differ.
+
+    Args:
+        x: pixels in [0, 1], (B, ...).
+        x_recon: the decoder's probabilities, as many.
+        mean: (B, z_dim).
+        log_var: (B, z_dim).
+        kl_weight: $\beta$.
+
+    Returns:
+        0-dim, nats summed over the batch.
+    """
+    if x.numel() != x_recon.numel():
+        raise ValueError(
+            f"images of shape {tuple(x.shape)} have a reconstruction of shape {tuple(x_recon.shape)}"
+        )
+    return (
+        F.binary_cross_entropy(x_recon, x.reshape(x_recon.shape), reduction="sum")
+        + kl_weight * gaussian_kl(mean, log_var).sum()
+    )

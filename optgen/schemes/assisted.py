@@ -29,327 +29,676 @@ from ..viz import reliability
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510006
 class AssistedBatch(NamedTuple):
-    r"A batch of images, as many labelled ones, and the noise of both, fixed before any loss is evaluated."
-    x: Tensor        # (B, ...) images whose class is not used
-    labelled: Tensor # (B, ...) images of known class
-    y: Tensor        # (B,) int64, their classes
-    eps: Tensor      # (B, n) standard normal, for `x`, as many as the coupling wants
-    eps_labelled: Tensor # (B, n), for `labelled`
+    """A batch of images, as many labelled ones, and the noise of both, fixed before any loss is
+    evaluated.
+
+    Attributes:
+        x: (B, ...) images whose class is not used.
+        labelled: (B, ...) images of known class.
+        y: (B,) int64, their classes.
+        eps: (B, n) standard normal, for `x`, as many as the coupling wants.
+        eps_labelled: (B, n), for `labelled`.
+    """
+
+    x: Tensor
+    labelled: Tensor
+    y: Tensor
+    eps: Tensor
+    eps_labelled: Tensor
+
 
 class Terms(NamedTuple):
-    r"What a coupling makes of a batch, 0-dim each."
-    classification: Tensor # $L_{cls}$
-    coupling: Tensor       # $L_{rec}$: its gradient goes where `to` lets it
-    generation: Tensor     # $L_{gen}$, the generator's own loss
+    """What a coupling makes of a batch, 0-dim each.
+
+    Attributes:
+        classification: $L_{cls}$.
+        coupling: $L_{rec}$: its gradient goes where `to` lets it.
+        generation: $L_{gen}$, the generator's own loss.
+    """
+
+    classification: Tensor
+    coupling: Tensor
+    generation: Tensor
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510007
 DIVERGENCES = ("classifier", "generator", "jensen-shannon")
 
-def divergence(
-    kind: str,  # of `DIVERGENCES`: $\mathrm{KL}(p_d\|p_g)$, $\mathrm{KL}(p_g\|p_d)$, or half of both to their mean; ValueError for another
-    d: Tensor,  # (B, K) logits of $p_d$
-    g: Tensor,  # (B, K) logits of $p_g$
-) -> Tensor:    # (B,), nats
-    r"How far two opinions are apart, Eq. (agreement)."
+
+def divergence(kind: str, d: Tensor, g: Tensor) -> Tensor:
+    r"""How far two opinions are apart, Eq. (agreement).
+
+    Args:
+        kind: of `DIVERGENCES`: $\mathrm{KL}(p_d\|p_g)$, $\mathrm{KL}(p_g\|p_d)$, or half of both to
+            their mean; ValueError for another.
+        d: (B, K) logits of $p_d$.
+        g: (B, K) logits of $p_g$.
+
+    Returns:
+        (B,), nats.
+    """
     d, g = d.log_softmax(-1), g.log_softmax(-1)
     kl = lambda p, q: (p.exp() * (p - q)).sum(-1)
     check_divergence(kind)
-    if kind == "classifier": return kl(d, g)
-    if kind == "generator": return kl(g, d)
+    if kind == "classifier":
+        return kl(d, g)
+    if kind == "generator":
+        return kl(g, d)
     m = torch.stack([d, g]).logsumexp(0) - math.log(2)
     return (kl(d, m) + kl(g, m)) / 2
 
-def check_divergence(kind: str):  # ValueError
-    r"Refuse what is none of `DIVERGENCES`."
-    if kind not in DIVERGENCES: raise ValueError(f"a divergence is one of {', '.join(map(repr, DIVERGENCES))}; got {kind!r}")
+
+def check_divergence(kind: str):
+    """Refuse what is none of `DIVERGENCES`."""
+    if kind not in DIVERGENCES:
+        raise ValueError(
+            f"a divergence is one of {', '.join(map(repr, DIVERGENCES))}; got {kind!r}"
+        )
+
 
 RECEIVERS = ("both", "classifier", "generator")
 
+
 class Coupling:
-    r"How a generator assists a classifier: what they have to do with each other."
-    def __init__(self,
-        to: str="both", # who receives the gradient of $L_{rec}$: "both", "classifier" or "generator"; ValueError for another
-    ):
-        if to not in RECEIVERS: raise ValueError(f"to is one of {', '.join(map(repr, RECEIVERS))}; got {to!r}")
+    """How a generator assists a classifier: what they have to do with each other.
+
+    Args:
+        to: who receives the gradient of $L_{rec}$: "both", "classifier" or "generator"; ValueError
+            for another.
+    """
+
+    def __init__(self, to: str = "both"):
+        if to not in RECEIVERS:
+            raise ValueError(f"to is one of {', '.join(map(repr, RECEIVERS))}; got {to!r}")
         self.to = to
 
-    def noise(self, classifier, generator) -> int: return 0 # standard normal numbers an image
-    def terms(self, classifier, generator, batch: AssistedBatch) -> Terms: raise NotImplementedError
-    def typicality(self, classifier, generator, x, eps) -> Tensor|None: return None # (B,), the larger the more usual
-    def sample(self, generator, n: int) -> Tensor|None: return None # (n, ...) from the generator, class after class
-    def decode(self, generator, *given, cost) -> tuple:  # 0-dim each: $L_{rec}$, and the generator's own loss where it gets no gradient of that
-        r"What `cost` makes of the generator's answer, with the gradient going where `to` lets it."
-        still = lambda x: x.detach() if isinstance(x, Tensor) else type(x)(*map(still, x)) if isinstance(x, tuple) else [*map(still, x)] if isinstance(x, list) else x
-        kept = cost(generator(*map(still, given))) if self.to != "both" else None
-        if self.to == "generator": return kept, torch.zeros_like(kept)
-        if self.to == "both": found = cost(generator(*given)); return found, torch.zeros_like(found)
-        return cost(torch.func.functional_call(generator, {name: p.detach() for name, p in generator.named_parameters()}, given)), kept
+    def noise(self, classifier, generator) -> int:
+        """standard normal numbers an image."""
+        return 0
 
-    def wire(self, x: Tensor, player: str) -> Tensor: return x if self.to in ("both", player) else x.detach() # what goes from `player` into the coupling
+    def terms(self, classifier, generator, batch: AssistedBatch) -> Terms:
+        raise NotImplementedError
+
+    def typicality(self, classifier, generator, x, eps) -> Tensor | None:
+        """(B,), the larger the more usual."""
+        return None
+
+    def sample(self, generator, n: int) -> Tensor | None:
+        """(n, ...) from the generator, class after class."""
+        return None
+
+    def decode(self, generator, *given, cost) -> tuple:
+        """What `cost` makes of the generator's answer, with the gradient going where `to` lets it.
+
+        Returns:
+            0-dim each: $L_{rec}$, and the generator's own loss where it gets no gradient of that.
+        """
+        still = lambda x: (
+            x.detach()
+            if isinstance(x, Tensor)
+            else type(x)(*map(still, x))
+            if isinstance(x, tuple)
+            else [*map(still, x)]
+            if isinstance(x, list)
+            else x
+        )
+        kept = cost(generator(*map(still, given))) if self.to != "both" else None
+        if self.to == "generator":
+            return kept, torch.zeros_like(kept)
+        if self.to == "both":
+            found = cost(generator(*given))
+            return found, torch.zeros_like(found)
+        return cost(
+            torch.func.functional_call(
+                generator, {name: p.detach() for name, p in generator.named_parameters()}, given
+            )
+        ), kept
+
+    def wire(self, x: Tensor, player: str) -> Tensor:
+        """what goes from `player` into the coupling."""
+        return x if self.to in ("both", player) else x.detach()
+
 
 class Alone(Coupling):
-    r"No generator: the plain classifier."
+    """No generator: the plain classifier."""
+
     def terms(self, classifier, generator, batch):
         found = F.cross_entropy(classifier(batch.labelled), batch.y)
         return Terms(found, torch.zeros_like(found), torch.zeros_like(found))
 
+
 class Agreement(Coupling):
-    r"The generator knows classes and has an opinion on them, Eq. (agreement); the classifier has another. `M2` at weight 1, Eq. (m2-unlabelled)."
-    def __init__(self,
-        divergence: str="classifier", # of `DIVERGENCES`; ValueError for another
-        to: str="both",               # see `Coupling`
-    ):
+    """The generator knows classes and has an opinion on them, Eq. (agreement); the classifier has
+    another. `M2` at weight 1, Eq. (m2-unlabelled).
+
+    Args:
+        divergence: of `DIVERGENCES`; ValueError for another.
+        to: see `Coupling`.
+    """
+
+    def __init__(self, divergence: str = "classifier", to: str = "both"):
         check_divergence(divergence)
         super().__init__(to)
         self.kind = divergence
 
-    def noise(self, classifier, generator): return generator.z_dim
+    def noise(self, classifier, generator):
+        return generator.z_dim
 
     def terms(self, classifier, generator, batch):
         d, J = classifier(batch.x), generator.bound(batch.x, eps=batch.eps)
-        own = -J.logsumexp(-1).mean() - generator.bound(batch.labelled, batch.y, batch.eps_labelled).mean()
+        own = (
+            -J.logsumexp(-1).mean()
+            - generator.bound(batch.labelled, batch.y, batch.eps_labelled).mean()
+        )
         C = divergence(self.kind, self.wire(d, "classifier"), self.wire(J, "generator")).mean()
         return Terms(F.cross_entropy(classifier(batch.labelled), batch.y), C, own)
 
-    def typicality(self, classifier, generator, x, eps): return generator.bound(x, eps=eps).logsumexp(-1)
+    def typicality(self, classifier, generator, x, eps):
+        return generator.bound(x, eps=eps).logsumexp(-1)
 
     def sample(self, generator, n):
         like = generator.log_prior
-        return generator.decoder(torch.randn(n, generator.z_dim, dtype=like.dtype, device=like.device), torch.arange(n, device=like.device) % len(like))
+        return generator.decoder(
+            torch.randn(n, generator.z_dim, dtype=like.dtype, device=like.device),
+            torch.arange(n, device=like.device) % len(like),
+        )
+
 
 class Reconstruction(Coupling):
-    r"The generator decodes the classifier's features, Eq. (supervised-autoencoder). Le, Patterson & White (2018)."
-    def __init__(self,
-        loss: str="bernoulli", # or "squared", half the squared error
-        to: str="both",        # see `Coupling`; the decoder learns in any case
-    ):
+    """The generator decodes the classifier's features, Eq. (supervised-autoencoder). Le, Patterson
+    & White (2018).
+
+    Args:
+        loss: or "squared", half the squared error.
+        to: see `Coupling`; the decoder learns in any case.
+    """
+
+    def __init__(self, loss: str = "bernoulli", to: str = "both"):
         super().__init__(to)
-        if loss not in ("bernoulli", "squared"): raise ValueError(f"a reconstruction's loss is 'bernoulli' or 'squared', got {loss!r}")
+        if loss not in ("bernoulli", "squared"):
+            raise ValueError(f"a reconstruction's loss is 'bernoulli' or 'squared', got {loss!r}")
         self.kind = loss
 
-    def error(self, out, x) -> Tensor:  # (B,), nats or half the squared error
+    def error(self, out, x) -> Tensor:
+        """Return (B,), nats or half the squared error."""
         out, x = out.flatten(1), x.flatten(1)
-        return F.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1) if self.kind == "bernoulli" else (out - x).square().sum(-1) / 2
+        return (
+            F.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1)
+            if self.kind == "bernoulli"
+            else (out - x).square().sum(-1) / 2
+        )
 
     def terms(self, classifier, generator, batch):
-        C, own = self.decode(generator, classifier.features(batch.x), cost=lambda out: self.error(out, batch.x).mean())
+        C, own = self.decode(
+            generator,
+            classifier.features(batch.x),
+            cost=lambda out: self.error(out, batch.x).mean(),
+        )
         return Terms(F.cross_entropy(classifier(batch.labelled), batch.y), C, own)
 
-    def typicality(self, classifier, generator, x, eps): return -self.error(generator(classifier.features(x)), x)
+    def typicality(self, classifier, generator, x, eps):
+        return -self.error(generator(classifier.features(x)), x)
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510008
 class Denoising(Coupling):
-    r"The ladder: every layer of a `LadderEncoder` is denoised by a `LadderDecoder`, Eq. (ladder-cost). Rasmus et al. (2015)."
-    def noise(self, classifier, generator): return sum(classifier.sizes)
+    """The ladder: every layer of a `LadderEncoder` is denoised by a `LadderDecoder`, Eq.
+    (ladder-cost). Rasmus et al. (2015).
+    """
+
+    def noise(self, classifier, generator):
+        return sum(classifier.sizes)
 
     def terms(self, classifier, generator, batch):
         n = len(batch.x)
-        both = classifier.path(torch.cat([batch.labelled.flatten(1), batch.x.flatten(1)]), torch.cat([batch.eps_labelled, batch.eps]), parts=(n, n))
-        noisy, clean = both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:]), classifier.path(batch.x)
-        if classifier.training: classifier.follow(clean)
-        C, own = self.decode(generator, noisy, clean, cost=lambda costs: (costs * generator.prices).sum())
+        both = classifier.path(
+            torch.cat([batch.labelled.flatten(1), batch.x.flatten(1)]),
+            torch.cat([batch.eps_labelled, batch.eps]),
+            parts=(n, n),
+        )
+        noisy, clean = (
+            both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:]),
+            classifier.path(batch.x),
+        )
+        if classifier.training:
+            classifier.follow(clean)
+        C, own = self.decode(
+            generator, noisy, clean, cost=lambda costs: (costs * generator.prices).sum()
+        )
         return Terms(F.cross_entropy(both.logits[:n], batch.y), C, own)
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510009
 class Assisted(Game):
-    r"""A classifier and the generator that assists it, players "classifier" and "generator" of the one loss of Eq. (assisted).
+    r"""A classifier and the generator that assists it, players "classifier" and "generator" of the
+    one loss of Eq. (assisted).
 
-    Without a generator it is the plain classifier. With `features`, a VAE that learns beside them as a third player, both see its latents in the place of the image, and send no gradient into it: M1 without a generator,
-    M1+M2 with one. Kingma et al. (2014).
+    Without a generator it is the plain classifier. With `features`, a VAE that learns beside them
+    as a third player, both see its latents in the place of the image, and send no gradient into it:
+    M1 without a generator, M1+M2 with one. Kingma et al. (2014).
+
+    Args:
+        classifier: images (B, ...) -> logits (B, K).
+        generator: what the coupling wants.
+        coupling: by default `Agreement()` where there is a generator.
+        weight: $\lambda\ge0$, or what sets it from $L_{rec}$ (its rate) and $L_{cls}$ (its
+            distortion).
+        labelled: images of known class; by default every batch brings the classes of its own, none
+            of them -1.
+        alpha: $\alpha\ge0$, weight of $L_{cls}$.
+        features: a VAE.
+        binarize: draw the labelled images' pixels, as the batches' are.
+        optimizers: by player's name, by default `Adam(lr=1e-3)`.
+        rule: how the players step, by default together.
+
+    Returns:
+        ValueError for parts that do not fit together, DataError for a labelled set without labels.
     """
+
     criterion, kept = "nll", ("weight",)
 
-    def __init__(self,
-        classifier: nn.Module,             # images (B, ...) -> logits (B, K)
-        generator: nn.Module|None=None,    # what the coupling wants
-        coupling: Coupling|None=None,      # by default `Agreement()` where there is a generator
-        weight: float|Controller=1.,       # $\lambda\ge0$, or what sets it from $L_{rec}$ (its rate) and $L_{cls}$ (its distortion)
-        labelled: Images|None=None,        # images of known class; by default every batch brings the classes of its own, none of them -1
-        alpha: float=1.,                   # $\alpha\ge0$, weight of $L_{cls}$
-        features: nn.Module|None=None,     # a VAE
-        binarize: bool=False,              # draw the labelled images' pixels, as the batches' are
-        optimizers: dict|None=None,        # by player's name, by default `Adam(lr=1e-3)`
-        rule=None,                         # how the players step, by default together
-    ):                                     # ValueError for parts that do not fit together, DataError for a labelled set without labels
-        if not 0 <= alpha < math.inf: raise ValueError(f"alpha must be a finite number >= 0, got {alpha}")
-        if coupling and generator is None and not isinstance(coupling, Alone): raise ValueError(f"{type(coupling).__name__} couples the classifier to a generator, and there is none: pass generator=")
-        if isinstance(labelled, ImageFiles): raise DataError(f"{labelled.name}: the labelled images lie on disk. To mend it: pass labelled.read()")
-        if labelled is not None and not len(labelled): raise DataError(f"{labelled.name}: no labelled images. To mend it: choose one a class at least")
-        if isinstance(weight, (FreeBits, SigmaVae)): raise ValueError(f"{type(weight).__name__} is of the latents or the variance of a VAE, and no weight of an assistance")
-        if labelled is not None and (labelled.labels is None or (labelled.labels < 0).any()): raise DataError(f"{labelled.name}: labelled images have no labels. To mend it: put the images of each class in a folder of its own, and choose with few_labels")
-        self.classifier, self.generator, self.features, self.alpha, self.labelled, self.binarize, self.due = classifier, generator, features, alpha, labelled, binarize, False
+    def __init__(
+        self,
+        classifier: nn.Module,
+        generator: nn.Module | None = None,
+        coupling: Coupling | None = None,
+        weight: float | Controller = 1.0,
+        labelled: Images | None = None,
+        alpha: float = 1.0,
+        features: nn.Module | None = None,
+        binarize: bool = False,
+        optimizers: dict | None = None,
+        rule=None,
+    ):
+        if not 0 <= alpha < math.inf:
+            raise ValueError(f"alpha must be a finite number >= 0, got {alpha}")
+        if coupling and generator is None and not isinstance(coupling, Alone):
+            raise ValueError(
+                f"{type(coupling).__name__} couples the classifier to a generator, and there is none: pass generator="
+            )
+        if isinstance(labelled, ImageFiles):
+            raise DataError(
+                f"{labelled.name}: the labelled images lie on disk. To mend it: pass labelled.read()"
+            )
+        if labelled is not None and not len(labelled):
+            raise DataError(
+                f"{labelled.name}: no labelled images. To mend it: choose one a class at least"
+            )
+        if isinstance(weight, (FreeBits, SigmaVae)):
+            raise ValueError(
+                f"{type(weight).__name__} is of the latents or the variance of a VAE, and no weight of an assistance"
+            )
+        if labelled is not None and (labelled.labels is None or (labelled.labels < 0).any()):
+            raise DataError(
+                f"{labelled.name}: labelled images have no labels. To mend it: put the images of each class in a folder of its own, and choose with few_labels"
+            )
+        (
+            self.classifier,
+            self.generator,
+            self.features,
+            self.alpha,
+            self.labelled,
+            self.binarize,
+            self.due,
+        ) = classifier, generator, features, alpha, labelled, binarize, False
         self.coupling = coupling or (Agreement() if generator is not None else Alone())
         self.weight = weight if isinstance(weight, Controller) else Constant(weight)
-        modules = {"classifier": classifier} | ({} if generator is None else {"generator": generator}) | ({} if features is None else {"features": features})
+        modules = (
+            {"classifier": classifier}
+            | ({} if generator is None else {"generator": generator})
+            | ({} if features is None else {"features": features})
+        )
         optimizers = optimizers or {}
-        if odd := optimizers.keys() - modules.keys(): raise ValueError(f"optimizers of {', '.join(sorted(odd))}, and the players are {', '.join(modules)}")
-        players = {name: Player(m, self.loss if name != "features" else self.features_loss, optimizers.get(name) or Adam(m.parameters(), lr=1e-3)) for name, m in modules.items()}
+        if odd := optimizers.keys() - modules.keys():
+            raise ValueError(
+                f"optimizers of {', '.join(sorted(odd))}, and the players are {', '.join(modules)}"
+            )
+        players = {
+            name: Player(
+                m,
+                self.loss if name != "features" else self.features_loss,
+                optimizers.get(name) or Adam(m.parameters(), lr=1e-3),
+            )
+            for name, m in modules.items()
+        }
         super().__init__(self.draw_noise, rule, **players)
 
     def draw_noise(self, batch: Batch) -> AssistedBatch:
         self.due = True
         n, like = len(batch.x), next(self.classifier.parameters())
         x, y = (batch.x, batch.y) if self.labelled is None else self.some_labelled(batch.x)
-        if y is None: raise DataError("the batch has no labels. To mend it: pass labelled=, or images with labels")
+        if y is None:
+            raise DataError(
+                "the batch has no labels. To mend it: pass labelled=, or images with labels"
+            )
         count = self.coupling.noise(self.classifier, self.generator)
-        eps = torch.randn(2, n, count + (2 * self.features.z_dim if self.features is not None else 0), dtype=like.dtype, device=like.device)
+        eps = torch.randn(
+            2,
+            n,
+            count + (2 * self.features.z_dim if self.features is not None else 0),
+            dtype=like.dtype,
+            device=like.device,
+        )
         return AssistedBatch(batch.x, x, y, *eps)
 
-    def some_labelled(self, like: Tensor) -> tuple:  # as many as `like`; all once before any twice
+    def some_labelled(self, like: Tensor) -> tuple:
+        """Return as many as `like`; all once before any twice."""
         n, images = len(self.labelled), self.labelled.images
-        order = torch.cat([torch.randperm(n, device=images.device) for _ in range(-(-len(like) // n))])[:len(like)]
+        order = torch.cat(
+            [torch.randperm(n, device=images.device) for _ in range(-(-len(like) // n))]
+        )[: len(like)]
         x = bernoulli(images[order]) if self.binarize else images[order] / 255
         return x.to(like), self.labelled.labels[order].to(like.device)
 
-    def seen(self, batch: AssistedBatch) -> AssistedBatch:  # what classifier and generator see: the images, or latents of them
-        if self.features is None: return batch
+    def seen(self, batch: AssistedBatch) -> AssistedBatch:
+        """Return what classifier and generator see: the images, or latents of them."""
+        if self.features is None:
+            return batch
         d = self.features.z_dim
         with torch.no_grad():
-            x, labelled = (self.features.reparameterize(*self.features.encoder(x), eps[:, -d:]) for x, eps in ((batch.x, batch.eps), (batch.labelled, batch.eps_labelled)))
-        return AssistedBatch(x, labelled, batch.y, batch.eps[:, :-2 * d], batch.eps_labelled[:, :-2 * d])
+            x, labelled = (
+                self.features.reparameterize(*self.features.encoder(x), eps[:, -d:])
+                for x, eps in ((batch.x, batch.eps), (batch.labelled, batch.eps_labelled))
+            )
+        return AssistedBatch(
+            x, labelled, batch.y, batch.eps[:, : -2 * d], batch.eps_labelled[:, : -2 * d]
+        )
 
-    def terms(self, batch: AssistedBatch) -> Terms: return self.coupling.terms(self.classifier, self.generator, self.seen(batch))
+    def terms(self, batch: AssistedBatch) -> Terms:
+        return self.coupling.terms(self.classifier, self.generator, self.seen(batch))
 
-    def multiplier(self, terms: Terms) -> Tensor:  # the controller is told once a step, at the first evaluation
+    def multiplier(self, terms: Terms) -> Tensor:
+        """Return the controller is told once a step, at the first evaluation."""
         if self.due:
             self.due = False
             self.weight.update(*self.mean([terms.coupling.detach(), terms.classification.detach()]))
         return self.weight.value
 
-    def loss(self, batch: AssistedBatch) -> Tensor:  # 0-dim, Eq. (assisted)
+    def loss(self, batch: AssistedBatch) -> Tensor:
+        """Return 0-dim, Eq. (assisted)."""
         terms = self.terms(batch)
-        return self.alpha * terms.classification + self.multiplier(terms) * terms.coupling + terms.generation
+        return (
+            self.alpha * terms.classification
+            + self.multiplier(terms) * terms.coupling
+            + terms.generation
+        )
 
-    def features_loss(self, batch: AssistedBatch) -> Tensor:  # 0-dim, nats an image
+    def features_loss(self, batch: AssistedBatch) -> Tensor:
+        """Return 0-dim, nats an image."""
         d = self.features.z_dim
-        return sum(t.mean() for t in elbo_terms(self.features, batch.x, batch.eps[:, -2 * d:-d]))
+        return sum(t.mean() for t in elbo_terms(self.features, batch.x, batch.eps[:, -2 * d : -d]))
 
-    def encoded(self, x: Tensor) -> Tensor: return x if self.features is None else self.features.encoder(x)[0]
-
-    @torch.no_grad()
-    def predict(self, x: Tensor) -> Tensor:  # (B, ...) -> (B, K) probabilities, in evaluation mode
-        with in_eval_mode(*(player.module for player in self.players.values())): return self.classifier(self.encoded(x)).softmax(-1)
+    def encoded(self, x: Tensor) -> Tensor:
+        return x if self.features is None else self.features.encoder(x)[0]
 
     @torch.no_grad()
-    def typicality(self,
-        x: Tensor,      # (B, ...)
-        generator=None, # of random numbers, on the device of `x`; torch's own if None
-    ) -> Tensor|None:   # (B,), the larger the more usual; None where the coupling has none
-        r"How usual the generative half finds an image, Eq. (typicality), with one sample."
-        noise = lambda n: torch.randn(len(x), n, generator=generator, dtype=x.dtype, device=x.device)
+    def predict(self, x: Tensor) -> Tensor:
+        """Return (B, ...) -> (B, K) probabilities, in evaluation mode."""
+        with in_eval_mode(*(player.module for player in self.players.values())):
+            return self.classifier(self.encoded(x)).softmax(-1)
+
+    @torch.no_grad()
+    def typicality(self, x: Tensor, generator=None) -> Tensor | None:
+        """How usual the generative half finds an image, Eq. (typicality), with one sample.
+
+        Args:
+            x: (B, ...).
+            generator: of random numbers, on the device of `x`; torch's own if None.
+
+        Returns:
+            (B,), the larger the more usual; None where the coupling has none.
+        """
+        noise = lambda n: torch.randn(
+            len(x), n, generator=generator, dtype=x.dtype, device=x.device
+        )
         count = self.coupling.noise(self.classifier, self.generator)
-        if self.features is None: return self.coupling.typicality(self.classifier, self.generator, x, noise(count))
+        if self.features is None:
+            return self.coupling.typicality(self.classifier, self.generator, x, noise(count))
         (mean, log_var), eps = self.features.encoder(x), noise(self.features.z_dim)
         (found,), _ = log_weights(self.features, x, eps[None], (mean, log_var))
-        if self.generator is None: return found
+        if self.generator is None:
+            return found
         z = self.features.reparameterize(mean, log_var, eps)
-        return found + (z**2 + math.log(2 * math.pi)).sum(-1) / 2 + self.coupling.typicality(self.classifier, self.generator, z, noise(count))
+        return (
+            found
+            + (z**2 + math.log(2 * math.pi)).sum(-1) / 2
+            + self.coupling.typicality(self.classifier, self.generator, z, noise(count))
+        )
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor|None:  # (n, ...), as the generative half shows them, class after class where it knows classes; None where it can't
-        r"New images."
+    def sample(self, n: int) -> Tensor | None:
+        """New images.
+
+        Returns:
+            (n, ...), as the generative half shows them, class after class where it knows classes;
+            None where it can't.
+        """
         found = self.coupling.sample(self.generator, n)
-        if self.features is None: return found
+        if self.features is None:
+            return found
         like = next(self.features.parameters())
-        return self.features.decoder(torch.randn(n, self.features.z_dim, dtype=like.dtype, device=like.device) if found is None else found)
+        return self.features.decoder(
+            torch.randn(n, self.features.z_dim, dtype=like.dtype, device=like.device)
+            if found is None
+            else found
+        )
 
     @torch.no_grad()
-    def judge(self,
-        batches,
-        seed: int=0,           # of the typicality's sample
-        typical: bool=True,    # is it asked for?
-    ) -> tuple:                # logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None
-        r"What the two halves say of images, in evaluation mode."
+    def judge(self, batches, seed: int = 0, typical: bool = True) -> tuple:
+        """What the two halves say of images, in evaluation mode.
+
+        Args:
+            seed: of the typicality's sample.
+            typical: is it asked for?
+
+        Returns:
+            logits (N, K) in double precision, classes (N,) or None, typicality (N,) or None.
+        """
         found, rng = [], None
         with in_eval_mode(*(player.module for player in self.players.values())):
             for batch in batches:
                 rng = rng or torch.Generator(batch.x.device).manual_seed(seed)
-                found.append((self.classifier(self.encoded(batch.x)).double(), batch.y, self.typicality(batch.x, rng) if typical else None))
+                found.append(
+                    (
+                        self.classifier(self.encoded(batch.x)).double(),
+                        batch.y,
+                        self.typicality(batch.x, rng) if typical else None,
+                    )
+                )
         return tuple(None if parts[0] is None else torch.cat(parts) for parts in zip(*found))
 
-    def evaluate(self,
-        batches,       # of held-out images, those without a class passed over; DataError where none has one
-        outside=None,  # batches of images of another kind
-        seed: int=0,   # of the typicality's sample
-        diagram=None,  # path of a PNG, where the reliability diagram is drawn
-    ) -> dict:         # "error" of `n` images and its 95 % interval, "nll", "ece"; of `n_outside` more "auroc" of the typicality and "auroc_confidence" of the class's probability
-        r"How good the classifier is, how well it knows it, and how well the two tell what is unlike the training images."
+    def evaluate(self, batches, outside=None, seed: int = 0, diagram=None) -> dict:
+        """How good the classifier is, how well it knows it, and how well the two tell what is
+        unlike the training images.
+
+        Args:
+            batches: of held-out images, those without a class passed over; DataError where none has
+                one.
+            outside: batches of images of another kind.
+            seed: of the typicality's sample.
+            diagram: path of a PNG, where the reliability diagram is drawn.
+
+        Returns:
+            "error" of `n` images and its 95 % interval, "nll", "ece"; of `n_outside` more "auroc"
+            of the typicality and "auroc_confidence" of the class's probability.
+        """
         logits, y, usual = self.judge(batches, seed, outside is not None)
-        if y is None or not (known := y >= 0).any(): raise DataError("the images to be measured on have no labels. To mend it: put the images of each class in a folder of its own")
+        if y is None or not (known := y >= 0).any():
+            raise DataError(
+                "the images to be measured on have no labels. To mend it: put the images of each class in a folder of its own"
+            )
         log_p, y = logits[known].log_softmax(-1), y[known]
         wrong, sure = (log_p.argmax(-1) != y).sum().item(), calibration(log_p.exp(), y)
         low, high = wilson(wrong, len(y))
-        result = {"n": len(y), "error": wrong / len(y), "error_low": low, "error_high": high, "nll": F.nll_loss(log_p, y).item(), "ece": sure.ece.item(), "weight": self.weight.value.item()}
-        if diagram is not None: reliability(sure, result["error"]).savefig(diagram, dpi=110)
+        result = {
+            "n": len(y),
+            "error": wrong / len(y),
+            "error_low": low,
+            "error_high": high,
+            "nll": F.nll_loss(log_p, y).item(),
+            "ece": sure.ece.item(),
+            "weight": self.weight.value.item(),
+        }
+        if diagram is not None:
+            reliability(sure, result["error"]).savefig(diagram, dpi=110)
         if outside is not None:
             others, _, unusual = self.judge(outside, seed)
             result["n_outside"] = len(others)
-            if usual is not None: result["auroc"] = auroc(usual, unusual).item()
-            result["auroc_confidence"] = auroc(*(x.log_softmax(-1).max(-1).values for x in (logits, others))).item()
+            if usual is not None:
+                result["auroc"] = auroc(usual, unusual).item()
+            result["auroc_confidence"] = auroc(
+                *(x.log_softmax(-1).max(-1).values for x in (logits, others))
+            ).item()
         return result
 
-    def to(self, *args, **kwargs):  # as `Game.to`; the labelled images' device too
+    def to(self, *args, **kwargs):
+        """as `Game.to`; the labelled images' device too."""
         super().to(*args, **kwargs)
         device = next(self.classifier.parameters()).device
-        if self.labelled is not None: self.labelled = replace(self.labelled, images=self.labelled.images.to(device), labels=self.labelled.labels.to(device))
+        if self.labelled is not None:
+            self.labelled = replace(
+                self.labelled,
+                images=self.labelled.images.to(device),
+                labels=self.labelled.labels.to(device),
+            )
         return self
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510010
 class Balanced(Rule):
-    r"λ from the gradients, Eq. (balanced), for the classifier of an `Assisted`; the generator has λ itself. Both parts are measured on means over ranks. Other players descend their own losses."
-    def __init__(self,
-        norms: bool=True,    # give the two gradients of the classifier the same length
-        project: bool=False, # take away what undoes the other (Yu et al., 2020)
-    ):
+    """λ from the gradients, Eq. (balanced), for the classifier of an `Assisted`; the generator has
+    λ itself. Both parts are measured on means over ranks. Other players descend their own
+    losses.
+
+    Args:
+        norms: give the two gradients of the classifier the same length.
+        project: take away what undoes the other (Yu et al., 2020).
+    """
+
+    def __init__(self, norms: bool = True, project: bool = False):
         super().__init__()
         self.norms, self.project = norms, project
 
     def check(self, game):
         self.named(game, "classifier", "generator")
-        if not hasattr(game, "terms"): raise ValueError("Balanced weighs the terms of a loss: the game needs a method `terms(batch)`, as Assisted has")
+        if not hasattr(game, "terms"):
+            raise ValueError(
+                "Balanced weighs the terms of a loss: the game needs a method `terms(batch)`, as Assisted has"
+            )
 
     def step(self, game, batch):
         d, g = game.params("classifier"), game.params("generator")
-        with game.autocast(): terms = game.terms(batch)
-        grad = lambda loss, params: torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True) if loss.requires_grad else [torch.zeros_like(p) for p in params]
-        pieces = [grad(terms.classification, d), grad(terms.coupling, [*d, *g]), grad(terms.generation, g)]
-        fresh = iter(game.mean([*(x for piece in pieces for x in piece), *(t.detach() for t in terms)]))
+        with game.autocast():
+            terms = game.terms(batch)
+        grad = lambda loss, params: (
+            torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+            if loss.requires_grad
+            else [torch.zeros_like(p) for p in params]
+        )
+        pieces = [
+            grad(terms.classification, d),
+            grad(terms.coupling, [*d, *g]),
+            grad(terms.generation, g),
+        ]
+        fresh = iter(
+            game.mean([*(x for piece in pieces for x in piece), *(t.detach() for t in terms)])
+        )
         a, r, rg, own = ([next(fresh) for _ in params] for params in (d, d, g, g))
         found = Terms(*fresh)
-        weight, inner = game.multiplier(found), lambda u, v: torch.stack([(x * y).sum() for x, y in zip(u, v)]).sum()
+        weight, inner = (
+            game.multiplier(found),
+            lambda u, v: torch.stack([(x * y).sum() for x, y in zip(u, v)]).sum(),
+        )
         length = inner(a, a)
-        if self.norms: other = inner(r, r); r = [x * torch.where(other > 0, length / other, 1.).sqrt() for x in r]
-        if self.project: part = (inner(a, r) / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=0); r = [y - part * x for x, y in zip(a, r)]
-        rest = game.at(batch, move=[name for name in game.players if name not in ("classifier", "generator")])
-        game.apply(Field(classifier=[game.alpha * x + weight * y for x, y in zip(a, r)], generator=[weight * y + z for y, z in zip(rg, own)], **(rest.v if rest.move else {})))
+        if self.norms:
+            other = inner(r, r)
+            r = [x * torch.where(other > 0, length / other, 1.0).sqrt() for x in r]
+        if self.project:
+            part = (inner(a, r) / length.clamp(min=torch.finfo(length.dtype).tiny)).clamp(max=0)
+            r = [y - part * x for x, y in zip(a, r)]
+        rest = game.at(
+            batch, move=[name for name in game.players if name not in ("classifier", "generator")]
+        )
+        game.apply(
+            Field(
+                classifier=[game.alpha * x + weight * y for x, y in zip(a, r)],
+                generator=[weight * y + z for y, z in zip(rg, own)],
+                **(rest.v if rest.move else {}),
+            )
+        )
         value = game.alpha * found.classification + weight * found.coupling + found.generation
         return {"classifier": value, "generator": value} | rest.losses
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510032
 def networks(
-    method: str,          # "plain", "reconstruction", "agreement" (as M2), "m1", "m1+m2", "ladder" or "gamma"; ValueError for another
-    sizes,                # numbers in an image, units of each layer, classes
-    z_dim: int=50,        # latents of the VAEs
-    units: int|None=None, # of the layers of the generators of agreement and m1+m2; by default as many as the first of the sizes
-    classifier: nn.Module|None=None, # of plain, reconstruction and agreement, where it is no perceptron; reconstruction asks for its `features` and how many they are, `dim`
-    dropout: float=0.,    # of the perceptron
-    noise: float=.3,      # of the ladder
-    prices=None,          # of the ladder's layers; by default 1000, 10 and .1 for all others, of gamma 1 for the last
-    x_mean=None,          # mean training image, where the decoders of agreement, m1 and m1+m2 start
-) -> dict:                # "classifier", "generator", "features" and "coupling", as `Assisted` takes them
-    r"The parts of a method."
+    method: str,
+    sizes,
+    z_dim: int = 50,
+    units: int | None = None,
+    classifier: nn.Module | None = None,
+    dropout: float = 0.0,
+    noise: float = 0.3,
+    prices=None,
+    x_mean=None,
+) -> dict:
+    """The parts of a method.
+
+    Args:
+        method: "plain", "reconstruction", "agreement" (as M2), "m1", "m1+m2", "ladder" or "gamma";
+            ValueError for another.
+        sizes: numbers in an image, units of each layer, classes.
+        z_dim: latents of the VAEs.
+        units: of the layers of the generators of agreement and m1+m2; by default as many as the
+            first of the sizes.
+        classifier: of plain, reconstruction and agreement, where it is no perceptron;
+            reconstruction asks for its `features` and how many they are, `dim`.
+        dropout: of the perceptron.
+        noise: of the ladder.
+        prices: of the ladder's layers; by default 1000, 10 and .1 for all others, of gamma 1 for
+            the last.
+        x_mean: mean training image, where the decoders of agreement, m1 and m1+m2 start.
+
+    Returns:
+        "classifier", "generator", "features" and "coupling", as `Assisted` takes them.
+    """
     x_dim, *hidden, classes = sizes
     units = units or hidden[0]
     perceptron = lambda n: Perceptron(n, classes, hidden, dropout)
     vae = lambda: VAE(x_dim, hidden[0], hidden[-1], z_dim, x_mean=x_mean)
-    if method == "m1": return dict(classifier=perceptron(z_dim), generator=None, features=vae(), coupling=Alone())
-    if method == "m1+m2": return dict(classifier=perceptron(z_dim), generator=ConditionalVAE(z_dim, classes, z_dim, units, "gaussian"), features=vae(), coupling=Agreement())
+    if method == "m1":
+        return dict(classifier=perceptron(z_dim), generator=None, features=vae(), coupling=Alone())
+    if method == "m1+m2":
+        return dict(
+            classifier=perceptron(z_dim),
+            generator=ConditionalVAE(z_dim, classes, z_dim, units, "gaussian"),
+            features=vae(),
+            coupling=Agreement(),
+        )
     if method in ("ladder", "gamma"):
-        prices = prices or ((1000., 10., *[.1] * len(hidden)) if method == "ladder" else (*[0.] * (len(sizes) - 1), 1.))
-        return dict(classifier=LadderEncoder(sizes, noise), generator=LadderDecoder(sizes, prices), features=None, coupling=Denoising())
+        prices = prices or (
+            (1000.0, 10.0, *[0.1] * len(hidden))
+            if method == "ladder"
+            else (*[0.0] * (len(sizes) - 1), 1.0)
+        )
+        return dict(
+            classifier=LadderEncoder(sizes, noise),
+            generator=LadderDecoder(sizes, prices),
+            features=None,
+            coupling=Denoising(),
+        )
     classifier = perceptron(x_dim) if classifier is None else classifier
-    if method == "plain": generator, coupling = None, Alone()
-    elif method == "reconstruction": generator, coupling = nn.Sequential(nn.Linear(classifier.dim, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], x_dim)), Reconstruction()
-    elif method == "agreement": generator, coupling = ConditionalVAE(x_dim, classes, z_dim, units, x_mean=x_mean), Agreement()
-    else: raise ValueError(f"a method is one of plain, reconstruction, agreement, m1, m1+m2, ladder and gamma; got {method!r}")
+    if method == "plain":
+        generator, coupling = None, Alone()
+    elif method == "reconstruction":
+        generator, coupling = (
+            nn.Sequential(
+                nn.Linear(classifier.dim, hidden[0]), nn.ReLU(), nn.Linear(hidden[0], x_dim)
+            ),
+            Reconstruction(),
+        )
+    elif method == "agreement":
+        generator, coupling = (
+            ConditionalVAE(x_dim, classes, z_dim, units, x_mean=x_mean),
+            Agreement(),
+        )
+    else:
+        raise ValueError(
+            f"a method is one of plain, reconstruction, agreement, m1, m1+m2, ladder and gamma; got {method!r}"
+        )
     return dict(classifier=classifier, generator=generator, features=None, coupling=coupling)

@@ -17,74 +17,137 @@ from torch import Tensor, nn
 
 from ..games import Game, Player
 from ..metrics import bits_per_dim, feature_stats, fid, frechet_floor
-from ..models.diffusion import SAMPLERS, LogNormalSchedule, PowerSchedule, Schedule, ode_log_prob, over, target_of, variational_bound, weight_of
+from optgen.models.diffusion import (
+    SAMPLERS,
+    LogNormalSchedule,
+    PowerSchedule,
+    Schedule,
+    ode_log_prob,
+    over,
+    target_of,
+    variational_bound,
+    weight_of,
+)
 from ..models.flow import dequantise
 from ..optim import Adam
 from .feedback import in_eval_mode, usual_features
 from .likelihood import check_pixels
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00006
-def min_snr(sigma: Tensor, std: float=1., gamma: float=5.) -> Tensor:
-    r"$\min(\sigma^{-2},\gamma)$. Hang et al. (2023)."
+def min_snr(sigma: Tensor, std: float = 1.0, gamma: float = 5.0) -> Tensor:
+    r"""$\min(\sigma^{-2},\gamma)$. Hang et al. (2023)."""
     return (sigma**-2).clamp(max=gamma)
 
-def p2(sigma: Tensor, std: float=1., k: float=1., gamma: float=1.) -> Tensor:
-    r"$\sigma^{-2}/(k+\sigma^{-2})^\gamma$. Choi et al. (2022)."
-    return sigma**-2 / (k + sigma**-2)**gamma
+
+def p2(sigma: Tensor, std: float = 1.0, k: float = 1.0, gamma: float = 1.0) -> Tensor:
+    r"""$\sigma^{-2}/(k+\sigma^{-2})^\gamma$. Choi et al. (2022)."""
+    return sigma**-2 / (k + sigma**-2) ** gamma
+
 
 WEIGHTS = {  # name: (sigma (B,), std) -> w (B,)
-    **{target: lambda sigma, std, target=target: 1 / weight_of(sigma, target, std) for target in ("x0", "eps", "v", "flow")}, "min-snr": min_snr, "p2": p2}
+    **{
+        target: lambda sigma, std, target=target: 1 / weight_of(sigma, target, std)
+        for target in ("x0", "eps", "v", "flow")
+    },
+    "min-snr": min_snr,
+    "p2": p2,
+}
 
-def elbo_weight(schedule: Schedule, u: Tensor) -> Tensor:  # (B,) in (0, 1) -> (B,)
-    r"$\sigma^{-2}\,d\log\sigma/du$: makes the loss the integral of Eq. (diffusion-elbo), in nats a number."
+
+def elbo_weight(schedule: Schedule, u: Tensor) -> Tensor:
+    r"""$\sigma^{-2}\,d\log\sigma/du$: makes the loss the integral of Eq. (diffusion-elbo), in nats
+    a number.
+
+    Returns:
+        (B,) in (0, 1) -> (B,).
+    """
     log, slope = torch.func.jvp(lambda u: schedule(u).log(), (u,), (torch.ones_like(u),))
     return slope * (-2 * log).exp()
 
+
 class Uncertainty(nn.Module):
-    r"$q(\sigma)$ of Eq. (denoising-uncertainty), 0 at first: a linear function of sines and cosines of $\log\sigma$. (B,) -> (B,)."
-    def __init__(self, waves: int=16):
+    r"""$q(\sigma)$ of Eq. (denoising-uncertainty), 0 at first: a linear function of sines and
+    cosines of $\log\sigma$. (B,) -> (B,).
+    """
+
+    def __init__(self, waves: int = 16):
         super().__init__()
-        self.register_buffer("frequency", torch.arange(waves) * math.pi / 12)  # k/2 periods in [-6, 6]
+        self.register_buffer(
+            "frequency", torch.arange(waves) * math.pi / 12
+        )  # k/2 periods in [-6, 6]
         self.out = nn.Linear(2 * waves, 1)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, sigma):
         wave = sigma.log()[:, None].to(self.frequency) * self.frequency
         return self.out(torch.cat([wave.cos(), wave.sin()], 1))[:, 0].to(sigma.dtype)
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00008
-def stratified(n: int, like: Tensor, generator=None) -> Tensor:  # (n,), of the dtype and on the device of `like`
-    r"Uniform numbers in [0, 1), one in each of `n` equal parts, in random order."
+def stratified(n: int, like: Tensor, generator=None) -> Tensor:
+    """Uniform numbers in [0, 1), one in each of `n` equal parts, in random order.
+
+    Returns:
+        (n,), of the dtype and on the device of `like`.
+    """
     here = dict(dtype=like.dtype, device=like.device)
-    return ((torch.randperm(n, generator=generator, device=like.device) + torch.rand(n, generator=generator, **here)) / n).clamp(max=1 - torch.finfo(like.dtype).eps)
+    return (
+        (
+            torch.randperm(n, generator=generator, device=like.device)
+            + torch.rand(n, generator=generator, **here)
+        )
+        / n
+    ).clamp(max=1 - torch.finfo(like.dtype).eps)
+
 
 class Levels:
-    r"Where in [0, 1] the levels of a batch are: everywhere alike, stratified."
-    def draw(self, n: int, like: Tensor, generator=None) -> tuple:  # (n,) each
-        r"$u$ and its density."
+    """Where in [0, 1] the levels of a batch are: everywhere alike, stratified."""
+
+    def draw(self, n: int, like: Tensor, generator=None) -> tuple:
+        """$u$ and its density.
+
+        Returns:
+            (n,) each.
+        """
         u = stratified(n, like, generator)
         return u, torch.ones_like(u)
 
-    def update(self, u: Tensor, loss: Tensor, mean: Callable=lambda tensors: tensors): pass  # what was drawn and its losses, (n,) each, detached; `mean` averages over ranks
-    def state_dict(self) -> dict: return {}
+    def update(self, u: Tensor, loss: Tensor, mean: Callable = lambda tensors: tensors):
+        """what was drawn and its losses, (n,) each, detached; `mean` averages over ranks."""
+        pass
 
-    def check_state(self, state: dict):  # ValueError where levels have adapted
-        if state: raise ValueError("the state is of levels that adapt: go on with AdaptiveLevels")
+    def state_dict(self) -> dict:
+        return {}
 
-    def load_state_dict(self, state: dict): pass
+    def check_state(self, state: dict):
+        """ValueError where levels have adapted."""
+        if state:
+            raise ValueError("the state is of levels that adapt: go on with AdaptiveLevels")
+
+    def load_state_dict(self, state: dict):
+        pass
+
 
 class AdaptiveLevels(Levels):
-    r"More of the levels whose losses are large, Eq. (denoising-levels). Nichol & Dhariwal (2021). Uniform until every bin was met."
-    def __init__(self,
-        bins: int=50,       # of [0, 1]; ValueError below 1
-        decay: float=.99,   # of the mean of a bin's squared losses, an update; in [0, 1)
-        uniform: float=.1,  # share of the draws that is uniform, in (0, 1]
-    ):
-        if bins < 1 or not 0 <= decay < 1 or not 0 < uniform <= 1: raise ValueError(f"AdaptiveLevels takes bins >= 1, a decay in [0, 1) and a uniform share in (0, 1], got {bins}, {decay} and {uniform}")
+    """More of the levels whose losses are large, Eq. (denoising-levels). Nichol & Dhariwal (2021).
+    Uniform until every bin was met.
+
+    Args:
+        bins: of [0, 1]; ValueError below 1.
+        decay: of the mean of a bin's squared losses, an update; in [0, 1).
+        uniform: share of the draws that is uniform, in (0, 1].
+    """
+
+    def __init__(self, bins: int = 50, decay: float = 0.99, uniform: float = 0.1):
+        if bins < 1 or not 0 <= decay < 1 or not 0 < uniform <= 1:
+            raise ValueError(
+                f"AdaptiveLevels takes bins >= 1, a decay in [0, 1) and a uniform share in (0, 1], got {bins}, {decay} and {uniform}"
+            )
         self.decay, self.uniform = decay, uniform
         self.square, self.met = torch.zeros(bins), torch.zeros(bins)
 
-    def shares(self) -> Tensor:  # (bins,), of the draws
+    def shares(self) -> Tensor:
+        """Return (bins,), of the draws."""
         bins = len(self.square)
         root = self.square.sqrt() + torch.finfo(self.square.dtype).tiny
         found = self.uniform / bins + (1 - self.uniform) * root / root.sum()
@@ -92,7 +155,9 @@ class AdaptiveLevels(Levels):
 
     def draw(self, n, like, generator=None):
         self.square, self.met = self.square.to(like), self.met.to(like)
-        shares = self.shares(); ends = shares.cumsum(0); v = stratified(n, like, generator) * ends[-1]
+        shares = self.shares()
+        ends = shares.cumsum(0)
+        v = stratified(n, like, generator) * ends[-1]
         j = torch.searchsorted(ends, v, right=True).clamp(max=len(shares) - 1)
         u = (j + (v - ends[j] + shares[j]) / shares[j]) / len(shares)
         return u.clamp(0, 1 - torch.finfo(u.dtype).eps), shares[j] * len(shares)
@@ -100,98 +165,207 @@ class AdaptiveLevels(Levels):
     def update(self, u, loss, mean=lambda tensors: tensors):
         j = (u * len(self.square)).long().clamp(max=len(self.square) - 1)
         finite = loss.isfinite()  # one that is not says nothing of its bin, and would for ever
-        total, count = mean([torch.zeros_like(self.square).index_add(0, j, t.to(self.square)) for t in (torch.where(finite, loss, 0)**2, finite)])
+        total, count = mean(
+            [
+                torch.zeros_like(self.square).index_add(0, j, t.to(self.square))
+                for t in (torch.where(finite, loss, 0) ** 2, finite)
+            ]
+        )
         self.met = self.met + (count > 0)
         fresh = torch.maximum(1 / self.met, torch.full_like(self.met, 1 - self.decay)) * (count > 0)
-        self.square = torch.where(count > 0, self.square.lerp(total / count.clamp(min=torch.finfo(count.dtype).tiny), fresh.clamp(max=1.)), self.square)
+        self.square = torch.where(
+            count > 0,
+            self.square.lerp(
+                total / count.clamp(min=torch.finfo(count.dtype).tiny), fresh.clamp(max=1.0)
+            ),
+            self.square,
+        )
 
-    def state_dict(self): return {"square": self.square, "met": self.met}
+    def state_dict(self):
+        return {"square": self.square, "met": self.met}
 
-    def check_state(self, state):  # ValueError for another number of bins
-        if "square" not in state: raise ValueError("the state is of levels that do not adapt: go on with Levels()")
-        if len(state["square"]) != len(self.square): raise ValueError(f"the state is of {len(state['square'])} bins of levels, and here are {len(self.square)}: go on with AdaptiveLevels(bins={len(state['square'])})")
+    def check_state(self, state):
+        """ValueError for another number of bins."""
+        if "square" not in state:
+            raise ValueError("the state is of levels that do not adapt: go on with Levels()")
+        if len(state["square"]) != len(self.square):
+            raise ValueError(
+                f"the state is of {len(state['square'])} bins of levels, and here are {len(self.square)}: go on with AdaptiveLevels(bins={len(state['square'])})"
+            )
 
-    def load_state_dict(self, state): self.square, self.met = state["square"].clone(), state["met"].clone()
+    def load_state_dict(self, state):
+        self.square, self.met = state["square"].clone(), state["met"].clone()
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00010
 @torch.no_grad()
-def optimal_coupling(
-    x: Tensor,           # (B, ...)
-    eps: Tensor,         # like `x`
-    labels: Tensor|None=None, # (B,): pairs are among images of one class
-) -> Tensor:             # like `eps`: its rows, permuted
-    r"The noise of each image, Eq. (denoising-coupling)."
-    if x.is_meta: return eps
-    groups = [torch.arange(len(x))] if labels is None else [torch.nonzero(labels.cpu() == c).flatten() for c in labels.unique().cpu()]
+def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The noise of each image, Eq. (denoising-coupling).
+
+    Args:
+        x: (B, ...).
+        eps: like `x`.
+        labels: (B,): pairs are among images of one class.
+
+    Returns:
+        like `eps`: its rows, permuted.
+    """
+    if x.is_meta:
+        return eps
+    groups = (
+        [torch.arange(len(x))]
+        if labels is None
+        else [torch.nonzero(labels.cpu() == c).flatten() for c in labels.unique().cpu()]
+    )
     place = torch.empty(len(x), dtype=torch.int64)
-    cost = -(x.flatten(1).double() @ eps.flatten(1).double().T).cpu()  # the squares are the same for every permutation
-    for rows in groups: place[rows] = rows[torch.from_numpy(linear_sum_assignment(cost[rows][:, rows].numpy())[1])]
+    cost = -(
+        x.flatten(1).double() @ eps.flatten(1).double().T
+    ).cpu()  # the squares are the same for every permutation
+    for rows in groups:
+        place[rows] = rows[torch.from_numpy(linear_sum_assignment(cost[rows][:, rows].numpy())[1])]
     return eps[place.to(eps.device)]
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00012
 class LevelBatch(NamedTuple):
-    r"A batch with its noise and levels, fixed before any loss is evaluated."
-    x: Tensor             # (B, ...), as the model sees them
-    eps: Tensor           # like `x`
-    sigma: Tensor         # (B,)
-    weight: Tensor        # (B,), of the squared error of the target
-    u: Tensor             # (B,), place of the level
-    density: Tensor       # (B,), of `u`
-    labels: Tensor|None   # (B,), of a conditional model
+    """A batch with its noise and levels, fixed before any loss is evaluated.
+
+    Attributes:
+        x: (B, ...), as the model sees them.
+        eps: like `x`.
+        sigma: (B,).
+        weight: (B,), of the squared error of the target.
+        u: (B,), place of the level.
+        density: (B,), of `u`.
+        labels: (B,), of a conditional model.
+    """
+
+    x: Tensor
+    eps: Tensor
+    sigma: Tensor
+    weight: Tensor
+    u: Tensor
+    density: Tensor
+    labels: Tensor | None
+
 
 class DenoisingDiffusion(Game):
-    r"""A denoiser at all levels of noise, Eq. (denoising-loss). Ho et al. (2020) with `LinearSchedule`, the target and weight "eps"; Karras et al. (2022) with "v"; flow matching with `StraightSchedule` and "flow".
+    """A denoiser at all levels of noise, Eq. (denoising-loss). Ho et al. (2020) with
+    `LinearSchedule`, the target and weight "eps"; Karras et al. (2022) with "v"; flow matching
+    with `StraightSchedule` and "flow".
 
-    One player, `model`; with `uncertainty` a second of the same loss. ValueError for parts that do not fit together.
+    One player, `model`; with `uncertainty` a second of the same loss. ValueError for parts that do
+    not fit together.
+
+    Args:
+        model: as `optgen.models.diffusion.Denoiser`: `output(y, sigma[, labels])`, `shape`,
+            `target`, `std`.
+        weight: a name in `WEIGHTS`, "elbo", or (sigma (B,), std) -> w (B,).
+        schedule: levels of training, by default `LogNormalSchedule()`.
+        levels: where in it they are drawn, by default `Levels()`.
+        coupling: pair images and noise by `optimal_coupling`.
+        uncertainty: $q$: (B,) -> (B,), such as `Uncertainty()`.
+        conditional: the model is told the labels.
+        pixels: examples are grey levels n / 255, which the first batch is checked for: made
+            continuous, and [-1, 1] to the model.
+        optimizers: of the model, or a pair, of the model and of q; by default `Adam(lr=1e-3)` and
+            `Adam(lr=1e-2)`.
+        rule: how the players step.
     """
+
     kept = ("levels",)
 
-    def __init__(self,
-        model: nn.Module,                  # as `optgen.models.diffusion.Denoiser`: `output(y, sigma[, labels])`, `shape`, `target`, `std`
-        weight: str|Callable="v",          # a name in `WEIGHTS`, "elbo", or (sigma (B,), std) -> w (B,)
-        schedule: Schedule|None=None,      # levels of training, by default `LogNormalSchedule()`
-        levels: Levels|None=None,          # where in it they are drawn, by default `Levels()`
-        coupling: bool=False,              # pair images and noise by `optimal_coupling`
-        uncertainty: nn.Module|None=None,  # $q$: (B,) -> (B,), such as `Uncertainty()`
-        conditional: bool=False,           # the model is told the labels
-        pixels: bool=True,                 # examples are grey levels n / 255, which the first batch is checked for: made continuous, and [-1, 1] to the model
-        optimizers=None,                   # of the model, or a pair, of the model and of q; by default `Adam(lr=1e-3)` and `Adam(lr=1e-2)`
-        rule=None,                         # how the players step
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: str | Callable = "v",
+        schedule: Schedule | None = None,
+        levels: Levels | None = None,
+        coupling: bool = False,
+        uncertainty: nn.Module | None = None,
+        conditional: bool = False,
+        pixels: bool = True,
+        optimizers=None,
+        rule=None,
     ):
-        if isinstance(weight, str) and weight not in (*WEIGHTS, "elbo"): raise ValueError(f"the weight is one of {', '.join(WEIGHTS)}, elbo, or a function of sigma and std; got {weight!r}")
-        self.model, self.weight, self.schedule, self.levels = model, weight, schedule or LogNormalSchedule(), levels or Levels()
-        self.coupling, self.uncertainty, self.conditional, self.pixels, self.seen, self.begun = coupling, uncertainty, conditional, pixels, None, False
-        modules = {"model": (model, 1e-3)} | ({} if uncertainty is None else {"uncertainty": (uncertainty, 1e-2)})
+        if isinstance(weight, str) and weight not in (*WEIGHTS, "elbo"):
+            raise ValueError(
+                f"the weight is one of {', '.join(WEIGHTS)}, elbo, or a function of sigma and std; got {weight!r}"
+            )
+        self.model, self.weight, self.schedule, self.levels = (
+            model,
+            weight,
+            schedule or LogNormalSchedule(),
+            levels or Levels(),
+        )
+        self.coupling, self.uncertainty, self.conditional, self.pixels, self.seen, self.begun = (
+            coupling,
+            uncertainty,
+            conditional,
+            pixels,
+            None,
+            False,
+        )
+        modules = {"model": (model, 1e-3)} | (
+            {} if uncertainty is None else {"uncertainty": (uncertainty, 1e-2)}
+        )
         optimizers = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
-        super().__init__(self.draw_noise, rule, **{name: Player(m, self.loss, own or Adam(m.parameters(), lr=lr)) for (name, (m, lr)), own in zip(modules.items(), optimizers)})
+        super().__init__(
+            self.draw_noise,
+            rule,
+            **{
+                name: Player(m, self.loss, own or Adam(m.parameters(), lr=lr))
+                for (name, (m, lr)), own in zip(modules.items(), optimizers)
+            },
+        )
 
-    def weights_at(self, sigma: Tensor, u: Tensor) -> Tensor:  # (B,), of the squared error of the target
-        if self.weight == "elbo": w = elbo_weight(self.schedule, u)
-        else: w = (WEIGHTS[self.weight] if isinstance(self.weight, str) else self.weight)(sigma, self.model.std)
+    def weights_at(self, sigma: Tensor, u: Tensor) -> Tensor:
+        """Return (B,), of the squared error of the target."""
+        if self.weight == "elbo":
+            w = elbo_weight(self.schedule, u)
+        else:
+            w = (WEIGHTS[self.weight] if isinstance(self.weight, str) else self.weight)(
+                sigma, self.model.std
+            )
         return w * weight_of(sigma, self.model.target, self.model.std)
 
-    def prepare(self, batch, generator=None) -> tuple:  # the examples as the model sees them, and their labels
-        if self.conditional and batch.y is None: raise ValueError("a conditional model needs labels, and this batch has none: train it on labelled images, or make it without classes")
+    def prepare(self, batch, generator=None) -> tuple:
+        """Return the examples as the model sees them, and their labels."""
+        if self.conditional and batch.y is None:
+            raise ValueError(
+                "a conditional model needs labels, and this batch has none: train it on labelled images, or make it without classes"
+            )
         x = batch.x.to(next(self.model.parameters()).dtype)
         if self.pixels:
-            if not self.begun: check_pixels(x, "dequantised"); self.begun = True
-            x = 2 * dequantise(x, torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)) - 1
+            if not self.begun:
+                check_pixels(x, "dequantised")
+                self.begun = True
+            x = (
+                2
+                * dequantise(
+                    x, torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+                )
+                - 1
+            )
         return x.reshape(-1, *self.model.shape), batch.y if self.conditional else None
 
-    def draw_noise(self, batch, generator=None, levels: Levels|None=None) -> LevelBatch:
+    def draw_noise(self, batch, generator=None, levels: Levels | None = None) -> LevelBatch:
         x, labels = self.prepare(batch, generator)
         eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
-        if self.coupling: eps = optimal_coupling(x, eps, labels)
+        if self.coupling:
+            eps = optimal_coupling(x, eps, labels)
         u, density = (levels or self.levels).draw(len(x), x, generator)
         sigma = self.schedule(u)
         return LevelBatch(x, eps, sigma, self.weights_at(sigma, u), u, density, labels)
 
-    def errors(self, b: LevelBatch) -> Tensor:  # (B,), weighted
+    def errors(self, b: LevelBatch) -> Tensor:
+        """Return (B,), weighted."""
         F = target_of(b.x, b.eps, b.sigma, self.model.target, self.model.std)
-        out = self.model.output(b.x + over(b.sigma, b.x) * b.eps, b.sigma, *([] if b.labels is None else [b.labels]))
-        return b.weight * ((out - F)**2).flatten(1).mean(1)
+        out = self.model.output(
+            b.x + over(b.sigma, b.x) * b.eps, b.sigma, *([] if b.labels is None else [b.labels])
+        )
+        return b.weight * ((out - F) ** 2).flatten(1).mean(1)
 
-    def loss(self, b: LevelBatch) -> Tensor:  # 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)
+    def loss(self, b: LevelBatch) -> Tensor:
+        """Return 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)."""
         errors = self.errors(b)
         q = self.uncertainty(b.sigma) if self.uncertainty is not None else torch.zeros_like(errors)
         errors = errors * (-q).exp()
@@ -203,51 +377,122 @@ class DenoisingDiffusion(Game):
         self.levels.update(*self.seen, self.mean)
         return losses
 
-    def denoise(self, labels=None) -> Callable:  # (y, sigma) -> $\hat x$
+    def denoise(self, labels=None) -> Callable:
+        r"""Return (y, sigma) -> $\hat x$."""
         return self.model if labels is None else lambda y, sigma: self.model(y, sigma, labels)
 
     @torch.no_grad()
-    def sample(self,
+    def sample(
+        self,
         n: int,
-        sampler: str="heun",     # a name in `SAMPLERS`; not "ancestral" with a coupling
-        steps: int=18,
-        schedule: Schedule|None=None, # of the steps, by default `PowerSchedule` between the levels of training
-        labels: Tensor|None=None,# (n,), of a conditional model
-        generator=None,          # of random numbers, on the device of the parameters; torch's own if None
-    ) -> Tensor:                 # (n, ...), pixels of grey levels n / 255
-        r"Images from noise. ValueError for an unknown sampler, or a conditional model without labels."
-        if sampler not in SAMPLERS: raise ValueError(f"the sampler is one of {', '.join(SAMPLERS)}, got {sampler!r}")
-        if self.coupling and sampler == "ancestral": raise ValueError("the ancestral step is wrong where noise and images were paired: take ddim or heun")
-        if self.conditional != (labels is not None): raise ValueError("labels go with a conditional model, and only with one")
+        sampler: str = "heun",
+        steps: int = 18,
+        schedule: Schedule | None = None,
+        labels: Tensor | None = None,
+        generator=None,
+    ) -> Tensor:
+        """Images from noise. ValueError for an unknown sampler, or a conditional model without
+        labels.
+
+        Args:
+            sampler: a name in `SAMPLERS`; not "ancestral" with a coupling.
+            schedule: of the steps, by default `PowerSchedule` between the levels of training.
+            labels: (n,), of a conditional model.
+            generator: of random numbers, on the device of the parameters; torch's own if None.
+
+        Returns:
+            (n, ...), pixels of grey levels n / 255.
+        """
+        if sampler not in SAMPLERS:
+            raise ValueError(f"the sampler is one of {', '.join(SAMPLERS)}, got {sampler!r}")
+        if self.coupling and sampler == "ancestral":
+            raise ValueError(
+                "the ancestral step is wrong where noise and images were paired: take ddim or heun"
+            )
+        if self.conditional != (labels is not None):
+            raise ValueError("labels go with a conditional model, and only with one")
         like = next(self.model.parameters())
         levels = (schedule or PowerSchedule(self.schedule.low, self.schedule.high)).steps(steps)
-        y = levels[0].item() * torch.randn(n, *self.model.shape, generator=generator, dtype=like.dtype, device=like.device)
-        with in_eval_mode(*self.model.modules()): x = SAMPLERS[sampler](self.denoise(labels), y, levels, **({"generator": generator} if sampler == "ancestral" else {}))
+        y = levels[0].item() * torch.randn(
+            n, *self.model.shape, generator=generator, dtype=like.dtype, device=like.device
+        )
+        with in_eval_mode(*self.model.modules()):
+            x = SAMPLERS[sampler](
+                self.denoise(labels),
+                y,
+                levels,
+                **({"generator": generator} if sampler == "ancestral" else {}),
+            )
         return (128 * (x + 1)).floor().clamp(0, 255) / 255 if self.pixels else x
 
     @torch.no_grad()
-    def evaluate(self,
-        batches,          # `Batch`es
-        seed: int=0,      # of levels and noise
-        k: int=0,         # levels an image of the bound; 0 for none
-        ode: int=0,       # steps along the curves, for the likelihood there, with one sign vector; 0 for none
-        fid_steps: int=0, # steps of the sampler whose samples, as many as there are images, are compared with them; 0 for none
-    ) -> dict:            # floats: "loss", at levels drawn uniformly, without uncertainty; "bound" and "nll", nats an image, with their errors and bits; "fid" and its floor; n images
-        r"What a held-out set says. Pixels are dequantised, and nats are of the grey levels: bounds of theirs, Eq. (flow-dequantise). ValueError for no images."
+    def evaluate(
+        self, batches, seed: int = 0, k: int = 0, ode: int = 0, fid_steps: int = 0
+    ) -> dict:
+        """What a held-out set says. Pixels are dequantised, and nats are of the grey levels:
+        bounds of theirs, Eq. (flow-dequantise). ValueError for no images.
+
+        Args:
+            batches: `Batch`es.
+            seed: of levels and noise.
+            k: levels an image of the bound; 0 for none.
+            ode: steps along the curves, for the likelihood there, with one sign vector; 0 for none.
+            fid_steps: steps of the sampler whose samples, as many as there are images, are compared
+                with them; 0 for none.
+
+        Returns:
+            floats: "loss", at levels drawn uniformly, without uncertainty; "bound" and "nll", nats
+            an image, with their errors and bits; "fid" and its floor; n images.
+        """
         rng, found, real, fake = None, {}, [], []
         with in_eval_mode(*self.model.modules()):
             for batch in batches:
-                if rng is None: rng, features = torch.Generator(batch.x.device).manual_seed(seed), usual_features(batch.x)
+                if rng is None:
+                    rng, features = (
+                        torch.Generator(batch.x.device).manual_seed(seed),
+                        usual_features(batch.x),
+                    )
                 b = self.draw_noise(batch, rng, Levels())
-                denoise, low, high, std = self.denoise(b.labels), self.schedule.low, self.schedule.high, self.model.std
-                cells = b.x[0].numel() * math.log(128) if self.pixels else 0.
+                denoise, low, high, std = (
+                    self.denoise(b.labels),
+                    self.schedule.low,
+                    self.schedule.high,
+                    self.model.std,
+                )
+                cells = b.x[0].numel() * math.log(128) if self.pixels else 0.0
                 found.setdefault("loss", []).append(self.errors(b))
-                if k: found.setdefault("bound", []).append(cells + variational_bound(denoise, b.x, low, high, std, k, rng))
-                if ode: found.setdefault("nll", []).append(cells - ode_log_prob(denoise, b.x, low, high, std, ode, 1, rng))
-                if fid_steps: real.append(features(batch.x)); fake.append(features(self.sample(len(b.x), steps=fid_steps, labels=b.labels, generator=rng)))
-        if not found: raise ValueError("nothing to evaluate: there are no batches")
-        found, D = {name: torch.cat(parts).double() for name, parts in found.items()}, math.prod(self.model.shape)
+                if k:
+                    found.setdefault("bound", []).append(
+                        cells + variational_bound(denoise, b.x, low, high, std, k, rng)
+                    )
+                if ode:
+                    found.setdefault("nll", []).append(
+                        cells - ode_log_prob(denoise, b.x, low, high, std, ode, 1, rng)
+                    )
+                if fid_steps:
+                    real.append(features(batch.x))
+                    fake.append(
+                        features(
+                            self.sample(len(b.x), steps=fid_steps, labels=b.labels, generator=rng)
+                        )
+                    )
+        if not found:
+            raise ValueError("nothing to evaluate: there are no batches")
+        found, D = (
+            {name: torch.cat(parts).double() for name, parts in found.items()},
+            math.prod(self.model.shape),
+        )
         result = {"n": len(found["loss"]), "loss": found["loss"].mean().item()}
-        for name in found.keys() - {"loss"}: result |= {name: (nats := found[name]).mean().item(), f"{name}_se": (nats.std() / len(nats)**.5).item(), f"{name}_bits_per_dim": bits_per_dim(nats.mean().item(), D)}
-        if fid_steps: stats = feature_stats(real); result |= {"fid": fid(stats, fake), "fid_floor": frechet_floor(stats.cov, stats.n, stats.n).item()}
+        for name in found.keys() - {"loss"}:
+            result |= {
+                name: (nats := found[name]).mean().item(),
+                f"{name}_se": (nats.std() / len(nats) ** 0.5).item(),
+                f"{name}_bits_per_dim": bits_per_dim(nats.mean().item(), D),
+            }
+        if fid_steps:
+            stats = feature_stats(real)
+            result |= {
+                "fid": fid(stats, fake),
+                "fid_floor": frechet_floor(stats.cov, stats.n, stats.n).item(),
+            }
         return result

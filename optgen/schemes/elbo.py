@@ -23,137 +23,260 @@ from ..rules import check_count
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-2
 class NoisyBatch(NamedTuple):
-    r"A batch of a VAE with its noise, all of it fixed before any loss is evaluated."
-    x: Tensor      # (B, ...): images in [0, 1], or what else the model takes
-    eps: Tensor    # (B, k, z_dim) standard normal, of the estimate
-    u: Tensor      # (B, 1) uniform on [0, 1): picks the sample that is differentiated; (B, 0) where none is picked
-    inner: Tensor  # (B, K, z_dim) standard normal, of the inner optimizer's K steps
+    """A batch of a VAE with its noise, all of it fixed before any loss is evaluated.
+
+    Attributes:
+        x: (B, ...): images in [0, 1], or what else the model takes.
+        eps: (B, k, z_dim) standard normal, of the estimate.
+        u: (B, 1) uniform on [0, 1): picks the sample that is differentiated; (B, 0) where none is
+            picked.
+        inner: (B, K, z_dim) standard normal, of the inner optimizer's K steps.
+    """
+
+    x: Tensor
+    eps: Tensor
+    u: Tensor
+    inner: Tensor
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-3
 class BetaVAE(Game):
-    r"""A VAE and what trains it, Eq. (beta-elbo). Higgins et al. (2017); Kingma & Welling (2014) at $\beta=1$.
+    r"""A VAE and what trains it, Eq. (beta-elbo). Higgins et al. (2017); Kingma & Welling (2014) at
+    $\beta=1$.
 
-    One player, `model`, or with two optimizers the two of Eq. (elbo-players), `encoder` and `decoder`. ValueError for parts that do not fit together.
+    One player, `model`, or with two optimizers the two of Eq. (elbo-players), `encoder` and
+    `decoder`. ValueError for parts that do not fit together.
+
+    Args:
+        model: `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`, `decoder(z)`, `z_dim`; for
+            two players its parts `q_net` and `p_net`.
+        beta: weight of the rate, at least 0, or what sets it, Eq. (beta-controlled).
+        optimizer: steps the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`; or
+            a pair, the encoder's and the decoder's.
+        estimator: "elbo", "stl", "iwae" or "dreg", see `optgen.estimators.estimate`.
+        k: samples of z an image.
+        sampled: "iwae" and "dreg" differentiate one of the k samples only.
+        inner: inner optimizer behind the encoder: the semi-amortised VAE.
+        rule: how the players step, by default together.
     """
+
     kept = ("beta",)
 
-    def __init__(self,
-        model: nn.Module,                # `encoder(x) -> (mean, log_var)`, `log_likelihood(x, z)`, `decoder(z)`, `z_dim`; for two players its parts `q_net` and `p_net`
-        beta: float|Controller=1.,       # weight of the rate, at least 0, or what sets it, Eq. (beta-controlled)
-        optimizer: Optimizer|tuple|None=None, # steps the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`; or a pair, the encoder's and the decoder's
-        estimator: str="elbo",           # "elbo", "stl", "iwae" or "dreg", see `optgen.estimators.estimate`
-        k: int=1,                        # samples of z an image
-        sampled: bool=False,             # "iwae" and "dreg" differentiate one of the k samples only
-        inner: Refinement|None=None,     # inner optimizer behind the encoder: the semi-amortised VAE
-        rule: Rule|None=None,            # how the players step, by default together
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float | Controller = 1.0,
+        optimizer: Optimizer | tuple | None = None,
+        estimator: str = "elbo",
+        k: int = 1,
+        sampled: bool = False,
+        inner: Refinement | None = None,
+        rule: Rule | None = None,
     ):
         check_estimator(estimator, k, sampled)
         self.model, self.beta = model, beta if isinstance(beta, Controller) else Constant(beta)
-        self.estimator, self.k, self.sampled, self.inner, self.due = estimator, k, sampled, inner, False
-        if isinstance(self.beta, SigmaVae) and not hasattr(model, "variance"): raise ValueError("SigmaVae sets the variance of a Gaussian decoder, and this model has none: take a GaussianVAE")
-        if isinstance(optimizer, tuple): players = {"encoder": Player(model.q_net, self.loss, optimizer[0]), "decoder": Player(model.p_net, self.loss, optimizer[1])}
-        else: players = {"model": Player(model, self.loss, optimizer or Adam(model.parameters(), lr=1e-3))}
+        self.estimator, self.k, self.sampled, self.inner, self.due = (
+            estimator,
+            k,
+            sampled,
+            inner,
+            False,
+        )
+        if isinstance(self.beta, SigmaVae) and not hasattr(model, "variance"):
+            raise ValueError(
+                "SigmaVae sets the variance of a Gaussian decoder, and this model has none: take a GaussianVAE"
+            )
+        if isinstance(optimizer, tuple):
+            players = {
+                "encoder": Player(model.q_net, self.loss, optimizer[0]),
+                "decoder": Player(model.p_net, self.loss, optimizer[1]),
+            }
+        else:
+            players = {
+                "model": Player(model, self.loss, optimizer or Adam(model.parameters(), lr=1e-3))
+            }
         super().__init__(**players, draw=self.draw_noise, rule=rule)
 
     def draw_noise(self, batch) -> NoisyBatch:
         self.due = True  # the controller is told once a step, at the first evaluation
         self.calibrate()
         like = next(self.model.parameters())
-        noise = lambda n: torch.randn(len(batch.x), n, self.model.z_dim, dtype=like.dtype, device=like.device)
-        return NoisyBatch(batch.x, noise(self.k), torch.rand(len(batch.x), int(self.sampled), dtype=like.dtype, device=like.device), noise(self.inner.steps if self.inner else 0))
+        noise = lambda n: torch.randn(
+            len(batch.x), n, self.model.z_dim, dtype=like.dtype, device=like.device
+        )
+        return NoisyBatch(
+            batch.x,
+            noise(self.k),
+            torch.rand(len(batch.x), int(self.sampled), dtype=like.dtype, device=like.device),
+            noise(self.inner.steps if self.inner else 0),
+        )
 
     @torch.no_grad()
-    def calibrate(self):  # a Gaussian decoder has the variance that the controller found
-        if isinstance(self.beta, SigmaVae): self.model.variance.copy_(self.beta.value)
+    def calibrate(self):
+        """a Gaussian decoder has the variance that the controller found."""
+        if isinstance(self.beta, SigmaVae):
+            self.model.variance.copy_(self.beta.value)
 
-    def multiplier(self, distortion: Tensor, rate: Tensor) -> Tensor:  # (B,), (B, z_dim), detached -> Eq. (beta-controlled)
-        scale = self.model.variance if isinstance(self.beta, SigmaVae) else 1.
+    def multiplier(self, distortion: Tensor, rate: Tensor) -> Tensor:
+        """Return (B,), (B, z_dim), detached -> Eq. (beta-controlled)."""
+        scale = self.model.variance if isinstance(self.beta, SigmaVae) else 1.0
         if self.due:
             self.due = False
             D, R = self.mean([distortion.mean(), rate.mean(0)])
-            if isinstance(self.beta, SigmaVae): D = scale * (D - self.beta.dim / 2 * (2 * math.pi * scale).log())  # half the squared error
+            if isinstance(self.beta, SigmaVae):
+                D = scale * (
+                    D - self.beta.dim / 2 * (2 * math.pi * scale).log()
+                )  # half the squared error
             self.beta.update(R, D)
         return self.beta.value / scale
 
-    def loss(self, batch: NoisyBatch) -> Tensor:  # 0-dim, nats an image
-        q = self.inner.refine(self.model, batch.x, batch.inner.transpose(0, 1)) if self.inner else None
-        return estimate(self.model, batch.x, batch.eps.transpose(0, 1), self.estimator, self.multiplier, q, self.sampled, batch.u.flatten()).mean()
+    def loss(self, batch: NoisyBatch) -> Tensor:
+        """Return 0-dim, nats an image."""
+        q = (
+            self.inner.refine(self.model, batch.x, batch.inner.transpose(0, 1))
+            if self.inner
+            else None
+        )
+        return estimate(
+            self.model,
+            batch.x,
+            batch.eps.transpose(0, 1),
+            self.estimator,
+            self.multiplier,
+            q,
+            self.sampled,
+            batch.u.flatten(),
+        ).mean()
 
     @property
-    def inference(self):  # the model as it infers: where there is an inner optimizer, with its answer as the encoder's
+    def inference(self):
+        """the model as it infers: where there is an inner optimizer, with its answer as the
+        encoder's.
+        """
         self.calibrate()
         return self.inner.applied(self.model) if self.inner else self.model
 
     @torch.no_grad()
-    def information(self, batch: NoisyBatch) -> Tensor:  # 0-dim, nats: of the encoder's latents about the images of the batch, at most log B
+    def information(self, batch: NoisyBatch) -> Tensor:
+        """Return 0-dim, nats: of the encoder's latents about the images of the batch, at most log
+        B.
+        """
         mean, log_var = self.model.encoder(batch.x)
-        rng = None if mean.is_meta else torch.Generator(mean.device).manual_seed(0)  # torch's own must stay the same on every rank, whatever part of the batch it has
+        rng = (
+            None if mean.is_meta else torch.Generator(mean.device).manual_seed(0)
+        )  # torch's own must stay the same on every rank, whatever part of the batch it has
         return mutual_information(mean, log_var, generator=rng)
 
-    def evaluate(self, batches, k: int=1, **kwargs) -> dict:  # floats of `optgen.metrics.evaluate_vae`, the loss at a constant β, else at 1, and β itself, its mean over the latents; at k=1 the bound only
+    def evaluate(self, batches, k: int = 1, **kwargs) -> dict:
+        """Return floats of `optgen.metrics.evaluate_vae`, the loss at a constant β, else at 1, and
+        β itself, its mean over the latents; at k=1 the bound only.
+        """
         result = evaluate_vae(self.inference, batches, k=k, **kwargs)
-        kept = result if k > 1 else {name: result[name] for name in ("elbo", "rate", "distortion", "mutual_information", "active_units")}
+        kept = (
+            result
+            if k > 1
+            else {
+                name: result[name]
+                for name in ("elbo", "rate", "distortion", "mutual_information", "active_units")
+            }
+        )
         beta = self.beta.value.mean().item()
-        return {"loss": result["distortion"] + (beta if isinstance(self.beta, Constant) else 1.) * result["rate"], "beta": beta, **kept}
+        return {
+            "loss": result["distortion"]
+            + (beta if isinstance(self.beta, Constant) else 1.0) * result["rate"],
+            "beta": beta,
+            **kept,
+        }
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:  # (n, ...) as the model's decoder shapes them, at z from the prior
+    def sample(self, n: int) -> Tensor:
+        """Return (n, ...) as the model's decoder shapes them, at z from the prior."""
         like = next(self.model.parameters())
-        return self.model.decoder(torch.randn(n, self.model.z_dim, dtype=like.dtype, device=like.device))
+        return self.model.decoder(
+            torch.randn(n, self.model.z_dim, dtype=like.dtype, device=like.device)
+        )
 
     @torch.no_grad()
-    def reconstruct(self, x: Tensor) -> Tensor:  # like `x`: the decoder at the posterior's mean
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return like `x`: the decoder at the posterior's mean."""
         return self.model.decoder(self.inference.encoder(x)[0]).reshape(x.shape)
 
-    def to(self, *args, **kwargs):  # as `Game.to`; the model's buffers, too, where its parts are the players
+    def to(self, *args, **kwargs):
+        """as `Game.to`; the model's buffers, too, where its parts are the players."""
         self.model.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def compile(self):  # as `Game.compile`; `ValueError` with an inner optimizer, too
-        if self.inner: raise ValueError("an inner optimizer differentiates twice, which torch.compile can't: train without compile")
+    def compile(self):
+        """as `Game.compile`; `ValueError` with an inner optimizer, too."""
+        if self.inner:
+            raise ValueError(
+                "an inner optimizer differentiates twice, which torch.compile can't: train without compile"
+            )
         return super().compile()
 
-    def load_state_dict(self, state: dict):  # as `Game.load_state_dict`; a state of optgen 0.2 has no controller
+    def load_state_dict(self, state: dict):
+        """as `Game.load_state_dict`; a state of optgen 0.2 has no controller."""
         super().load_state_dict({"beta": self.beta.state_dict()} | state)
         self.calibrate()
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #636a3c7d
 class Aggressive(Rule):
-    r"""The decoder waits until the encoder has caught up, as long as the latents carry more for it, Eq. (aggressive). He et al. (2019).
+    """The decoder waits until the encoder has caught up, as long as the latents carry more for it,
+    Eq. (aggressive). He et al. (2019).
 
-    For a `BetaVAE` of two players. The host reads one number every `check` batches, and one every `window` moves of the decoder.
+    For a `BetaVAE` of two players. The host reads one number every `check` batches, and one every
+    `window` moves of the decoder.
+
+    Args:
+        check: $c$, batches whose mean loss is compared.
+        most: $n$, moves of the encoder for one of the decoder.
+        window: $w$, moves of the decoder whose mean information is compared.
     """
-    def __init__(self,
-        check: int=10,   # $c$, batches whose mean loss is compared
-        most: int=100,   # $n$, moves of the encoder for one of the decoder
-        window: int=100, # $w$, moves of the decoder whose mean information is compared
-    ):
+
+    def __init__(self, check: int = 10, most: int = 100, window: int = 100):
         super().__init__()
         check_count("Aggressive", check=check, most=most, window=window)
         self.every, self.most, self.window = check, most, window
-        self.memory = {"waiting": True, "moves": 0, "loss": 0., "last": math.inf, "steps": 0, "information": 0., "best": -math.inf}
+        self.memory = {
+            "waiting": True,
+            "moves": 0,
+            "loss": 0.0,
+            "last": math.inf,
+            "steps": 0,
+            "information": 0.0,
+            "best": -math.inf,
+        }
 
     def check(self, game):
         self.named(game, "encoder", "decoder")
-        if not hasattr(game, "information"): raise ValueError("Aggressive stops by the information in the latents: the game needs a method `information(batch)`, as BetaVAE has")
+        if not hasattr(game, "information"):
+            raise ValueError(
+                "Aggressive stops by the information in the latents: the game needs a method `information(batch)`, as BetaVAE has"
+            )
 
     def step(self, game, batch):
         m = self.memory
-        if not m["waiting"]: return super().step(game, batch)
+        if not m["waiting"]:
+            return super().step(game, batch)
         mover = "decoder" if self.caught_up(m) else "encoder"
         at = game.at(batch, move=(mover,))
         game.apply(at.v)
-        if mover == "encoder": m["moves"] += 1; m["loss"] = m["loss"] + at.losses[mover]
-        else: self.look(m, *game.mean([game.information(batch)]))
+        if mover == "encoder":
+            m["moves"] += 1
+            m["loss"] = m["loss"] + at.losses[mover]
+        else:
+            self.look(m, *game.mean([game.information(batch)]))
         return dict.fromkeys(game.players, at.losses[mover])
 
     def caught_up(self, m) -> bool:
-        if not m["moves"] or m["moves"] % self.every: return False
-        last, m["last"], m["loss"] = m["last"], float(m["loss"]), 0.
+        if not m["moves"] or m["moves"] % self.every:
+            return False
+        last, m["last"], m["loss"] = m["last"], float(m["loss"]), 0.0
         return m["last"] >= last or m["moves"] >= self.most
 
     def look(self, m, information):
-        m.update(moves=0, last=math.inf, steps=m["steps"] + 1, information=m["information"] + information)
+        m.update(
+            moves=0, last=math.inf, steps=m["steps"] + 1, information=m["information"] + information
+        )
         if m["steps"] == self.window:
             mean = float(m["information"]) / self.window
-            m.update(steps=0, information=0., waiting=mean > m["best"], best=max(mean, m["best"]))
+            m.update(steps=0, information=0.0, waiting=mean > m["best"], best=max(mean, m["best"]))

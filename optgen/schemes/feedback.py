@@ -23,90 +23,176 @@ from ..rules import input_gradient_penalty
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-2
 class GANBatch(NamedTuple):
-    r"A batch of a GAN with its noise, fixed before any loss is evaluated."
-    x: Tensor  # (B, ...) real examples
-    z: Tensor  # (B, z_dim), standard normal
+    """A batch of a GAN with its noise, fixed before any loss is evaluated.
 
-def thumbnails(x: Tensor) -> Tensor:  # (B, ...) -> (B, d)
-    r"Features for want of better ones: images (B, C, H, W) averaged down to 8 x 8, other examples as they are."
+    Attributes:
+        x: (B, ...) real examples.
+        z: (B, z_dim), standard normal.
+    """
+
+    x: Tensor
+    z: Tensor
+
+
+def thumbnails(x: Tensor) -> Tensor:
+    """Features for want of better ones: images (B, C, H, W) averaged down to 8 x 8, other examples
+    as they are.
+
+    Returns:
+        (B, ...) -> (B, d).
+    """
     return (adaptive_avg_pool2d(x, 8) if x.dim() == 4 else x).flatten(1)
 
-def usual_features(x: Tensor):  # examples -> a function of examples like them
-    r"The features of the shipped classifier of digits for images 1 x 28 x 28, `thumbnails` for others."
-    if x.shape[1:] != (1, 28, 28): return thumbnails
+
+def usual_features(x: Tensor):
+    """The features of the shipped classifier of digits for images 1 x 28 x 28, `thumbnails` for
+    others.
+    """
+    if x.shape[1:] != (1, 28, 28):
+        return thumbnails
     classifier = mnist_classifier(x.device)
     return lambda x: classifier.features(x.float())
 
+
 @contextlib.contextmanager
 def in_eval_mode(*modules):
-    r"Inside, the modules are in evaluation mode; afterwards as they were."
+    """Inside, the modules are in evaluation mode; afterwards as they were."""
     modes = [m.training for m in modules]
-    for m in modules: m.eval()
-    try: yield
+    for m in modules:
+        m.eval()
+    try:
+        yield
     finally:
-        for m, mode in zip(modules, modes): m.train(mode)
+        for m, mode in zip(modules, modes):
+            m.train(mode)
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-3
 class FeedbackGAN(Game):
-    r"Players G and D of Eq. (gan-scheme), stepped by any rule: `Feedback` makes it §3.3's. Goodfellow et al. (2014) at `Simultaneous()`, r1 = r2 = 0."
+    r"""Players G and D of Eq. (gan-scheme), stepped by any rule: `Feedback` makes it §3.3's.
+    Goodfellow et al. (2014) at `Simultaneous()`, r1 = r2 = 0.
+
+    Args:
+        generator: noise (B, z_dim) -> examples (B, ...), with `z_dim`; moves as "G".
+        discriminator: examples (B, ...) -> logits (B,); moves as "D".
+        loss: a name in `GAN_LOSSES`.
+        rule: a rule of `optgen.rules` or a list of corrections; by default `Simultaneous()`.
+        optimizers: a pair, of G and D; by default `Adam(lr=2e-4, betas=(.5, .999))` for each.
+        r1: $\gamma_1 \ge 0$, weight of D's squared input gradient at real examples.
+        r2: $\gamma_2 \ge 0$, the same at generated ones.
+        features: examples (B, ...) -> (B, d), for `evaluate`; by default `usual_features`.
+    """
+
     criterion = "fid"
-    def __init__(self,
-        generator: nn.Module,      # noise (B, z_dim) -> examples (B, ...), with `z_dim`; moves as "G"
-        discriminator: nn.Module,  # examples (B, ...) -> logits (B,); moves as "D"
-        loss: str="non-saturating",# a name in `GAN_LOSSES`
-        rule=None,                 # a rule of `optgen.rules` or a list of corrections; by default `Simultaneous()`
-        optimizers=None,           # a pair, of G and D; by default `Adam(lr=2e-4, betas=(.5, .999))` for each
-        r1: float=0.,              # $\gamma_1 \ge 0$, weight of D's squared input gradient at real examples
-        r2: float=0.,              # $\gamma_2 \ge 0$, the same at generated ones
-        features=None,             # examples (B, ...) -> (B, d), for `evaluate`; by default `usual_features`
+
+    def __init__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        loss: str = "non-saturating",
+        rule=None,
+        optimizers=None,
+        r1: float = 0.0,
+        r2: float = 0.0,
+        features=None,
     ):
-        if loss not in GAN_LOSSES: raise ValueError(f"loss is one of {', '.join(map(repr, GAN_LOSSES))}; got {loss!r}")
+        if loss not in GAN_LOSSES:
+            raise ValueError(f"loss is one of {', '.join(map(repr, GAN_LOSSES))}; got {loss!r}")
         for name, r in (("r1", r1), ("r2", r2)):
-            if not 0 <= r < math.inf: raise ValueError(f"{name} must be a finite number >= 0, got {r}")
-        if (a := getattr(generator, "shape", None)) != (b := getattr(discriminator, "shape", a)): raise ValueError(f"G makes examples of shape {a}, D judges shape {b}")
-        self.generator, self.discriminator, self.loss, self.r1, self.r2, self.features = generator, discriminator, loss, r1, r2, features
-        opt_g, opt_d = optimizers or (Adam(m.parameters(), lr=2e-4, betas=(.5, .999)) for m in (generator, discriminator))
-        super().__init__(self.draw_noise, rule, G=Player(generator, self.g_loss, opt_g), D=Player(discriminator, self.d_loss, opt_d))
+            if not 0 <= r < math.inf:
+                raise ValueError(f"{name} must be a finite number >= 0, got {r}")
+        if (a := getattr(generator, "shape", None)) != (b := getattr(discriminator, "shape", a)):
+            raise ValueError(f"G makes examples of shape {a}, D judges shape {b}")
+        self.generator, self.discriminator, self.loss, self.r1, self.r2, self.features = (
+            generator,
+            discriminator,
+            loss,
+            r1,
+            r2,
+            features,
+        )
+        opt_g, opt_d = optimizers or (
+            Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999)) for m in (generator, discriminator)
+        )
+        super().__init__(
+            self.draw_noise,
+            rule,
+            G=Player(generator, self.g_loss, opt_g),
+            D=Player(discriminator, self.d_loss, opt_d),
+        )
 
     def draw_noise(self, batch, generator=None) -> GANBatch:
-        return GANBatch(batch.x, torch.randn(len(batch.x), self.generator.z_dim, generator=generator, dtype=batch.x.dtype, device=batch.x.device))
+        return GANBatch(
+            batch.x,
+            torch.randn(
+                len(batch.x),
+                self.generator.z_dim,
+                generator=generator,
+                dtype=batch.x.dtype,
+                device=batch.x.device,
+            ),
+        )
 
-    def g_loss(self, b: GANBatch) -> Tensor:  # 0-dim; only paired losses look at the real examples
+    def g_loss(self, b: GANBatch) -> Tensor:
+        """Return 0-dim; only paired losses look at the real examples."""
         real = self.discriminator(b.x) if self.loss == "relativistic" else None
         return GAN_LOSSES[self.loss][1](real, self.discriminator(self.generator(b.z)))
 
-    def d_loss(self, b: GANBatch) -> Tensor:  # 0-dim, Eq. (gan-scheme)
+    def d_loss(self, b: GANBatch) -> Tensor:
+        """Return 0-dim, Eq. (gan-scheme)."""
         D, fake = self.discriminator, self.generator(b.z)
         value = GAN_LOSSES[self.loss][0](D(b.x), D(fake))
-        if self.r1: value = value + self.r1 / 2 * input_gradient_penalty(D, b.x)
-        if self.r2: value = value + self.r2 / 2 * input_gradient_penalty(D, fake)
+        if self.r1:
+            value = value + self.r1 / 2 * input_gradient_penalty(D, b.x)
+        if self.r2:
+            value = value + self.r2 / 2 * input_gradient_penalty(D, fake)
         return value
 
-    def compile(self):  # `ValueError` with R1 or R2, or a rule of second order
-        if self.r1 or self.r2: raise ValueError("R1 and R2 differentiate twice, which torch.compile can't: train without compile, or with r1 = r2 = 0")
+    def compile(self):
+        """`ValueError` with R1 or R2, or a rule of second order."""
+        if self.r1 or self.r2:
+            raise ValueError(
+                "R1 and R2 differentiate twice, which torch.compile can't: train without compile, or with r1 = r2 = 0"
+            )
         return super().compile()
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:  # (n, ...), G in evaluation mode
+    def sample(self, n: int) -> Tensor:
+        """Return (n, ...), G in evaluation mode."""
         like = next(self.generator.parameters())
-        with in_eval_mode(self.generator): return self.generator(torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device))
+        with in_eval_mode(self.generator):
+            return self.generator(
+                torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device)
+            )
 
     @torch.no_grad()
-    def evaluate(self,
-        batches,              # of real examples, `Batch`es
-        seed: int|None=None,  # of the noise; by default torch's own generator goes on
-    ) -> dict:                # floats: the players' losses, "fid" in the features, "fid_floor"
-        r"Losses and distance on held-out examples. Raises ValueError for fewer than two."
-        n, sums, real, fake, rng = 0, {"G": 0., "D": 0.}, [], [], None
+    def evaluate(self, batches, seed: int | None = None) -> dict:
+        """Losses and distance on held-out examples. Raises ValueError for fewer than two.
+
+        Args:
+            batches: of real examples, `Batch`es.
+            seed: of the noise; by default torch's own generator goes on.
+
+        Returns:
+            floats: the players' losses, "fid" in the features, "fid_floor".
+        """
+        n, sums, real, fake, rng = 0, {"G": 0.0, "D": 0.0}, [], [], None
         features = self.features
         with in_eval_mode(self.generator, self.discriminator):
             for batch in batches:
-                if features is None: features = usual_features(batch.x)
-                if seed is not None and rng is None: rng = torch.Generator(batch.x.device).manual_seed(seed)
+                if features is None:
+                    features = usual_features(batch.x)
+                if seed is not None and rng is None:
+                    rng = torch.Generator(batch.x.device).manual_seed(seed)
                 b = self.draw_noise(batch, rng)
                 n += len(b.x)
-                for name, loss in (("G", self.g_loss), ("D", self.d_loss)): sums[name] += len(b.x) * loss(b).double()
-                real.append(features(b.x)); fake.append(features(self.generator(b.z)))
-        if n < 2: raise ValueError(f"an evaluation needs at least two examples, got {n}")
+                for name, loss in (("G", self.g_loss), ("D", self.d_loss)):
+                    sums[name] += len(b.x) * loss(b).double()
+                real.append(features(b.x))
+                fake.append(features(self.generator(b.z)))
+        if n < 2:
+            raise ValueError(f"an evaluation needs at least two examples, got {n}")
         stats = feature_stats(real)
-        return {name: (s / n).item() for name, s in sums.items()} | {"fid": fid(stats, fake), "fid_floor": frechet_floor(stats.cov, n, n).item()}
+        return {name: (s / n).item() for name, s in sums.items()} | {
+            "fid": fid(stats, fake),
+            "fid_floor": frechet_floor(stats.cov, n, n).item(),
+        }

@@ -20,133 +20,259 @@ from ..optim import Adam
 from .feedback import in_eval_mode
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00006
-TREATMENTS = {"binary": "0 or 1", "levels": "grey levels n / 255", "dequantised": "grey levels n / 255"}  # treatment: what its pixels are
+TREATMENTS = {
+    "binary": "0 or 1",
+    "levels": "grey levels n / 255",
+    "dequantised": "grey levels n / 255",
+}  # treatment: what its pixels are
 
-def coarser(x: Tensor, levels: int) -> Tensor:  # grey levels n / 255 -> multiples of 1 / (L - 1)
-    r"$L$ levels of 256, rounded down, Eq. (likelihood-levels)."
+
+def coarser(x: Tensor, levels: int) -> Tensor:
+    """$L$ levels of 256, rounded down, Eq. (likelihood-levels).
+
+    Returns:
+        grey levels n / 255 -> multiples of 1 / (L - 1).
+    """
     return ((255 * x).round() * levels / 256).floor() / (levels - 1)
 
-def distribution(model):  # `ValueError` for what is none
-    r"What has `log_prob` and `sample`: the model, or what it gives when it is called, as zuko's flows do."
-    if hasattr(model, "log_prob"): return model
+
+def distribution(model):
+    """What has `log_prob` and `sample`: the model, or what it gives when it is called, as zuko's
+    flows do.
+    """
+    if hasattr(model, "log_prob"):
+        return model
     name = type(model).__name__
-    try: found = model(); found.event_shape, found.sample
-    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as e: raise ValueError(f"{name} has no log_prob, and called without arguments it gives no distribution ({e}): take a model with log_prob and sample, or a flow of zuko's") from None
+    try:
+        found = model()
+        found.event_shape, found.sample
+    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(
+            f"{name} has no log_prob, and called without arguments it gives no distribution ({e}): take a model with log_prob and sample, or a flow of zuko's"
+        ) from None
     return found
 
-@torch.no_grad()
-def check_unconditional(model):  # `ValueError` for a flow of zuko's that wants a context
-    r"Can the model be called without a context?"
-    if hasattr(model, "log_prob"): return
-    d, like = distribution(model), next(model.parameters())
-    try: d.log_prob(like.new_full((1, *d.event_shape), .5))
-    except RuntimeError as e: raise ValueError(f"{type(model).__name__} is a conditional flow: without its context it gives no likelihood ({str(e).splitlines()[0]}). Make it with context=0") from None
 
-def check_levels(model, data: str, levels: int|None) -> int|None:  # the number of levels, None of a density; `ValueError` where the two don't fit
-    r"Does the model give what the treatment asks for? One that is no `Flow` and has no `levels` is believed."
+@torch.no_grad()
+def check_unconditional(model):
+    """Can the model be called without a context?"""
+    if hasattr(model, "log_prob"):
+        return
+    d, like = distribution(model), next(model.parameters())
+    try:
+        d.log_prob(like.new_full((1, *d.event_shape), 0.5))
+    except RuntimeError as e:
+        raise ValueError(
+            f"{type(model).__name__} is a conditional flow: without its context it gives no likelihood ({str(e).splitlines()[0]}). Make it with context=0"
+        ) from None
+
+
+def check_levels(model, data: str, levels: int | None) -> int | None:
+    """Does the model give what the treatment asks for? One that is no `Flow` and has no `levels`
+    is believed.
+
+    Returns:
+        the number of levels, None of a density; `ValueError` where the two don't fit.
+    """
     name, own = type(model).__name__, getattr(model, "levels", None)
     density = isinstance(model, Flow) or not hasattr(model, "log_prob")
-    if data not in TREATMENTS: raise ValueError(f"data is one of {', '.join(map(repr, TREATMENTS))}; got {data!r}")
-    if density and data != "dequantised": raise ValueError(f"{name} is a density, which of whole numbers can be made as high as one likes: take data='dequantised', not {data!r}")
-    if own and data == "dequantised": raise ValueError(f"{name} gives probabilities of {own} levels, not a density: take data='binary' or 'levels'")
-    if levels and data != "levels": raise ValueError(f"levels={levels} belongs to data='levels', not to {data!r}")
-    if data == "binary" and own not in (None, 2): raise ValueError(f"{name} has {own} levels, and binary images two: take data='levels', or make it with levels=2")
-    if data != "levels": return 2 if data == "binary" else None
-    if own and levels not in (None, own): raise ValueError(f"levels={levels}, and {name} has {own}")
-    if not (L := levels or own) or not 2 <= L <= 256: raise ValueError(f"data='levels' wants 2 to 256 levels, got {L}: pass levels=")
+    if data not in TREATMENTS:
+        raise ValueError(f"data is one of {', '.join(map(repr, TREATMENTS))}; got {data!r}")
+    if density and data != "dequantised":
+        raise ValueError(
+            f"{name} is a density, which of whole numbers can be made as high as one likes: take data='dequantised', not {data!r}"
+        )
+    if own and data == "dequantised":
+        raise ValueError(
+            f"{name} gives probabilities of {own} levels, not a density: take data='binary' or 'levels'"
+        )
+    if levels and data != "levels":
+        raise ValueError(f"levels={levels} belongs to data='levels', not to {data!r}")
+    if data == "binary" and own not in (None, 2):
+        raise ValueError(
+            f"{name} has {own} levels, and binary images two: take data='levels', or make it with levels=2"
+        )
+    if data != "levels":
+        return 2 if data == "binary" else None
+    if own and levels not in (None, own):
+        raise ValueError(f"levels={levels}, and {name} has {own}")
+    if not (L := levels or own) or not 2 <= L <= 256:
+        raise ValueError(f"data='levels' wants 2 to 256 levels, got {L}: pass levels=")
     return L
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00008
-def check_pixels(x: Tensor, data: str):  # `ValueError` for pixels that the treatment doesn't take; waits for the device
-    r"Are they 0 and 1, or grey levels n / 255?"
-    if x.is_meta: return
+def check_pixels(x: Tensor, data: str):
+    """Are they 0 and 1, or grey levels n / 255?"""
+    if x.is_meta:
+        return
     n = x if data == "binary" else 255 * x
     good = ((n - n.round()).abs() < 1e-2) & (x > -1e-3) & (x < 1 + 1e-3)
-    if good.all(): return
+    if good.all():
+        return
     row, found = (~good).flatten(1).any(1).nonzero()[0].item(), x[~good][0].item()
-    mend = "binarise them, Loader(..., binarize='dynamic'), or take data='levels'" if data == "binary" else "give images as Loader does, bytes / 255"
-    raise ValueError(f"images of {TREATMENTS[data]} are expected, and image {row} of the batch has a pixel {found:g}: {mend}")
+    mend = (
+        "binarise them, Loader(..., binarize='dynamic'), or take data='levels'"
+        if data == "binary"
+        else "give images as Loader does, bytes / 255"
+    )
+    raise ValueError(
+        f"images of {TREATMENTS[data]} are expected, and image {row} of the batch has a pixel {found:g}: {mend}"
+    )
+
 
 class MaximumLikelihood(Game):
-    r"A model that is trained by its likelihood, Eq. (likelihood). One player, `model`. `ValueError` where model and treatment don't fit."
-    def __init__(self,
-        model: nn.Module,              # `log_prob(x) -> (B,)` nats and `sample(n)`; or a flow of zuko's, of flat images, without context
-        data: str,                     # what is done to grey images: "binary" (they are 0 and 1 already), "levels" or "dequantised"
-        optimizer: Optimizer|None=None,# steps the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`
-        levels: int|None=None,         # $L$ of "levels", by default the model's own
-        shape=None,                    # (C, H, W) of a sampled image; by default as the model gives it
-        rule: Rule|None=None,          # how the player steps
+    """A model that is trained by its likelihood, Eq. (likelihood). One player, `model`.
+    `ValueError` where model and treatment don't fit.
+
+    Args:
+        model: `log_prob(x) -> (B,)` nats and `sample(n)`; or a flow of zuko's, of flat images,
+            without context.
+        data: what is done to grey images: "binary" (they are 0 and 1 already), "levels" or
+            "dequantised".
+        optimizer: steps the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`.
+        levels: $L$ of "levels", by default the model's own.
+        shape: (C, H, W) of a sampled image; by default as the model gives it.
+        rule: how the player steps.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: str,
+        optimizer: Optimizer | None = None,
+        levels: int | None = None,
+        shape=None,
+        rule: Rule | None = None,
     ):
         self.levels = check_levels(model, data, levels)
         check_unconditional(model)
         self.model, self.data, self.shape, self.begun = model, data, shape, False
-        super().__init__(self.treat_batch, rule, model=Player(model, self.loss, optimizer or Adam(model.parameters(), lr=1e-3)))
+        super().__init__(
+            self.treat_batch,
+            rule,
+            model=Player(model, self.loss, optimizer or Adam(model.parameters(), lr=1e-3)),
+        )
 
     @property
-    def p(self): return distribution(self.model)  # what is scored and drawn from
+    def p(self):
+        """what is scored and drawn from."""
+        return distribution(self.model)
 
-    def treat(self, x: Tensor, generator=None) -> Tensor:  # images as the data has them -> as the model takes them, in its dtype
+    def treat(self, x: Tensor, generator=None) -> Tensor:
+        """Return images as the data has them -> as the model takes them, in its dtype."""
         x = x.to(next(self.model.parameters()).dtype)
-        if self.data == "binary": return x
-        if self.data == "levels": return coarser(x, self.levels)
-        if torch.finfo(x.dtype).bits < 32: raise ValueError(f"{x.dtype} can't hold what lies between two of 256 levels: keep the model in float32, and step it under torch.autocast")
-        return dequantise(x, torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device))
+        if self.data == "binary":
+            return x
+        if self.data == "levels":
+            return coarser(x, self.levels)
+        if torch.finfo(x.dtype).bits < 32:
+            raise ValueError(
+                f"{x.dtype} can't hold what lies between two of 256 levels: keep the model in float32, and step it under torch.autocast"
+            )
+        return dequantise(
+            x, torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        )
 
-    def begin(self, x: Tensor, y: Tensor):  # the first batch, and what the model is given of it
+    def begin(self, x: Tensor, y: Tensor):
+        """the first batch, and what the model is given of it."""
         check_pixels(x, self.data)
         if hasattr(self.model, "calibrate"):
-            if len(y) < 2: raise ValueError("the first batch, from which ActNorm starts, has one image: take a batch_size of two at least")
+            if len(y) < 2:
+                raise ValueError(
+                    "the first batch, from which ActNorm starts, has one image: take a batch_size of two at least"
+                )
             self.model.calibrate(y)
         self.begun = True
 
     def treat_batch(self, batch) -> Batch:
         y = self.treat(batch.x)
-        if not self.begun: self.begin(batch.x, y)
+        if not self.begun:
+            self.begin(batch.x, y)
         return Batch(y)
 
-    def nats(self, y: Tensor) -> Tensor:  # (B,), of what the model is given: exact, or one sample of Eq. (likelihood-bound)
+    def nats(self, y: Tensor) -> Tensor:
+        """Return (B,), of what the model is given: exact, or one sample of Eq. (likelihood-bound)."""
         D = y.shape[1:].numel()
         if (p := self.p) is not self.model:
-            if D != p.event_shape.numel(): raise ValueError(f"expected images of {p.event_shape.numel()} numbers, got shape {tuple(y.shape)}")
+            if D != p.event_shape.numel():
+                raise ValueError(
+                    f"expected images of {p.event_shape.numel()} numbers, got shape {tuple(y.shape)}"
+                )
             y = y.flatten(1)
         return D * math.log(256) * (self.data == "dequantised") - p.log_prob(y)
 
-    def loss(self, batch: Batch) -> Tensor: return self.nats(batch.x).mean()  # 0-dim, nats an image, Eq. (likelihood)
+    def loss(self, batch: Batch) -> Tensor:
+        """0-dim, nats an image, Eq. (likelihood)."""
+        return self.nats(batch.x).mean()
 
     @torch.no_grad()
-    def evaluate(self,
-        batches,     # of tensors (B, ...) or of tuples that begin with one, such as `Batch`
-        seed: int=0, # of the noise of a generator of its own: torch's streams are left as they were
-        k: int=1,    # samples of the noise an image, Eq. (likelihood-bound); 1 where there is none
-        chunk: int=200, # images measured at once
-    ) -> dict:       # floats: "loss", "nll" (at k = 1 the loss) and its standard error over images and noise, "bits_per_dim" of it; n images
-        r"How likely the images are. `ValueError` for pixels that the treatment doesn't take, for no images, and where the likelihood is NaN."
-        if k < 1 or (k > 1 and self.data != "dequantised"): raise ValueError(f"k={k}: " + ("at least one sample is needed" if k < 1 else f"the likelihood of {self.data} data is exact, and needs no samples"))
+    def evaluate(self, batches, seed: int = 0, k: int = 1, chunk: int = 200) -> dict:
+        """How likely the images are. `ValueError` for pixels that the treatment doesn't take, for
+        no images, and where the likelihood is NaN.
+
+        Args:
+            batches: of tensors (B, ...) or of tuples that begin with one, such as `Batch`.
+            seed: of the noise of a generator of its own: torch's streams are left as they were.
+            k: samples of the noise an image, Eq. (likelihood-bound); 1 where there is none.
+            chunk: images measured at once.
+
+        Returns:
+            floats: "loss", "nll" (at k = 1 the loss) and its standard error over images and noise,
+            "bits_per_dim" of it; n images.
+        """
+        if k < 1 or (k > 1 and self.data != "dequantised"):
+            raise ValueError(
+                f"k={k}: "
+                + (
+                    "at least one sample is needed"
+                    if k < 1
+                    else f"the likelihood of {self.data} data is exact, and needs no samples"
+                )
+            )
         losses, found, generator = [], [], None
         with in_eval_mode(*self.model.modules()):
             for x in batches:
-                if not isinstance(x, Tensor): x = x[0]
+                if not isinstance(x, Tensor):
+                    x = x[0]
                 check_pixels(x, self.data)
                 generator = generator or torch.Generator(x.device).manual_seed(seed)
                 for part in x.split(chunk):
                     nats = torch.stack([self.nats(self.treat(part, generator)) for _ in range(k)])
-                    losses.append(nats.mean(0)); found.append(math.log(k) - (-nats).logsumexp(0))
-        if not found: raise ValueError("nothing to evaluate: there are no batches")
+                    losses.append(nats.mean(0))
+                    found.append(math.log(k) - (-nats).logsumexp(0))
+        if not found:
+            raise ValueError("nothing to evaluate: there are no batches")
         nll, n = torch.cat(found), sum(map(len, found))
-        if nll.isnan().any(): raise ValueError(f"the likelihood of image {nll.isnan().nonzero()[0].item()} is NaN: look for NaN in the model's weights")
-        return dict(loss=torch.cat(losses).mean().item(), nll=nll.mean().item(), nll_se=(nll.std() / n**.5).item() if n > 1 else math.nan, bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()), n=n)
+        if nll.isnan().any():
+            raise ValueError(
+                f"the likelihood of image {nll.isnan().nonzero()[0].item()} is NaN: look for NaN in the model's weights"
+            )
+        return dict(
+            loss=torch.cat(losses).mean().item(),
+            nll=nll.mean().item(),
+            nll_se=(nll.std() / n**0.5).item() if n > 1 else math.nan,
+            bits_per_dim=bits_per_dim(nll.mean().item(), x[0].numel()),
+            n=n,
+        )
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:  # (n, ...) in [0, 1], on the grid of the levels, Eq. (likelihood-draw)
+    def sample(self, n: int) -> Tensor:
+        """Return (n, ...) in [0, 1], on the grid of the levels, Eq. (likelihood-draw)."""
         with in_eval_mode(*self.model.modules()):
             p = self.p
             x = p.sample(n) if p is self.model else p.sample((n,))
-        if self.data == "dequantised": x = (256 * x).floor().clamp(0, 255) / 255
+        if self.data == "dequantised":
+            x = (256 * x).floor().clamp(0, 255) / 255
         return x if self.shape is None else x.reshape(n, *self.shape)
 
-    def state_dict(self) -> dict: return super().state_dict() | {"begun": self.begun}
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"begun": self.begun}
 
-    def load_state_dict(self, state: dict):  # as `Game.load_state_dict`
-        if "begun" not in state: raise ValueError("the state doesn't say whether the model has seen its first batch: it is of another scheme")
+    def load_state_dict(self, state: dict):
+        """as `Game.load_state_dict`."""
+        if "begun" not in state:
+            raise ValueError(
+                "the state doesn't say whether the model has seen its first batch: it is of another scheme"
+            )
         super().load_state_dict({k: v for k, v in state.items() if k != "begun"})
         self.begun = state["begun"]
