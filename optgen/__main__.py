@@ -1,4 +1,6 @@
-"`python -m optgen` is `optgen`: what `torchrun -m` starts."
-from optgen.cli import main
+"""`python -m optgen` is `optgen`: what `torchrun -m` starts."""
 
-if __name__ == "__main__": main()
+from optgen.cli.main import main
+
+if __name__ == "__main__":
+    main()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Optimum', 'water_filling', 'Controller', 'Constant', 'linear_ramp', 'LinearWarmup', 'Cyclical', 'Capacity',
-           'FreeBits', 'Geco', 'ControlVae', 'SigmaVae', 'calibrated_nll']
+           'FreeBits', 'Geco', 'ControlVAE', 'SigmaVAE', 'calibrated_nll']
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0031414
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rules import check_count, check_number
+from .checks import check_count, check_number
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0071414
 class Optimum(NamedTuple):
@@ -119,7 +119,7 @@ class Controller:
         self.t = self.t + 1
         return self.value
 
-    def measured(self, distortion: Tensor | None) -> Tensor:
+    def require_distortion(self, distortion: Tensor | None) -> Tensor:
         """Return `ValueError` where there is none."""
         if distortion is None:
             raise ValueError(
@@ -312,7 +312,7 @@ class Geco(Controller):
         )
 
     def multiplier(self, rate, distortion):
-        C = self.measured(distortion) - self.target
+        C = self.require_distortion(distortion) - self.target
         self.mean = torch.where(
             self.t == 0, C, self.smoothing * self.mean + (1 - self.smoothing) * C
         )
@@ -321,7 +321,7 @@ class Geco(Controller):
         return (-self.log_lambda).exp()
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0341414
-class ControlVae(Controller):
+class ControlVAE(Controller):
     r"""Least distortion at rate $C$: a PI controller in its velocity form sets $\beta$, Eq.
     (control-vae). Shao et al. (2020).
 
@@ -350,7 +350,7 @@ class ControlVae(Controller):
         return (self.value + (self.P - P) - self.ki * e).clamp(self.low, self.high)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0391414
-class SigmaVae(Controller):
+class SigmaVAE(Controller):
     r"""$\beta=\hat\sigma^2$, the variance of the Gaussian decoder under which the batch is
     likeliest, Eq. (sigma-vae). Rybkin et al. (2021).
     """
@@ -361,7 +361,7 @@ class SigmaVae(Controller):
         self.dim = dim
 
     def multiplier(self, rate, distortion):
-        return 2 * self.measured(distortion) / self.dim
+        return 2 * self.require_distortion(distortion) / self.dim
 
 
 def calibrated_nll(distortion: Tensor, dim: int) -> Tensor:

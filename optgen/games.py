@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from .averaging import in_training, schedule_free
+from .averaging import is_in_train_mode, schedule_free_optimizers
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-2
 class Player:
@@ -56,14 +56,14 @@ class Player:
                 f"the optimizer steps {len(owned - mine)} tensors that are not its player's and misses {len(mine - owned)} that are: "
                 "make it from the same parameters, as in Player(model, loss, Adam(model.parameters()))"
             )
-        self.to_train()
+        self.restore_training_weights()
 
-    def to_train(self):
+    def restore_training_weights(self):
         """a schedule-free optimizer holds the weights to train, but within
         `optgen.averaging.evaluating`.
         """
-        for o in schedule_free(self.optimizer):
-            if not in_training(o):
+        for o in schedule_free_optimizers(self.optimizer):
+            if not is_in_train_mode(o):
                 o.train()
 
     def state_dict(self) -> dict:
@@ -95,7 +95,7 @@ class Player:
                 for k, w in state["weights"].items():
                     self.params[k].copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.to_train()
+        self.restore_training_weights()
 
 # %% ../nbs/10_optimizers/12_games.ipynb #23a2fcf4-3
 class Field(dict):
@@ -152,7 +152,7 @@ class Point:
         list of tensors.
         """
         wanted, names = {}, [loss for loss, _ in pairs]
-        pairs = [(self.game.voice(loss), wrt) for loss, wrt in pairs]
+        pairs = [(self.game.loss_owner(loss), wrt) for loss, wrt in pairs]
         for loss, wrt in dict.fromkeys(pairs):
             if (loss, wrt) not in self.mean:
                 wanted.setdefault(loss, []).append(wrt)
@@ -169,11 +169,13 @@ class Point:
         )
         self.mean |= {key: [next(fresh) for _ in self.local[key]] for key in keys}
         self.losses |= {loss: next(fresh) for loss in wanted}
-        self.losses |= {name: self.losses[self.game.voice(name)] for name in names}
+        self.losses |= {name: self.losses[self.game.loss_owner(name)] for name in names}
         return [self.mean[pair] for pair in pairs]
 
     def differentiate(self, loss: str, names: list) -> dict:
-        value = self.values[loss] if loss in self.values else self.game.loss_of(loss, self.batch)
+        value = (
+            self.values[loss] if loss in self.values else self.game.evaluate_loss(loss, self.batch)
+        )
         self.losses.setdefault(loss, value.detach())
         if self.graph:
             self.values[loss] = value
@@ -182,7 +184,7 @@ class Point:
         grads = iter(zip(grads, params))
         found = {name: [next(grads) for _ in self.game.params(name)] for name in names}
         for name, pairs in found.items():
-            if self.game.voice(name) == loss and all(g is None for g, _ in pairs):
+            if self.game.loss_owner(name) == loss and all(g is None for g, _ in pairs):
                 raise ValueError(
                     f"the loss of player {name!r} does not depend on its own parameters"
                 )
@@ -201,7 +203,7 @@ class Point:
         """over `move`."""
         return self.field(self.move)
 
-    def moving(self, *names):
+    def with_movers(self, *names):
         """the same point, what was evaluated shared, with `names` about to move."""
         other = copy.copy(self)
         other.move = names
@@ -230,7 +232,7 @@ class Point:
             along = [
                 (g, u)
                 for loss, wrt, us in t
-                for g, u in zip(self.local[self.game.voice(loss), wrt], us)
+                for g, u in zip(self.local[self.game.loss_owner(loss), wrt], us)
                 if g.requires_grad
             ]
             params = [p for name in names for p in self.game.params(name)]
@@ -292,7 +294,7 @@ class Rule:
         for part in self.parts():
             part.check(game)
 
-    def join(self):
+    def claim(self):
         """`ValueError` where the rule is another game's: it would remember that one's moves."""
         if self.taken:
             raise ValueError(
@@ -300,7 +302,7 @@ class Rule:
             )
         self.taken = True
         for part in self.parts():
-            part.join()
+            part.claim()
 
     def named(self, game, *names):
         for name in names:
@@ -414,12 +416,12 @@ class Game:
                     )
         self.rule = as_rule(rule)
         self.rule.check(self)
-        self.rule.join()
+        self.rule.claim()
 
     def params(self, name: str) -> list:
         return list(self.players[name].params.values())
 
-    def voice(self, name: str) -> str:
+    def loss_owner(self, name: str) -> str:
         """the first player of this loss: a shared loss is evaluated once."""
         return next(
             n for n, player in self.players.items() if player.loss == self.players[name].loss
@@ -431,7 +433,7 @@ class Game:
     def at(self, batch, move=None, graph: bool = False) -> Point:
         return Point(self, batch, move, graph)
 
-    def loss_of(self, name: str, batch) -> Tensor:
+    def evaluate_loss(self, name: str, batch) -> Tensor:
         """Return 0-dim, with its graph; `ValueError` for another shape or none."""
         with self.autocast():
             loss = self.players[name].loss(batch)
@@ -469,7 +471,7 @@ class Game:
         )
 
     @torch.no_grad()
-    def since(self, weights: Field) -> Field:
+    def displacement_from(self, weights: Field) -> Field:
         return Field(
             {
                 name: torch._foreach_sub(self.params(name), values)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .rules import check_count, check_number
+from .checks import check_count, check_number
 
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a0006
 def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
@@ -40,7 +40,7 @@ def orthogonal(G: Tensor, steps: int = 5) -> Tensor:
 
 class Muon(Optimizer):
     r"""Momentum, made orthogonal, for matrices and convolutions, Eq. (muon). Jordan et al. (2024).
-    `Together` moves what is neither beside it.
+    `CombinedOptimizer` moves what is neither beside it.
 
     Args:
         params: matrices and weights of convolutions, or groups with the options `transposed` and
@@ -123,7 +123,7 @@ class Muon(Optimizer):
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a1001
 def muon_groups(module: nn.Module, others=()) -> tuple:
     """A network's hidden matrices and the rest: `matrices, rest = muon_groups(net)`, then
-    `Together(Muon(matrices), Adam(rest))`. First and last are by the order in which the network
+    `CombinedOptimizer(Muon(matrices), Adam(rest))`. First and last are by the order in which the network
     holds its layers.
 
     Args:

@@ -38,7 +38,7 @@ def optgen(*args, **kwargs):
     "Run the command line in a process of its own, on one thread."
     env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
     return subprocess.run(
-        [sys.executable, "-c", "from optgen.cli import main; main()", *map(str, args)],
+        [sys.executable, "-c", "from optgen.cli.main import main; main()", *map(str, args)],
         capture_output=True,
         text=True,
         env=env,

@@ -20,20 +20,20 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from optgen import rules
-from optgen.controllers import ControlVae, FreeBits, Geco, SigmaVae
-from optgen.data import Batch, Images, digits
+from optgen.controllers import ControlVAE, FreeBits, Geco, SigmaVAE
+from optgen.data.images import Batch, digits, Images
 from optgen.games import Game, Player, Simultaneous
 from optgen.inner import Refinement
 from optgen.models.conditional import ConditionalVAE
 from optgen.models.flow import Logit, maf
 from optgen.models.pixels import MADE
-from optgen.models.vae import VAE, GaussianVAE
+from optgen.models.vae import GaussianVAE, VAE
 from optgen.optim import Adam, Momentum
-from optgen.parallel import init, together
+from optgen.training.parallel import abort_all_on_error, init_ranks
 from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
-from optgen.trainer import Interrupted, RunFolder, fit
+from optgen.training.trainer import fit, Interrupted, RunFolder
 
 RULES = {
     "simultaneous": Simultaneous,
@@ -152,7 +152,7 @@ def every(ranks=None):
 ELBOS = {  # what a BetaVAE is made of
     "geco": lambda: dict(beta=Geco(4.0, rate=0.02, smoothing=0.5)),
     "free bits": lambda: dict(beta=FreeBits(0.02)),
-    "sigma": lambda: dict(beta=SigmaVae(6)),
+    "sigma": lambda: dict(beta=SigmaVAE(6)),
     "iwae, sampled": lambda: dict(estimator="iwae", k=3, sampled=True),
     "dreg, geco": lambda: dict(estimator="dreg", k=3, beta=Geco(4.0, rate=0.02)),
     "semi": lambda: dict(inner=Refinement(2), beta=Geco(4.0, rate=0.02)),
@@ -171,7 +171,7 @@ def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
     players = parts.pop("players", 1)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVae) else VAE)(
+        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVAE) else VAE)(
             6, 8, 5, 2, activation=nn.Tanh
         ).to(dtype)
         optimizer = (
@@ -216,7 +216,7 @@ ASSISTED = {  # generator, coupling, and more
     "agreement": lambda: (
         ConditionalVAE(6, 3, 2, 5),
         Agreement(),
-        dict(weight=ControlVae(0.1, ki=0.05)),
+        dict(weight=ControlVAE(0.1, ki=0.05)),
     ),
     "reconstruction": lambda: (nn.Linear(5, 6), Reconstruction(to="classifier"), {}),
     "balanced": lambda: (nn.Linear(5, 6), Reconstruction(), dict(rule=Balanced(project=True))),
@@ -327,8 +327,8 @@ def own_norms(ranks=None):
 
 
 def follow_one(out):
-    ranks = init()
-    with together(ranks):
+    ranks = init_ranks()
+    with abort_all_on_error(ranks):
         torch.save(
             {
                 "every": every(ranks),
@@ -382,12 +382,12 @@ def run(out, name, game=None, epochs=3, **kwargs):
     except Interrupted as e:
         print(f"stopped: {e}", file=sys.stderr)
         sys.exit(128 + e.signum)
-    rank = init().rank if init() else 0
+    rank = init_ranks().rank if init_ranks() else 0
     torch.save({"state": game.state_dict(), "records": records}, out / f"{name}-{rank}.pt")
 
 
 def mine(rank, do):
-    return do if init() and init().rank == rank else lambda: None
+    return do if init_ranks() and init_ranks().rank == rank else lambda: None
 
 
 def fault(out, how):
@@ -409,7 +409,7 @@ def fault(out, how):
     if how == "evaluate":
         game.evaluate = lambda batches: {"loss": 1 / 0}
     if how == "model":
-        game = scheme(hidden=16 + init().rank)
+        game = scheme(hidden=16 + init_ranks().rank)
     if how == "noise":
         loss = game.players["model"].loss
         game.players["model"].loss = lambda b: loss(b) + 0 * torch.randn(len(b.x)).sum()
@@ -417,7 +417,11 @@ def fault(out, how):
         out,
         how,
         game,
-        images=few(190 + init().rank) if how == "data" else few(195) if how == "noise" else None,
+        images=few(190 + init_ranks().rank)
+        if how == "data"
+        else few(195)
+        if how == "noise"
+        else None,
         checkpoint_steps=5,
     )
 
@@ -452,7 +456,7 @@ def stop_early(out, name):
 
 
 def mistake(out, *args):
-    from optgen.cli import main
+    from optgen.cli.main import main
 
     main(["train", "beta-vae", *args, "--out", str(out / "mistake")])
 

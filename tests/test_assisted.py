@@ -8,22 +8,22 @@ from conftest import rng
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from optgen import checkpoint
-from optgen.controllers import ControlVae, Geco
-from optgen.data import Batch, Images, digits
+from optgen.training import checkpoint
+from optgen.controllers import ControlVAE, Geco
+from optgen.data.images import Batch, digits, Images
 from optgen.models.conditional import ConditionalVAE
 from optgen.models.ladder import LadderDecoder, LadderEncoder
 from optgen.models.vae import VAE
 from optgen.optim import Adam
 from optgen.schemes.assisted import (
-    RECEIVERS,
     Agreement,
     Assisted,
     Balanced,
     Denoising,
+    RECEIVERS,
     Reconstruction,
 )
-from optgen.trainer import fit
+from optgen.training.trainer import fit
 
 IMAGES = Images(
     digits("train").images[:, :, 4:28:3, 4:28:3].contiguous()[:300], digits("train").labels[:300]
@@ -67,7 +67,7 @@ PARTS = {  # name -> classifier, generator, coupling, and more
         Net(),
         nn.Linear(12, 64),
         Reconstruction("squared"),
-        dict(weight=ControlVae(2.0, ki=0.01)),
+        dict(weight=ControlVAE(2.0, ki=0.01)),
     ),
     "agreement, geco": lambda: (
         Net(),

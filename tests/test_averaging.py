@@ -8,24 +8,24 @@ from conftest import rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from optgen import checkpoint
+from optgen.training import checkpoint
 from optgen.averaging import (
     Average,
+    averages_of,
+    collect_evaluation_weights,
+    evaluating,
     Exponential,
+    posthoc_coefficients,
     Power,
     Profile,
-    averages_of,
-    coefficients,
-    evaluating,
     reconstruct,
-    to_evaluate,
 )
-from optgen.data import Images, digits
+from optgen.data.images import digits, Images
 from optgen.games import Game, Player
 from optgen.muon import Muon, muon_groups
-from optgen.optim import Adam, Together
+from optgen.optim import Adam, CombinedOptimizer
 from optgen.rules import Alternating, Clipped, Consensus, Extragradient, Lookahead, Optimistic
-from optgen.trainer import fit
+from optgen.training.trainer import fit
 
 FEW = Images(digits("train").images[:300], digits("train").labels[:300])
 KINDS = [
@@ -150,7 +150,7 @@ def test_foreign_snapshots_and_targets_out_of_reach():
 @pytest.mark.parametrize("seed", range(3))
 def test_any_profile_of_a_run_is_near_what_was_averaged_alongside(seed):
     class Odd(Profile):
-        def fresh(self, t):
+        def new_weight(self, t):
             return 1 / t**0.8
 
     w = torch.zeros(2000, dtype=torch.float64, requires_grad=True)
@@ -179,7 +179,7 @@ def test_any_profile_of_a_run_is_near_what_was_averaged_alongside(seed):
 
 
 def test_a_long_run_is_cheap():
-    c, residual = coefficients(
+    c, residual = posthoc_coefficients(
         [(Power.of_width(s), t) for t in range(50_000, 1_000_001, 50_000) for s in (0.05, 0.1)],
         Power.of_width(0.08),
         1_000_000,
@@ -234,7 +234,7 @@ def free(name):
         "wrapped": lambda net: schedulefree.ScheduleFreeWrapper(
             torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5), momentum=0.9
         ),
-        "beside": lambda net: Together(
+        "beside": lambda net: CombinedOptimizer(
             Muon([net[3].weight], 0.01),
             schedulefree.AdamWScheduleFree(
                 [p for k, p in net.named_parameters() if k != "3.weight"], lr=0.01
@@ -264,7 +264,7 @@ def test_schedule_free_players_resume_and_come_back_to_the_bit(name, tmp_path):
 
 
 def second_loader():
-    from optgen.data import Loader
+    from optgen.data.loading import Loader
 
     return Loader(FEW, 50)
 
@@ -296,7 +296,7 @@ def test_rules_that_put_weights_back_are_refused(rule):
 def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="two values"):
         fit(Scheme(free("sgd")), FEW, ema=0.9, out=tmp_path / "a")
-    assert not (tmp_path / "a").exists() and to_evaluate(Scheme(free("sgd")))[1]
+    assert not (tmp_path / "a").exists() and collect_evaluation_weights(Scheme(free("sgd")))[1]
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path)
     [
         lambda net: Adam(net.parameters(), 0.01),
         lambda net: torch.optim.Adam(net.parameters(), torch.tensor(0.01)),
-        lambda net: Together(
+        lambda net: CombinedOptimizer(
             Muon([net[3].weight], 0.02),
             Adam([p for k, p in net.named_parameters() if k != "3.weight"], 0.01),
         ),
@@ -380,7 +380,7 @@ def test_clipped(dtype, inner):
 def test_on_meta_and_under_autocast():
     scheme = Scheme(rule=Clipped(1.0), device="meta")
     scheme.averages = averages_of(scheme, Power(3.0))
-    from optgen.data import Batch
+    from optgen.data.images import Batch
 
     scheme.step(
         Batch(
@@ -418,7 +418,7 @@ def test_in_a_foreign_loop():
     unet = ddp.Unet(dim=8, dim_mults=(1,), channels=1, flash_attn=False)
     diffusion = ddp.GaussianDiffusion(unet, image_size=8, timesteps=10, auto_normalize=False)
     matrices, rest = muon_groups(unet)
-    opt = Together(Muon(matrices, 0.02), Adam(rest, 1e-3))
+    opt = CombinedOptimizer(Muon(matrices, 0.02), Adam(rest, 1e-3))
     warm = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=3)
     averages, snapshots, path = [Average(diffusion, Power.of_width(w)) for w in (0.05, 0.1)], [], []
     alongside = Average(diffusion, Power.of_width(0.08))

@@ -3,23 +3,24 @@
 import pytest
 import torch
 
-from optgen.data import DataError, Images, Loader, digits, mnist
+from optgen.data.images import DataError, digits, Images, mnist
+from optgen.data.loading import Loader
 from optgen.metrics import feature_stats, fid
 from optgen.models import classifier
 from optgen.models.classifier import (
-    WEIGHTS,
     Classifier,
     mnist_classifier,
-    predict,
-    shifted,
+    predict_classes,
+    random_shift,
     train_classifier,
-    warm_linear,
+    warmup_linear_decay,
+    WEIGHTS,
 )
 
 
 def test_shipped_weights_read_digits():
     model, test = mnist_classifier(), digits("test")
-    assert (predict(model, test.images) != test.labels).sum() == 16
+    assert (predict_classes(model, test.images) != test.labels).sum() == 16
     assert (
         not model.training
         and not any(p.requires_grad for p in model.parameters())
@@ -32,7 +33,7 @@ def test_shipped_weights_read_99_percent_of_mnist():
         test = mnist("test")
     except DataError:
         pytest.skip("MNIST is not here: set OPTGEN_DATA to where it is")
-    wrong = (predict(mnist_classifier(), test.images) != test.labels).sum().item()
+    wrong = (predict_classes(mnist_classifier(), test.images) != test.labels).sum().item()
     assert (
         wrong <= 100 and abs(wrong - 59) <= 1
     )  # 59 where it was measured; another order of summation may move one image
@@ -111,11 +112,11 @@ def test_no_labels():
 def test_shift_and_schedule():
     x = torch.zeros(500, 1, 5, 5)
     x[:, :, 2, 2] = 1
-    y = shifted(x, 2, torch.Generator().manual_seed(0))
+    y = random_shift(x, 2, torch.Generator().manual_seed(0))
     assert (y.sum((1, 2, 3)) == 1).all() and (y.sum(0) > 0).all()
-    assert max(warm_linear(t, 50) for t in range(50)) <= 1 and warm_linear(49, 50) == pytest.approx(
-        0.02
-    )
+    assert max(warmup_linear_decay(t, 50) for t in range(50)) <= 1 and warmup_linear_decay(
+        49, 50
+    ) == pytest.approx(0.02)
 
 
 def test_features_serve_a_distance():
@@ -132,7 +133,7 @@ def test_features_serve_a_distance():
 def test_on_the_device():
     test = digits("test")
     model = mnist_classifier("cuda")
-    assert (predict(model, test.images.cuda()).cpu() != test.labels).sum() <= 18
+    assert (predict_classes(model, test.images.cuda()).cpu() != test.labels).sum() <= 18
     assert feature_stats(
         [b.x for b in Loader(test, 200, device="cuda")], model.features
     ).cov.is_cuda

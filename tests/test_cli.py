@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, optgen
 from PIL import Image
 
-from optgen.cli import main
+from optgen.cli.main import main
 
 
 def run(*args):
@@ -149,7 +149,7 @@ def test_list_and_version(capsys):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
-    import optgen.trainer, optgen.viz  # the trainer takes its own save_grid before it is broken
+    import optgen.training.trainer, optgen.viz  # the trainer takes its own save_grid before it is broken
 
     def broken(*_):
         raise RuntimeError("our mistake")
@@ -162,7 +162,7 @@ def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
 def test_help_does_not_wait_for_torch():
     import subprocess, sys
 
-    code = "import sys; from optgen.cli import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from optgen.cli.main import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
@@ -221,7 +221,7 @@ RULES = (
     "rule, model", [(rule, ("mlp", "conv")[i % 2]) for i, rule in enumerate(RULES)]
 )
 def test_a_gan_by_every_rule(rule, model, few_images, tmp_path, capsys):
-    from optgen.cli import RULES as names
+    from optgen.cli.main import RULES as names
 
     assert {r.partition(":")[0] for r in RULES} == set(names)
     weight = (
@@ -329,7 +329,7 @@ def test_mistakes_with_a_gan_are_one_line_and_leave_nothing(
 @pytest.fixture
 def undrawn(monkeypatch):
     "To save time, a run leaves no pictures."
-    monkeypatch.setattr("optgen.trainer.RunFolder.draw", lambda *args: None)
+    monkeypatch.setattr("optgen.training.trainer.RunFolder.draw", lambda *args: None)
 
 
 def vae(few_images, *args):
@@ -451,7 +451,7 @@ def test_a_vae_every_way(way, few_images, tmp_path, capsys, undrawn):
 
 
 def test_every_name_is_tried():
-    from optgen.cli import BETAS, INFERENCE
+    from optgen.cli.main import BETAS, INFERENCE
 
     tried = [str(word).partition(":")[0] for args in WAYS.values() for word in args]
     assert {*BETAS, *INFERENCE, "conv", "autoregressive", "gaussian"} <= set(tried)
@@ -474,7 +474,7 @@ def test_a_schedule_is_of_the_length_with_which_the_run_began(few_images, tmp_pa
             and config["options"]["steps"] == 18
             and config["options"]["epoch_steps"] == 6
         )
-    from optgen.cli import open_run
+    from optgen.cli.main import open_run
 
     betas = {
         name: open_run(tmp_path / name, "cpu")[1].beta
@@ -928,9 +928,10 @@ def test_a_classifier_every_way(way, few_labelled, few_images, tmp_path, capsys,
 def test_the_labelled_images_are_balanced_seeded_and_apart_from_the_validation(
     few_labelled, tmp_path, undrawn
 ):
-    from optgen import cli, data
+    from optgen.cli import main as cli
+    from optgen.data.loading import load
 
-    images = data.load(str(few_labelled), size=8)
+    images = load(str(few_labelled), size=8)
     options = lambda **kw: dict(labels="12", seed=0, holdout=0.1) | kw
     pixels = lambda d: {x.numpy().tobytes() for x in d.images}
     places = {}
@@ -965,10 +966,11 @@ def test_the_labelled_images_are_balanced_seeded_and_apart_from_the_validation(
 
 
 def test_rare_classes_are_not_lost_to_validation():
-    from optgen import cli, data
+    from optgen.cli import main as cli
+    from optgen.data.images import Images
 
     labels = torch.cat([torch.zeros(1000), torch.ones(5), -torch.ones(7)]).long()
-    rare = data.Images(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)
+    rare = Images(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)
     train, valid, more = cli.few_of(dict(labels="all", seed=0, holdout=0.1), rare)
     assert (
         valid.labels.bincount().tolist() == [100, 1]

@@ -8,23 +8,23 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen import checkpoint
+from optgen.training import checkpoint
 from optgen.controllers import (
+    calibrated_nll,
     Capacity,
     Constant,
     Controller,
-    ControlVae,
+    ControlVAE,
     Cyclical,
     FreeBits,
     Geco,
-    LinearWarmup,
-    SigmaVae,
-    calibrated_nll,
     linear_ramp,
+    LinearWarmup,
+    SigmaVAE,
     water_filling,
 )
 from optgen.games import Game, Player
-from optgen.models.vae import VAE, gaussian_kl
+from optgen.models.vae import gaussian_kl, VAE
 from optgen.optim import SGD
 from optgen.rules import Alternating
 from optgen.testing import check_gradient
@@ -44,8 +44,8 @@ EVERYONE = {
     "free-bits": lambda: FreeBits(0.5, beta=0.7),
     "free-bits-groups": lambda: FreeBits(1.0, groups=2),
     "geco": lambda: Geco(8.0, rate=0.03, smoothing=0.8, clip=0.04, low=0.7, high=1.2),
-    "control": lambda: ControlVae(2.0, kp=0.3, ki=0.05, low=0.1, high=0.4),
-    "sigma": lambda: SigmaVae(7),
+    "control": lambda: ControlVAE(2.0, kp=0.3, ki=0.05, low=0.1, high=0.4),
+    "sigma": lambda: SigmaVAE(7),
 }
 everyone = pytest.mark.parametrize("name", EVERYONE)
 
@@ -168,7 +168,7 @@ def test_gradients_are_the_named_losses(seed):
     D = lambda: (kl - 3).square().sum() / 2
     R = lambda: kl.square().sum() / 2
     check_gradient(lambda: calibrated_nll(D(), 6), kl)
-    beta = SigmaVae(6).update(R(), D())
+    beta = SigmaVAE(6).update(R(), D())
     assert not beta.requires_grad
     assert (beta * grad(calibrated_nll(D(), 6) + R()) - grad(D() + beta * R())).abs().max() < 1e-13
     nll = lambda var: D() / var + 3 * math.log(2 * math.pi * var)
@@ -266,9 +266,9 @@ SET_POINTS = {  # controller, where it ends, how near D and each rate come, how 
     "cyclical": (lambda: Cyclical(300, beta=0.4), dict(beta=0.4), 1e-4, 0),
     "geco": (lambda: Geco(5.5, rate=0.05, smoothing=0.9), dict(distortion=5.5), 1e-5, 1e-5),
     "geco-low": (lambda: Geco(4.7, rate=0.05, smoothing=0.5), dict(distortion=4.7), 1e-5, 1e-5),
-    "control": (lambda: ControlVae(2.0, kp=0.1, ki=0.03, high=8.0), dict(rate=2.0), 1e-4, 1e-4),
+    "control": (lambda: ControlVAE(2.0, kp=0.1, ki=0.03, high=8.0), dict(rate=2.0), 1e-4, 1e-4),
     "control-bound": (
-        lambda: ControlVae(2.0, kp=0.1, ki=0.03, high=0.4),
+        lambda: ControlVAE(2.0, kp=0.1, ki=0.03, high=0.4),
         dict(beta=0.4),
         1e-4,
         1e-6,
@@ -299,7 +299,7 @@ def test_reaches_its_set_point(name):
 
 
 def test_sigma_vae_finds_the_variance_of_probabilistic_pca():
-    D, R, log = train(SigmaVae(4), z_dim=2, sigma=1.0, shift=2 * math.log(2 * math.pi))
+    D, R, log = train(SigmaVAE(4), z_dim=2, sigma=1.0, shift=2 * math.log(2 * math.pi))
     var = S.sort().values[:2].mean()
     o = water_filling(S, beta=var, z_dim=2)
     assert (
@@ -327,8 +327,8 @@ def test_one_latent_rests_at_its_floor():
         (lambda: Geco(9.0, rate=0.0), 1.0),
         (lambda: Geco(9.0, clip=0.0), 1.0),
         (lambda: Geco(9.0, low=1.0, high=1.0), 1.0),
-        (lambda: ControlVae(2.0, low=0.7, high=0.7), 0.7),
-        (lambda: ControlVae(2.0, kp=0.0, ki=0.0, low=0.7), 0.7),
+        (lambda: ControlVAE(2.0, low=0.7, high=0.7), 0.7),
+        (lambda: ControlVAE(2.0, kp=0.0, ki=0.0, low=0.7), 0.7),
     ],
 )
 def test_limits_are_the_beta_vae(make, beta):
@@ -383,7 +383,7 @@ def test_control_does_not_wind_up(low, high, R):
     "However long it was held at an end, it leaves the end within the steps that its gains need."
     steps = []
     for held in (10, 10_000):
-        c = ControlVae(5.0, kp=0.01, ki=0.01, low=low, high=high)
+        c = ControlVAE(5.0, kp=0.01, ki=0.01, low=low, high=high)
         for _ in range(held):
             c.update(torch.tensor(R))
         assert abs(c.value - (low if R < 5 else high)) < 1e-3
@@ -620,13 +620,13 @@ def test_compiled_step_is_eager_and_compiles_once(name):
         (lambda: Geco(1.0, low=2.0), "beta starts at 1"),
         (lambda: Geco(1.0, high=math.inf), "high inf"),
         (lambda: Geco(1.0).update(torch.ones(3)), r"call update\(rate, distortion\)"),
-        (lambda: SigmaVae(3).update(torch.ones(3)), "set from the distortion"),
-        (lambda: ControlVae(-1.0), "target"),
-        (lambda: ControlVae(1.0, kp=-1.0), "kp"),
-        (lambda: ControlVae(1.0, ki=math.nan), "ki"),
-        (lambda: ControlVae(1.0, low=-1.0), "0 <= low"),
-        (lambda: ControlVae(1.0, low=2.0, high=1.0), "low 2.0, high 1.0"),
-        (lambda: SigmaVae(0), "dim must be"),
+        (lambda: SigmaVAE(3).update(torch.ones(3)), "set from the distortion"),
+        (lambda: ControlVAE(-1.0), "target"),
+        (lambda: ControlVAE(1.0, kp=-1.0), "kp"),
+        (lambda: ControlVAE(1.0, ki=math.nan), "ki"),
+        (lambda: ControlVAE(1.0, low=-1.0), "0 <= low"),
+        (lambda: ControlVAE(1.0, low=2.0, high=1.0), "low 2.0, high 1.0"),
+        (lambda: SigmaVAE(0), "dim must be"),
         (lambda: water_filling(S, beta=1.0, rate=1.0), "one of beta"),
         (lambda: water_filling(S), "one of beta"),
         (lambda: water_filling(S, beta=0.0), "out of reach"),
@@ -691,8 +691,8 @@ def pythae():
 CONSTANT = 2 * math.log(2 * math.pi)  # pythae's distortion goes without it
 DROP_IN = {
     "geco": (lambda: Geco(1.9, rate=0.05, smoothing=0.9), dict(distortion=1.9 + CONSTANT)),
-    "control": (lambda: ControlVae(1.2, kp=0.05, ki=0.01, high=5.0), dict(rate=1.2)),
-    "sigma": (lambda: SigmaVae(4), dict(beta=0.4)),
+    "control": (lambda: ControlVAE(1.2, kp=0.05, ki=0.01, high=5.0), dict(rate=1.2)),
+    "sigma": (lambda: SigmaVAE(4), dict(beta=0.4)),
 }  # .4: the mean of the two least variances
 
 

@@ -10,26 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from optgen import data
-from optgen.data import (
-    DataError,
-    ImageFiles,
-    Images,
-    Loader,
-    Sequences,
-    SyntheticSequences,
-    digits,
-    fashion_mnist,
-    image_folder,
-    load,
-    mnist,
-    stacked,
-    synthetic_sequences,
-)
+from optgen.data import images as image_sets
+from optgen.data.folders import image_folder, ImageFiles
+from optgen.data.images import DataError, digits, fashion_mnist, Images, mnist
+from optgen.data.loading import load, Loader, split_holdout
+from optgen.data.sequences import Sequences
+from optgen.data.toy import stacked_digits
+from optgen.models.synthetic import synthetic_sequences, SyntheticSequences
 from optgen.games import Game, Player
 from optgen.optim import SGD
 from optgen.testing import assert_mean
-from optgen.trainer import fit
+from optgen.training.trainer import fit
 
 SETS = {"MNIST": mnist, "FashionMNIST": fashion_mnist}
 
@@ -71,7 +62,7 @@ def known(monkeypatch, tmp_path):
     "`known(place)` writes such a set to a folder and makes its checksums the expected ones."
 
     def make(place, kind="MNIST"):
-        monkeypatch.setitem(data._sha256, (kind, "test"), write_set(tmp_path / place, kind))
+        monkeypatch.setitem(image_sets._sha256, (kind, "test"), write_set(tmp_path / place, kind))
         return tmp_path / place
 
     return make
@@ -107,15 +98,18 @@ def test_digits_are_small_and_licensed():
         (lambda b: b[:-100], "cannot be read"),
         (lambda b: b"no xz file", "cannot be read"),
         (lambda b: b"", "cannot be read"),
-        (lambda b: data.lzma.compress(data.lzma.decompress(b)[:-1] + b"\xff"), "altered"),
+        (
+            lambda b: image_sets.lzma.compress(image_sets.lzma.decompress(b)[:-1] + b"\xff"),
+            "altered",
+        ),
     ],
 )
 def test_damaged_digits_are_refused(monkeypatch, tmp_path, damage, word):
     if damage:
         (tmp_path / "digits-test.xz").write_bytes(
-            damage((data.ASSETS / "digits-test.xz").read_bytes())
+            damage((image_sets.ASSETS / "digits-test.xz").read_bytes())
         )
-    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    monkeypatch.setattr(image_sets, "ASSETS", tmp_path)
     with pytest.raises(DataError) as e:
         digits("test")
     one_line(e, tmp_path / "digits-test.xz", word, "pip install --force-reinstall")
@@ -128,7 +122,7 @@ def test_damaged_digits_are_refused(monkeypatch, tmp_path, damage, word):
 def test_a_missing_set_is_named_with_its_command(kind, tmp_path):
     with pytest.raises(DataError) as e:
         SETS[kind]()
-    command = f"python -c 'from optgen.data import {SETS[kind].__name__}; {SETS[kind].__name__}(download=True)'"
+    command = f"python -c 'from optgen.data.images import {SETS[kind].__name__}; {SETS[kind].__name__}(download=True)'"
     one_line(e, f"{kind}/raw/train-images-idx3-ubyte", "no such file", command, "--data digits")
     with pytest.raises(DataError) as e:
         SETS[kind](root=tmp_path)
@@ -199,14 +193,14 @@ def test_a_folder_in_place_of_a_file_is_refused(known):
 
 
 def test_download_only_on_request_and_only_what_is_missing(monkeypatch, tmp_path):
-    monkeypatch.setitem(data._sha256, ("MNIST", "test"), write_set(tmp_path / "served"))
+    monkeypatch.setitem(image_sets._sha256, ("MNIST", "test"), write_set(tmp_path / "served"))
     calls = []
 
     def fetch(place, train, download):
         calls.append(place)
         write_set(place)
 
-    monkeypatch.setattr(data.datasets, "MNIST", fetch)
+    monkeypatch.setattr(image_sets.datasets, "MNIST", fetch)
     fetch.classes = list("0123456789")
     with pytest.raises(DataError):
         mnist("test")
@@ -219,7 +213,7 @@ def test_download_only_on_request_and_only_what_is_missing(monkeypatch, tmp_path
 
 
 def test_a_failed_download_says_so(monkeypatch):
-    monkeypatch.setattr(data.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(image_sets.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     with pytest.raises(DataError) as e:
         mnist(download=True)
     one_line(e, "cannot download MNIST", "127.0.0.1", "get on the network")
@@ -339,7 +333,8 @@ def test_a_workers_error_is_one_line(tmp_path):
 
 RESUME = """
 import sys, torch
-from optgen.data import Loader, digits
+from optgen.data.images import digits
+from optgen.data.loading import Loader
 for kind in ("static", "dynamic"):
     loader = Loader(digits("test"), 300, binarize=kind, seed=3)
     loader.load_state_dict(torch.load(f"{sys.argv[1]}/{kind}.state", weights_only=True))
@@ -451,21 +446,21 @@ def test_cuda_serves_the_same_without_waiting(binarize):
 @pytest.mark.parametrize("channels", [1, 2, 3])
 def test_stacks_are_images_with_their_numbers(channels):
     source = digits("test")
-    few = stacked(source, 50, channels, seed=channels)
+    few = stacked_digits(source, 50, channels, seed=channels)
     at = {x.numpy().tobytes(): y for x, y in zip(source.images, source.labels.tolist())}
     for x, y in zip(few.images, few.labels.tolist()):
         assert int("".join(str(at[c.numpy().tobytes()]) for c in x)) == y
     assert few.shape == (channels, 28, 28) and torch.equal(
-        few.labels, stacked(source, 50, channels, seed=channels).labels
+        few.labels, stacked_digits(source, 50, channels, seed=channels).labels
     )
     assert next(iter(Loader(few, 10))).x.shape == (10, channels, 28, 28)
 
 
 def test_only_grey_images_with_labels_are_stacked():
     for bad, word in (
-        (lambda: stacked(stacked(digits("test"), 9)), "grey"),
-        (lambda: stacked(Images(digits("test").images)), "labels"),
-        (lambda: stacked(digits("test"), 0), "no image"),
+        (lambda: stacked_digits(stacked_digits(digits("test"), 9)), "grey"),
+        (lambda: stacked_digits(Images(digits("test").images)), "labels"),
+        (lambda: stacked_digits(digits("test"), 0), "no image"),
     ):
         with pytest.raises(DataError) as e:
             bad()
@@ -475,8 +470,10 @@ def test_only_grey_images_with_labels_are_stacked():
 @pytest.mark.cuda
 def test_stacks_are_the_same_on_every_device():
     source = digits("test")
-    there = stacked(Images(source.images.cuda(), source.labels.cuda()), 99)
-    assert there.images.is_cuda and torch.equal(there.images.cpu(), stacked(source, 99).images)
+    there = stacked_digits(Images(source.images.cuda(), source.labels.cuda()), 99)
+    assert there.images.is_cuda and torch.equal(
+        there.images.cpu(), stacked_digits(source, 99).images
+    )
 
 
 # sequences
@@ -567,7 +564,7 @@ def test_splits_of_sequences_repeat_and_differ():
         assert a.fingerprint == synthetic_sequences("test").fingerprint
     finally:
         torch.set_default_dtype(torch.float32)
-    rest, held = data.hold_out(a, 0.25)
+    rest, held = split_holdout(a, 0.25)
     assert len(rest) == 1500 and type(held) is Sequences and held.split == "test"
 
 

@@ -8,12 +8,12 @@ from conftest import rng
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.data import Batch, Images, digits
+from optgen.data.images import Batch, digits, Images
 from optgen.models.diffusion import CosineSchedule, Denoiser, LinearSchedule, StraightSchedule, UNet
-from optgen.parallel import slice_of, tensors_of
+from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.rules import Extragradient
-from optgen.schemes.denoising import WEIGHTS, AdaptiveLevels, DenoisingDiffusion, Uncertainty
-from optgen.trainer import fit
+from optgen.schemes.denoising import AdaptiveLevels, DenoisingDiffusion, Uncertainty, WEIGHTS
+from optgen.training.trainer import fit
 
 DIGITS = digits("train")
 IMAGES = Images(
@@ -132,8 +132,8 @@ def test_shards_make_the_whole(name):
     scheme = tiny(name).to(torch.float64)
     scheme.model.double()
     b = scheme.draw_noise(batch(2, like=torch.zeros((), dtype=torch.float64)), rng(1))
-    assert {len(t) for t in tensors_of(b)} == {20}
-    halves = [slice_of(b, slice(10 * r, 10 * r + 10)) for r in range(2)]
+    assert {len(t) for t in batch_tensors(b)} == {20}
+    halves = [slice_batch(b, slice(10 * r, 10 * r + 10)) for r in range(2)]
     assert torch.allclose(sum(map(scheme.loss, halves)) / 2, scheme.loss(b))
     one, two = AdaptiveLevels(5), AdaptiveLevels(5)
     losses = scheme.errors(b).detach()

@@ -4,19 +4,19 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen import checkpoint
-from optgen.data import digits
+from optgen.training import checkpoint
+from optgen.data.images import digits
 from optgen.models.diffusion import (
-    SAMPLERS,
-    TARGETS,
     CosineSchedule,
     Denoiser,
     LogNormalSchedule,
+    ode_log_prob,
     PerceptronDenoiser,
     PowerSchedule,
+    SAMPLERS,
+    TARGETS,
+    training_target,
     UNet,
-    ode_log_prob,
-    target_of,
     variational_bound,
 )
 from optgen.optim import Adam
@@ -51,7 +51,7 @@ def learn(model, name, steps=None, bfloat16=False):
         sigma = LogNormalSchedule()(torch.rand(len(x), generator=rng(t + 1000))).to(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             out = model.output(x + sigma.view(-1, *[1] * (x.ndim - 1)) * noise, sigma)
-        loss = ((out - target_of(x, noise, sigma, model.target)) ** 2).mean()
+        loss = ((out - training_target(x, noise, sigma, model.target)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -101,7 +101,7 @@ def test_nothing_waits_for_the_device(name):
     sigma = CosineSchedule()(torch.rand(4, device="meta"))
     for target in TARGETS:
         model.target = target
-        ((model.output(y, sigma) - target_of(y, y, sigma, target)) ** 2).mean().backward()
+        ((model.output(y, sigma) - training_target(y, y, sigma, target)) ** 2).mean().backward()
     for sampler in SAMPLERS.values():
         assert sampler(model, y, PowerSchedule().steps(3)).is_meta
     assert (

@@ -8,27 +8,28 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen import checkpoint
+from optgen.training import checkpoint
 from optgen.controllers import (
     Capacity,
     Constant,
-    ControlVae,
+    ControlVAE,
     Cyclical,
     FreeBits,
     Geco,
     LinearWarmup,
-    SigmaVae,
+    SigmaVAE,
 )
-from optgen.data import Batch, Images, digits, synthetic_sequences
+from optgen.data.images import Batch, digits, Images
+from optgen.models.synthetic import synthetic_sequences
 from optgen.estimators import ESTIMATORS
 from optgen.games import Game, Player
-from optgen.inner import PASSES, Refinement
+from optgen.inner import DECODER_PASSES, Refinement
 from optgen.models.autoregressive import AutoregressiveVAE, SequenceVAE
-from optgen.models.vae import VAE, GaussianVAE
-from optgen.optim import SGD, Adam
+from optgen.models.vae import GaussianVAE, VAE
+from optgen.optim import Adam, SGD
 from optgen.rules import Alternating
 from optgen.schemes.elbo import Aggressive, BetaVAE
-from optgen.trainer import fit
+from optgen.training.trainer import fit
 
 F64 = torch.float64
 IMAGES = digits("train").images[:200, :, 4:28:3, 4:28:3].contiguous()
@@ -41,8 +42,8 @@ CONTROLLERS = {
     "free-bits": lambda: FreeBits(0.05),
     "free-bits-groups": lambda: FreeBits(0.1, groups=1),
     "geco": lambda: Geco(40.0, rate=0.01, smoothing=0.8),
-    "control": lambda: ControlVae(1.0, kp=0.1, ki=0.05),
-    "sigma": lambda: SigmaVae(64),
+    "control": lambda: ControlVAE(1.0, kp=0.1, ki=0.05),
+    "sigma": lambda: SigmaVAE(64),
 }
 ESTIMATES = {
     "stl": dict(estimator="stl", k=2),
@@ -56,12 +57,15 @@ ESTIMATES = {
 PARTS = {  # what a BetaVAE is made of, by name
     **{name: lambda make=make: dict(beta=make()) for name, make in CONTROLLERS.items()},
     **{name: lambda kw=kw: kw for name, kw in ESTIMATES.items()},
-    **{f"semi {mode}": lambda mode=mode: dict(inner=Refinement(2, mode=mode)) for mode in PASSES},
+    **{
+        f"semi {mode}": lambda mode=mode: dict(inner=Refinement(2, mode=mode))
+        for mode in DECODER_PASSES
+    },
     "together": lambda: dict(optimizer=2),
     "alternating": lambda: dict(optimizer=2, rule=Alternating()),
     "aggressive": lambda: dict(optimizer=2, rule=Aggressive(2, 3, 4)),
-    "sigma, alternating": lambda: dict(beta=SigmaVae(64), optimizer=2, rule=Alternating()),
-    "sigma, semi": lambda: dict(beta=SigmaVae(64), inner=Refinement(2)),
+    "sigma, alternating": lambda: dict(beta=SigmaVAE(64), optimizer=2, rule=Alternating()),
+    "sigma, semi": lambda: dict(beta=SigmaVAE(64), inner=Refinement(2)),
     "geco, alternating, dreg": lambda: dict(
         beta=Geco(40.0, rate=0.01), optimizer=2, rule=Alternating(), estimator="dreg", k=2
     ),
@@ -92,7 +96,7 @@ def tiny(
     parts = PARTS[name]() | more
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVae) else VAE)(64, 12, 8, 3).to(
+        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVAE) else VAE)(64, 12, 8, 3).to(
             dtype
         )
     two = parts.pop("optimizer", 1) == 2
@@ -145,7 +149,7 @@ def test_every_part_is_tried():
     assert {type(make()) for make in CONTROLLERS.values()} == offered
     assert {tiny(name).estimator for name in PARTS} == set(ESTIMATORS) and {
         s.inner.mode for name in PARTS if (s := tiny(name)).inner
-    } == set(PASSES)
+    } == set(DECODER_PASSES)
 
 
 @everyone
@@ -590,7 +594,7 @@ def test_autoregressive_images(tmp_path):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return BetaVAE(
-                AutoregressiveVAE((1, 8, 8), 2, hidden=16, width=8, radius=2), beta=ControlVae(2.0)
+                AutoregressiveVAE((1, 8, 8), 2, hidden=16, width=8, radius=2), beta=ControlVAE(2.0)
             )
 
     scheme, records = resumed(make, data, tmp_path, valid=data, binarize="dynamic", ema=0.9)

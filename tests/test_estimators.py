@@ -7,10 +7,10 @@ import torch
 from conftest import rng
 from torch.distributions import Normal, kl_divergence
 
-from optgen.estimators import ESTIMATORS, check_estimator, estimate
+from optgen.estimators import bound_loss, check_estimator, ESTIMATORS
 from optgen.metrics import log_weights
-from optgen.models.vae import VAE, ConvVAE, elbo_terms
-from optgen.testing import LinearGaussian, assert_mean, check_gradient
+from optgen.models.vae import ConvVAE, elbo_terms, VAE
+from optgen.testing import assert_mean, check_gradient, LinearGaussian
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 KINDS = [(name, False) for name in ESTIMATORS] + [("iwae", True), ("dreg", True)]
@@ -55,7 +55,7 @@ def test_values_are_the_bounds(build, seed):
     )
     for name, sampled in KINDS:
         assert torch.allclose(
-            estimate(model, x, eps, name, beta, sampled=sampled, u=u), want[name], rtol=1e-12
+            bound_loss(model, x, eps, name, beta, sampled=sampled, u=u), want[name], rtol=1e-12
         )
 
 
@@ -64,7 +64,7 @@ def test_reduces_to_its_parents(build):
     model = build().double()
     x, eps, _ = batch(k=1, dtype=torch.float64)
     distortion, rate = elbo_terms(model, x, eps[0])
-    loss = estimate(model, x, eps, beta=0.7)
+    loss = bound_loss(model, x, eps, beta=0.7)
     assert torch.allclose(loss, distortion + 0.7 * rate, rtol=1e-12)
     assert torch.allclose(
         gradient(loss.sum(), model),
@@ -72,7 +72,7 @@ def test_reduces_to_its_parents(build):
         rtol=1e-9,
         atol=1e-12,
     )
-    loss, want = estimate(model, x, eps, "iwae"), -log_weights(model, x, eps)[0][0]
+    loss, want = bound_loss(model, x, eps, "iwae"), -log_weights(model, x, eps)[0][0]
     assert torch.allclose(loss, want, rtol=1e-12)
     assert torch.allclose(
         gradient(loss.sum(), model), gradient(want.sum(), model), rtol=1e-9, atol=1e-10
@@ -87,7 +87,7 @@ def test_gradient_is_that_of_the_value(name, beta):
         (torch.rand(3, 6, generator=rng()) < 0.5).double(),
         torch.randn(4, 3, 2, generator=rng(1), dtype=torch.float64),
     )
-    check_gradient(lambda: estimate(model, x, eps, name, beta).sum(), model.parameters())
+    check_gradient(lambda: bound_loss(model, x, eps, name, beta).sum(), model.parameters())
 
 
 @pytest.mark.parametrize("beta", [0.4, 1.0, 2.0])
@@ -105,7 +105,7 @@ def test_estimators_of_one_bound_share_a_mean(beta):
         )
         found = {
             kind: gradient(
-                estimate(model, x, eps, kind[0], beta, sampled=kind[1], u=u).mean(), model
+                bound_loss(model, x, eps, kind[0], beta, sampled=kind[1], u=u).mean(), model
             )
             for kind in KINDS
         }
@@ -126,7 +126,7 @@ def test_noise_of_stl_and_dreg_vanishes_at_the_posterior():
     )
     for name, sampled in KINDS:
         q = [t.clone().requires_grad_() for t in model.encoder(x)]
-        loss = estimate(model, x, eps, name, q=q, sampled=sampled)
+        loss = bound_loss(model, x, eps, name, q=q, sampled=sampled)
         size = max(g.abs().max() for g in torch.autograd.grad(loss.sum(), q))
         assert (size < 1e-12) == (name in ("stl", "dreg"))
         assert torch.allclose(loss, -model.marginal.log_prob(x), rtol=1e-12) == (name != "elbo")
@@ -147,7 +147,7 @@ def test_controller_is_asked_once_and_its_price_is_differentiable(name, sampled)
         calls.append(1)
         return price
 
-    estimate(model, x, eps, name, beta, sampled=sampled, u=u).sum().backward()
+    bound_loss(model, x, eps, name, beta, sampled=sampled, u=u).sum().backward()
     assert len(calls) == 1 and price.grad.isfinite().all() and (price.grad != 0).all()
 
 
@@ -156,7 +156,8 @@ def test_loss_is_a_function_of_parameters_and_noise(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     state = torch.get_rng_state()
     a, b = (
-        gradient(estimate(model, x, eps, name, sampled=sampled, u=u).sum(), model) for _ in range(2)
+        gradient(bound_loss(model, x, eps, name, sampled=sampled, u=u).sum(), model)
+        for _ in range(2)
     )
     assert torch.equal(a, b) and torch.equal(state, torch.get_rng_state())
 
@@ -166,7 +167,7 @@ def test_a_drawn_index_is_torchs_own_without_u():
     x, eps = x.repeat(20, 1, 1, 1), torch.randn(3, 80, 3)
     draw = lambda seed: (
         torch.manual_seed(seed),
-        gradient(estimate(model, x, eps, "iwae", beta=0.0, sampled=True).sum(), model),
+        gradient(bound_loss(model, x, eps, "iwae", beta=0.0, sampled=True).sum(), model),
     )[1]
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
@@ -175,9 +176,9 @@ def test_a_drawn_index_is_torchs_own_without_u():
 def test_no_grad_gives_the_value(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     with torch.no_grad():
-        loss = estimate(model, x, eps, name, sampled=sampled, u=u)
+        loss = bound_loss(model, x, eps, name, sampled=sampled, u=u)
     assert not loss.requires_grad and torch.allclose(
-        loss, estimate(model, x, eps, name, sampled=sampled, u=u)
+        loss, bound_loss(model, x, eps, name, sampled=sampled, u=u)
     )
 
 
@@ -185,11 +186,11 @@ def test_no_grad_gives_the_value(name, sampled):
 def test_frozen_decoder_and_frozen_encoder(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     for net, other in ((model.q_net, model.p_net), (model.p_net, model.q_net)):
-        estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
+        bound_loss(model, x, eps, name, sampled=sampled, u=u).sum().backward()
         full = [p.grad.clone() for p in net.parameters()]
         model.zero_grad()
         other.requires_grad_(False)
-        estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
+        bound_loss(model, x, eps, name, sampled=sampled, u=u).sum().backward()
         assert all(
             torch.allclose(p.grad, g, rtol=1e-5, atol=1e-7) for p, g in zip(net.parameters(), full)
         )
@@ -202,7 +203,7 @@ def test_frozen_decoder_and_frozen_encoder(name, sampled):
 def test_meta_device(build, name, sampled):
     with torch.device("meta"):
         model, x, eps = build(), torch.rand(4, 1, 28, 28), torch.randn(3, 4, 3)
-    loss = estimate(model, x, eps, name, sampled=sampled)
+    loss = bound_loss(model, x, eps, name, sampled=sampled)
     loss.sum().backward()
     assert loss.is_meta and loss.shape == (4,) and all(p.grad.is_meta for p in model.parameters())
 
@@ -211,9 +212,9 @@ def test_meta_device(build, name, sampled):
 def test_compiles_as_one_graph(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     torch.compiler.reset()
-    compiled = torch.compile(estimate, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(bound_loss, fullgraph=True, backend="aot_eager")
     for beta in (0.5, lambda distortion, rate: rate.mean(0).tanh()):
-        a, b = (f(model, x, eps, name, beta, sampled=sampled, u=u) for f in (compiled, estimate))
+        a, b = (f(model, x, eps, name, beta, sampled=sampled, u=u) for f in (compiled, bound_loss))
         assert torch.allclose(a, b, rtol=1e-5)
         assert torch.allclose(
             gradient(a.sum(), model), gradient(b.sum(), model), rtol=1e-3, atol=1e-4
@@ -224,22 +225,22 @@ def test_a_changing_number_is_not_compiled_anew():
     model, (x, eps, _) = BUILD["VAE"](), batch()
     torch.compiler.reset()
     compiled = torch.compile(
-        estimate, fullgraph=True, backend="eager"
+        bound_loss, fullgraph=True, backend="eager"
     )  # raises where it would be compiled more than eight times
     for i in range(12):
         assert torch.allclose(
             compiled(model, x, eps, "iwae", 0.3 + i / 10),
-            estimate(model, x, eps, "iwae", 0.3 + i / 10),
+            bound_loss(model, x, eps, "iwae", 0.3 + i / 10),
             rtol=1e-5,
         )
 
 
 def same_on(model, name, sampled, device, dtype):
     x, eps, u = batch()
-    exact = estimate(model, x, eps, name, sampled=sampled, u=u).detach()
+    exact = bound_loss(model, x, eps, name, sampled=sampled, u=u).detach()
     model, x, eps, u = model.to(device), x.to(device), eps.to(device), u.to(device)
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
-        loss = estimate(model, x, eps, name, sampled=sampled, u=u)
+        loss = bound_loss(model, x, eps, name, sampled=sampled, u=u)
     loss.sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.device == x.device for p in model.parameters())
     assert loss.device == x.device and loss.dtype == torch.float32
@@ -263,7 +264,7 @@ def test_cuda_without_a_sync(build, name, sampled, dtype):
     model, (x, eps, u) = build().cuda(), (t.cuda() for t in batch())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        estimate(model, x, eps, name, sampled=sampled, u=u).sum().backward()
+        bound_loss(model, x, eps, name, sampled=sampled, u=u).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -273,7 +274,7 @@ def test_descends(name, sampled):
     model, (x, _, _), g = VAE(784, 32, 16, 3), batch(n=16), rng(5)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(60):
-        loss = estimate(
+        loss = bound_loss(
             model,
             x,
             torch.randn(4, 16, 3, generator=g),
@@ -291,7 +292,7 @@ def test_descends(name, sampled):
 def test_a_nan_is_not_hidden(name, sampled):
     model, (x, eps, u) = BUILD["VAE"](), batch()
     x[1] = math.nan
-    loss = estimate(model, x, eps, name, sampled=sampled, u=u)
+    loss = bound_loss(model, x, eps, name, sampled=sampled, u=u)
     assert loss[1].isnan() and loss[[0, 2, 3]].isfinite().all()
 
 
@@ -305,7 +306,7 @@ def test_the_only_possible_sample_is_drawn(place, u):
     eps[place] = 1.0
     q = torch.zeros(5, 2, requires_grad=True), torch.zeros(5, 2)
     for name in ("iwae", "dreg"):
-        loss = estimate(
+        loss = bound_loss(
             Positive(), torch.zeros(5, 1), eps, name, q=q, sampled=True, u=torch.full((5,), u)
         )
         assert (
@@ -320,16 +321,16 @@ def test_the_only_possible_sample_is_drawn(place, u):
         (lambda m, x, e: check_estimator("IWAE"), "'elbo', 'stl', 'iwae', 'dreg'; got 'IWAE'"),
         (lambda m, x, e: check_estimator("iwae", True), "k must be an integer"),
         (lambda m, x, e: check_estimator("elbo", 5, sampled=True), "no weights to draw"),
-        (lambda m, x, e: estimate(m, x, e[:0]), "at least 1; got 0"),
-        (lambda m, x, e: estimate(m, x, e[..., :2]), "(k, 4, 3), got (3, 4, 2)"),
-        (lambda m, x, e: estimate(m, x, e, beta=math.nan), "beta must be a finite number"),
-        (lambda m, x, e: estimate(m, x, e, beta=lambda d, r: -1), "beta must be a finite number"),
+        (lambda m, x, e: bound_loss(m, x, e[:0]), "at least 1; got 0"),
+        (lambda m, x, e: bound_loss(m, x, e[..., :2]), "(k, 4, 3), got (3, 4, 2)"),
+        (lambda m, x, e: bound_loss(m, x, e, beta=math.nan), "beta must be a finite number"),
+        (lambda m, x, e: bound_loss(m, x, e, beta=lambda d, r: -1), "beta must be a finite number"),
         (
-            lambda m, x, e: estimate(m, x, e, beta=torch.ones(4, 3)),
+            lambda m, x, e: bound_loss(m, x, e, beta=torch.ones(4, 3)),
             "for each of 3 latents; got shape (4, 3)",
         ),
         (
-            lambda m, x, e: estimate(m, x, e, "dreg", sampled=True, u=torch.rand(3)),
+            lambda m, x, e: bound_loss(m, x, e, "dreg", sampled=True, u=torch.rand(3)),
             "each of 4 images",
         ),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TINY, optgen
 
-from optgen import checkpoint
+from optgen.training import checkpoint
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="signals and file-size limits are POSIX's"
@@ -44,7 +44,7 @@ import json, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from optgen import checkpoint, controllers, data, inner, trainer
-from optgen.cli import main
+from optgen.cli.main import main
 from optgen.models import autoregressive, vae
 from optgen.schemes import elbo
 out, seed, tiny = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
@@ -101,7 +101,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
     command = [
         sys.executable,
         "-c",
-        "from optgen.cli import main; main()",
+        "from optgen.cli.main import main; main()",
         *TINY,
         "--epochs",
         "2",
@@ -184,7 +184,7 @@ DAMAGE = {
     ],
 )
 def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, tiny_run, capsys, command, how):
-    from optgen.cli import main
+    from optgen.cli.main import main
 
     run = shutil.copytree(tiny_run, tmp_path / "run")
     damage(run, how)
@@ -224,7 +224,7 @@ class Bomb:
     ],
 )
 def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_run, capsys, wrap):
-    from optgen.cli import main
+    from optgen.cli.main import main
 
     run = shutil.copytree(tiny_run, tmp_path / "run")
     wrap(Bomb(str(tmp_path / "exploded")), run / "checkpoint.pt")
@@ -266,7 +266,7 @@ def test_a_longer_run_that_is_stopped_again_knows_how_long(tmp_path, tiny_run):
     command = [
         sys.executable,
         "-c",
-        "from optgen.cli import main; main()",
+        "from optgen.cli.main import main; main()",
         "train",
         "--resume",
         str(run),

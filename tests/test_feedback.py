@@ -6,16 +6,16 @@ import math
 import pytest
 import torch
 
-from optgen.checkpoint import load, save
-from optgen.data import Batch, Images, digits
+from optgen.training.checkpoint import load, save
+from optgen.data.images import Batch, digits, Images
 from optgen.models.gan import (
-    GAN_LOSSES,
     ConvDiscriminator,
     ConvGenerator,
+    GAN_LOSSES,
     MLPDiscriminator,
     MLPGenerator,
 )
-from optgen.optim import SGD, Momentum
+from optgen.optim import Momentum, SGD
 from optgen.rules import (
     Alternating,
     CompetitiveGradient,
@@ -28,9 +28,9 @@ from optgen.rules import (
     SymplecticAdjustment,
     Unrolled,
 )
-from optgen.schemes.feedback import FeedbackGAN, GANBatch, thumbnails
+from optgen.schemes.feedback import downsampled_pixels, FeedbackGAN, GANBatch
 from optgen.testing import finite_difference
-from optgen.trainer import fit
+from optgen.training.trainer import fit
 
 RULES = {
     "simultaneous": lambda: Simultaneous(),
@@ -190,7 +190,7 @@ def test_on_a_gpu_as_on_the_cpu(rule):
 
 def test_fits_resumes_samples_and_evaluates(tmp_path):
     data = Images(IMAGES)
-    make = lambda: tiny(Feedback("G", "D", "D", 0.5), r1=0.1, features=thumbnails)
+    make = lambda: tiny(Feedback("G", "D", "D", 0.5), r1=0.1, features=downsampled_pixels)
     kwargs = dict(
         batch_size=50, valid=data.take(torch.arange(100)), progress="none", ema=0.9, samples=4
     )
@@ -206,7 +206,7 @@ def test_fits_resumes_samples_and_evaluates(tmp_path):
 
 
 def test_evaluation_repeats_with_its_seed_and_leaves_modes():
-    scheme = tiny(features=thumbnails)
+    scheme = tiny(features=downsampled_pixels)
     batches = [Batch(x / 255) for x in IMAGES.split(60)]
     scheme.discriminator.eval()
     a, b, c = (

@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen import checkpoint
-from optgen.data import digits
-from optgen.models.flow import Logit, dequantise, image_flow, maf, realnvp
+from optgen.training import checkpoint
+from optgen.data.images import digits
+from optgen.models.flow import dequantize, image_flow, Logit, maf, realnvp
 from optgen.optim import Adam
 
 KINDS = {
@@ -27,7 +27,7 @@ def make(name, seed=0):
 def batch(name, seed, n=60):
     grey = GREY[torch.randint(2000, (n,), generator=rng(seed))]
     x = grey[:, :, ::4, ::4].reshape(n, 49) if name != "image_flow" else grey[:, :, 2:26:3, 2:26:3]
-    return dequantise(x / 255, torch.rand(x.shape, generator=rng(seed + 1)))
+    return dequantize(x / 255, torch.rand(x.shape, generator=rng(seed + 1)))
 
 
 def learn(model, name, steps=30, bfloat16=False):

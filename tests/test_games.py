@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optgen import checkpoint, optim
+from optgen import optim
+from optgen.training import checkpoint
 from optgen.games import Field, Game, Player, Rule, Simultaneous
 from optgen.rules import Alternating, Consensus, Lookahead
 from optgen.testing import finite_difference, jacobian
@@ -78,7 +79,7 @@ def test_field_and_products_against_explicit_derivatives(seed):
         (at.vjp(u, diagonal=False), off.T),
     ):
         assert (flat(got) - matrix @ flat(u)).abs().max() < 1e-12
-    assert (flat(at.moving("D").vjp(u)) - (J.T @ flat(u))[n:]).abs().max() < 1e-12
+    assert (flat(at.with_movers("D").vjp(u)) - (J.T @ flat(u))[n:]).abs().max() < 1e-12
     assert (
         flat(at.pull([("D", "G", u["G"])], to=["D"])) - _pull(game, z, "D", "G", u["G"], "D")
     ).abs().max() < 1e-12

@@ -7,16 +7,16 @@ import torch
 from conftest import rng
 from torch import nn
 
-from optgen.data import digits
+from optgen.data.images import digits
 from optgen.models.gan import (
-    GAN_LOSSES,
-    SILU_GAIN,
     ConvDiscriminator,
     ConvGenerator,
+    GAN_LOSSES,
     MLPDiscriminator,
     MLPGenerator,
-    Silu,
     optimal_logit,
+    Silu,
+    SILU_GAIN,
 )
 from optgen.testing import check_gradient, jacobian
 

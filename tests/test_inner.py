@@ -11,15 +11,15 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from optgen.games import Game, Player
-from optgen.inner import PASSES, Refinement, clip_rows, unroll
+from optgen.inner import clip_rows, DECODER_PASSES, Refinement, unroll
 from optgen.metrics import evaluate_vae
-from optgen.models.vae import VAE, ConvVAE, elbo_terms, gaussian_kl
-from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp
+from optgen.models.vae import ConvVAE, elbo_terms, gaussian_kl, VAE
+from optgen.optim import Adam, AdamW, Momentum, RMSProp, SGD
 from optgen.rules import Consensus, Unrolled
-from optgen.testing import LinearGaussian, assert_mean, check_gradient
+from optgen.testing import assert_mean, check_gradient, LinearGaussian
 
 F64 = torch.float64
-MODES = tuple(PASSES)
+MODES = tuple(DECODER_PASSES)
 REACHING = ("graph", "adjoint", "difference")
 METHODS = {
     "sgd": partial(SGD, lr=0.05),
@@ -372,7 +372,7 @@ def test_images_do_not_mix_and_no_steps_are_the_model(mode):
 def test_the_view_is_the_model_but_for_its_encoder():
     model, x = smooth(0), (randn(8, 6) > 0).double()
     refinement = Refinement(4, partial(Adam, lr=0.1), mode="adjoint")
-    view = refinement.applied(model, seed=3)
+    view = refinement.refined_model(model, seed=3)
     expected = refinement.refine(model, x, randn(4, 8, 2, seed=3))
     state = torch.get_rng_state()
     with torch.no_grad():
@@ -392,13 +392,16 @@ def test_the_view_is_the_model_but_for_its_encoder():
     plain = sum(evaluate_vae(model, [x], k=300)[name] for name in ("rate", "distortion"))
     assert (
         sum(
-            evaluate_vae(Refinement(60, partial(SGD, lr=0.05)).applied(model), [x], k=300)[name]
+            evaluate_vae(Refinement(60, partial(SGD, lr=0.05)).refined_model(model), [x], k=300)[
+                name
+            ]
             for name in ("rate", "distortion")
         )
         < plain
     )
     assert all(
-        torch.equal(a, b) for a, b in zip(model.encoder(x), Refinement(0).applied(model).encoder(x))
+        torch.equal(a, b)
+        for a, b in zip(model.encoder(x), Refinement(0).refined_model(model).encoder(x))
     )
 
 
@@ -435,8 +438,8 @@ def test_a_view_evaluates_in_evaluation_mode_and_takes_an_encoder_that_is_a_modu
     seen = []
     torch.manual_seed(0)
     plain, model = Plain().double(), Net().double()
-    evaluate_vae(Refinement(2).applied(plain), [randn(3, 6)], k=2)
-    view = Refinement(2).applied(model)
+    evaluate_vae(Refinement(2).refined_model(plain), [randn(3, 6)], k=2)
+    view = Refinement(2).refined_model(model)
     evaluate_vae(view, [randn(3, 6)], k=2)
     assert (
         seen
@@ -466,7 +469,7 @@ def test_a_model_need_not_be_a_module():
             [W, scale],
             tol=1e-5,
         )
-    assert Refinement(3).applied(model).encoder(x)[0].shape == (4, 2)
+    assert Refinement(3).refined_model(model).encoder(x)[0].shape == (4, 2)
 
 
 @modes
@@ -506,11 +509,11 @@ def test_the_passes_are_counted_to_the_last_operation(build, mode):
 
     one, plain = counted(lambda: model.logits(torch.zeros(5, 3))), counted(lambda: step(0))
     for k in (1, 3):
-        assert counted(lambda: step(k)) == plain + PASSES[mode] * k * one
-        assert Refinement(k, mode=mode).passes == 3 + PASSES[mode] * k
+        assert counted(lambda: step(k)) == plain + DECODER_PASSES[mode] * k * one
+        assert Refinement(k, mode=mode).passes == 3 + DECODER_PASSES[mode] * k
     with torch.no_grad():
         assert counted(
-            lambda: Refinement(3, mode=mode).applied(model).encoder(x)
+            lambda: Refinement(3, mode=mode).refined_model(model).encoder(x)
         ) == 6 * one + counted(lambda: model.encoder(x))
 
 
@@ -545,7 +548,7 @@ def test_autocast():
 def test_cuda(low, tol):
     model = smooth(0, 49, 12, 8, 3).float()
     same_in(model, "cuda", low, tol)
-    view = Refinement(2).applied(model)
+    view = Refinement(2).refined_model(model)
     assert view.encoder(torch.rand(2, 49, device="cuda"))[0].is_cuda
 
 
@@ -561,7 +564,7 @@ def test_meta(mode):
                 sum(map(torch.sum, answer)), list(model.q_net.parameters())
             )
         )
-    assert Refinement(3, mode=mode).applied(model).encoder(x)[0].is_meta
+    assert Refinement(3, mode=mode).refined_model(model).encoder(x)[0].is_meta
 
 
 @pytest.mark.parametrize("mode", ["difference", "first-order"])

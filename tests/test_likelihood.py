@@ -8,14 +8,14 @@ from conftest import rng
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen import checkpoint
-from optgen.data import Batch, Images, digits
-from optgen.models.flow import Logit, image_flow, maf, realnvp
+from optgen.training import checkpoint
+from optgen.data.images import Batch, digits, Images
+from optgen.models.flow import image_flow, Logit, maf, realnvp
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
-from optgen.optim import SGD, Adam
+from optgen.optim import Adam, SGD
 from optgen.rules import Extragradient
 from optgen.schemes.likelihood import MaximumLikelihood
-from optgen.trainer import NonFinite, fit
+from optgen.training.trainer import fit, NonFinite
 
 F64, S = torch.float64, (1, 4, 4)
 IMAGES = digits("train").images[:150, :, 5:26:6, 5:26:6].contiguous()
@@ -123,7 +123,9 @@ def test_a_state_goes_on_bit_for_bit(name, tmp_path):
 
 @some
 def test_fit_resumes_bit_for_bit(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("optgen.trainer.RunFolder.draw", lambda *args: None)  # to save time
+    monkeypatch.setattr(
+        "optgen.training.trainer.RunFolder.draw", lambda *args: None
+    )  # to save time
     data, run = (
         Images(IMAGES),
         lambda scheme, epochs, out, **more: fit(

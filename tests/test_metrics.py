@@ -6,7 +6,9 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen.data import Loader, digits, grid, grid_centers
+from optgen.data.images import digits
+from optgen.data.loading import Loader
+from optgen.data.toy import grid_centers, grid_mixture
 from optgen.metrics import (
     active_units,
     bits_per_dim,
@@ -26,8 +28,8 @@ from optgen.metrics import (
     mutual_information,
     rate,
 )
-from optgen.models.vae import VAE, ConvVAE, elbo_terms
-from optgen.testing import LinearGaussian, assert_mean
+from optgen.models.vae import ConvVAE, elbo_terms, VAE
+from optgen.testing import assert_mean, LinearGaussian
 
 
 def known(seed=0, n=100, dtype=torch.float64, **spoil):
@@ -365,7 +367,7 @@ def test_distance_of_two_real_sets_is_their_floor():
 
 def test_coverage_counts_what_it_should():
     mu = grid_centers()
-    x = grid(10_000, generator=rng())[0]
+    x = grid_mixture(10_000, generator=rng())[0]
     found = mode_coverage(x, mu, 0.05)
     by_hand = ((x[:, None] - mu).norm(dim=2) <= 0.15).sum(0)
     assert (
@@ -410,7 +412,7 @@ def test_information_waits_for_no_device():
 
 @pytest.mark.cuda
 def test_sample_metrics_on_the_device():
-    x = grid(5000, generator=rng())[0]
+    x = grid_mixture(5000, generator=rng())[0]
     here, there = (
         mode_coverage(x, grid_centers(), 0.05),
         mode_coverage(x.cuda(), grid_centers().cuda(), 0.05),

@@ -7,12 +7,12 @@ import torch
 from conftest import rng
 from torch import nn
 
-from optgen import checkpoint
-from optgen.data import Batch
+from optgen.training import checkpoint
+from optgen.data.images import Batch
 from optgen.games import Game, Player
 from optgen.models.vae import VAE
 from optgen.muon import Muon, muon_groups, orthogonal
-from optgen.optim import Adam, Together
+from optgen.optim import Adam, CombinedOptimizer
 from optgen.schemes.elbo import BetaVAE
 
 
@@ -22,7 +22,7 @@ def game(dtype=torch.float32, device="cpu"):
     matrices, rest = (
         [p for p in model.parameters() if (p.ndim == 2) is flat] for flat in (True, False)
     )
-    return BetaVAE(model, optimizer=Together(Muon(matrices), Adam(rest)))
+    return BetaVAE(model, optimizer=CombinedOptimizer(Muon(matrices), Adam(rest)))
 
 
 def batches(n, seed=0):
@@ -123,7 +123,7 @@ def test_convolutions_train_transposed_and_in_groups(dtype):
         (True, 1),
     } and any(p is net[4].weight for p in rest)
     opt, x = (
-        Together(Muon(matrices, 0.02), Adam(rest, 1e-3)),
+        CombinedOptimizer(Muon(matrices, 0.02), Adam(rest, 1e-3)),
         torch.rand(8, 1, 8, 8, generator=rng(1)).to(dtype),
     )
     shape, losses = net(x).shape, []

@@ -4,7 +4,7 @@ import copy, inspect, io, math, shutil
 import pytest, torch
 from torch import nn
 from optgen import optim
-from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp, RMSprop
+from optgen.optim import Adam, AdamW, Momentum, RMSProp, RMSprop, SGD
 
 STEPS = 200
 # ours, torch's, options

@@ -19,8 +19,19 @@ MODULES = sorted(
     if not m.ispkg and not m.name.endswith(("_modidx", "__main__"))
 )
 LAYERS = [
-    ("data", "metrics", "viz", "testing"),
-    ("optim", "games", "rules", "controllers", "inner", "estimators", "muon", "averaging"),
+    (
+        "checks",
+        "data.images",
+        "data.folders",
+        "data.sequences",
+        "data.toy",
+        "data.loading",
+        "metrics",
+        "viz",
+        "testing",
+    ),
+    ("optim", "averaging", "muon"),
+    ("games", "rules", "controllers", "inner", "estimators"),
     (
         "models.vae",
         "models.gan",
@@ -31,6 +42,7 @@ LAYERS = [
         "models.pixels",
         "models.flow",
         "models.diffusion",
+        "models.synthetic",
     ),
     (
         "schemes.elbo",
@@ -39,20 +51,21 @@ LAYERS = [
         "schemes.likelihood",
         "schemes.denoising",
     ),
-    ("checkpoint", "parallel", "trainer"),
+    ("training.checkpoint", "training.parallel", "training.trainer"),
     (
-        "reproduce",
-        "bench_rules",
-        "bench_elbo",
-        "bench_assisted",
-        "bench_generative",
+        "evidence.reproduce",
+        "bench.rules",
+        "bench.elbo",
+        "bench.assisted",
+        "bench.generative",
         "evidence.feedback",
         "evidence.elbo",
         "evidence.assisted",
         "evidence.likelihood",
         "evidence.denoising",
+        "bench.epochs",
     ),
-    ("bench", "cli"),
+    ("cli.main",),
 ]
 DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 

@@ -14,9 +14,10 @@ import torch
 from conftest import TINY, optgen
 from spread import ASSISTED, ELBOS, FAULTS, LIKELIHOODS, RULES, gan
 
-from optgen import checkpoint, rules
+from optgen import rules
+from optgen.training import checkpoint
 from optgen.games import Rule
-from optgen.parallel import Ranks, init, part, slice_of
+from optgen.training.parallel import init_ranks, rank_slice, Ranks, slice_batch
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="ranks are forked and killed as POSIX does"
@@ -56,7 +57,7 @@ def test_every_rule_is_tried():
         for _, c in inspect.getmembers(rules, inspect.isclass)
         if issubclass(c, Rule) and c.__module__ == rules.__name__
     }
-    assert offered - kinds <= {rules.Around, rules.Correction}
+    assert offered - kinds <= {rules.DirectionWrapper, rules.Correction}
 
 
 def test_two_ranks_do_all_and_three_a_third(job):
@@ -113,10 +114,10 @@ def test_a_vae_follows_one_process(job, name, world):
     "part, name",
     [*(("assisted", name) for name in ASSISTED), *(("likelihoods", name) for name in LIKELIHOODS)],
 )
-def test_a_scheme_follows_one_process(job, part, name, world):
+def test_a_scheme_follows_one_process(job, rank_slice, name, world):
     (weights, numbers, start), ranks = (
-        result(job, 0, 1)[part][name],
-        [result(job, r, world)[part][name] for r in range(world)],
+        result(job, 0, 1)[rank_slice][name],
+        [result(job, r, world)[rank_slice][name] for r in range(world)],
     )
     for w, values, _ in ranks:
         assert torch.equal(w, ranks[0][0]) and torch.equal(values, ranks[0][1])
@@ -226,7 +227,7 @@ def test_patience_ends_all_ranks_and_gives_all_the_best(job, told):
 
 @pytest.mark.parametrize("n, world", [(12, 3), (7, 3), (2, 3), (1, 4), (100, 7)])
 def test_the_parts_are_the_batch(n, world):
-    parts = [part(n, r, world) for r in range(world)]
+    parts = [rank_slice(n, r, world) for r in range(world)]
     assert sum(share for _, share in parts) == pytest.approx(1)
     assert torch.equal(
         torch.cat([torch.arange(n)[rows] for rows, share in parts if share]), torch.arange(n)
@@ -257,7 +258,7 @@ def test_batches_that_cannot_be_spread_say_so():
     assert (
         ranks.shard(None) is None
         and ranks.share == 0.5
-        and slice_of(torch.tensor(1.0), slice(0, 1)) == 1
+        and slice_batch(torch.tensor(1.0), slice(0, 1)) == 1
     )
 
 
@@ -329,7 +330,7 @@ def test_a_lone_process_has_no_ranks(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for world in ("1", "2"):  # a cluster may set WORLD_SIZE for something else
         monkeypatch.setenv("WORLD_SIZE", world)
-        assert init.__wrapped__() is None
+        assert init_ranks.__wrapped__() is None
 
 
 @pytest.mark.cuda

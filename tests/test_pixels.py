@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen.data import digits
+from optgen.data.images import digits
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
 from optgen.optim import Adam
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from optgen import checkpoint, optim
+from optgen import optim
+from optgen.training import checkpoint
 from optgen.games import Corrections, Field, Game, Player, Rule
 from optgen.rules import (
     Alternating,
@@ -17,12 +18,12 @@ from optgen.rules import (
     Consensus,
     Extragradient,
     Feedback,
+    input_gradient_penalty,
     Lookahead,
     Optimistic,
     Simultaneous,
     SymplecticAdjustment,
     Unrolled,
-    input_gradient_penalty,
 )
 from optgen.testing import spectral_radius
 

@@ -5,14 +5,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from optgen import checkpoint
+from optgen.training import checkpoint
 from optgen.controllers import Geco
-from optgen.data import Batch, ImageFiles, Images, digits, image_folder
+from optgen.data.folders import image_folder, ImageFiles
+from optgen.data.images import Batch, digits, Images
 from optgen.games import Game, Player
-from optgen.models.vae import VAE, ConvVAE
+from optgen.models.vae import ConvVAE, VAE
 from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
-from optgen.trainer import Watch, fit
+from optgen.training.trainer import fit, NonFiniteWatch
 
 
 def few(n=400):
@@ -75,7 +76,7 @@ def test_a_stream_from_disk_trains_as_the_same_images_in_memory(tmp_path):
 
 @pytest.mark.parametrize("drop_last, steps", [(False, 5), (True, 4)])
 def test_a_last_batch_that_is_smaller(drop_last, steps):
-    from optgen.data import Loader
+    from optgen.data.loading import Loader
 
     loader = Loader(few(450), 100, drop_last=drop_last)
     records = fit(scheme(), loader, epochs=2, progress="none")
@@ -141,7 +142,7 @@ def test_a_large_finite_gradient_is_not_taken_for_a_bad_one():
             model, lambda b: model(b.x).sum() * 1e18, torch.optim.SGD(model.parameters(), lr=0.0)
         )
     )
-    watch = Watch()
+    watch = NonFiniteWatch()
     watch.update(1, game.step(Batch(torch.ones(9, 3))), game)
     watch.check(game)
 

@@ -10,14 +10,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
 from torchvision.transforms.functional import to_pil_image
 
-from optgen.data import digits
+from optgen.data.images import digits
 from optgen.models.vae import (
-    VAE,
-    ConvVAE,
-    GaussianVAE,
     bernoulli_log_likelihood,
+    ConvVAE,
     elbo_terms,
     gaussian_kl,
+    GaussianVAE,
+    VAE,
     vae_loss,
 )
 from optgen.testing import check_gradient

@@ -13,11 +13,17 @@ from functools import partial
 import torch
 
 from .. import controllers
-from ..data import Batch, Images, Loader, fashion_mnist, few_labels, hold_out, mnist
-from ..models.classifier import shifted
+from ..data.images import Batch, fashion_mnist, Images, mnist
+from ..data.loading import balanced_subset, Loader, split_holdout
+from ..models.classifier import random_shift
 from ..optim import Adam
-from ..reproduce import Experiment, falling, load_results, train_watched
-from ..schemes.assisted import Assisted, Balanced, networks
+from optgen.evidence.reproduce import (
+    constant_then_linear_decay,
+    Experiment,
+    load_results,
+    train_watched,
+)
+from ..schemes.assisted import Assisted, Balanced, build_networks
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00005
 DATA, OTHER = {"mnist": mnist, "fashion": fashion_mnist}, {"mnist": "fashion", "fashion": "mnist"}
@@ -32,19 +38,19 @@ def split(config: dict, seed: int) -> tuple:
     """
     train = DATA[config["data"]]("train")
     if config["labels"] == "all":
-        rest, valid = hold_out(train, config["valid"] / len(train), seed)
+        rest, valid = split_holdout(train, config["valid"] / len(train), seed)
         return rest, None, valid
-    chosen = few_labels(train, config["labels"], seed)
+    chosen = balanced_subset(train, config["labels"], seed)
     rest = train.take(
         torch.ones(len(train), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
     )
-    return train, train.take(chosen), rest.take(few_labels(rest, config["valid"], seed))
+    return train, train.take(chosen), rest.take(balanced_subset(rest, config["valid"], seed))
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00007
 WEIGHTS = {  # how lambda is set -> (lambda, setting, steps of the run) -> arguments of `Assisted`
     "number": lambda w, s, steps: {"weight": w},
     "warm-up": lambda w, s, steps: {"weight": controllers.LinearWarmup(round(s * steps), beta=w)},
-    "control": lambda w, s, steps: {"weight": controllers.ControlVae(s, kp=0.0, ki=1e-6)},
+    "control": lambda w, s, steps: {"weight": controllers.ControlVAE(s, kp=0.0, ki=1e-6)},
     "geco": lambda w, s, steps: {
         "weight": controllers.Geco(s, rate=0.05, smoothing=0.9, clip=0.02, low=1e-4)
     },
@@ -55,7 +61,7 @@ WEIGHTS = {  # how lambda is set -> (lambda, setting, steps of the run) -> argum
 
 def make_scheme(config: dict, train: Images, labelled: Images | None, steps: int) -> Assisted:
     """The scheme of a configuration."""
-    parts = networks(
+    parts = build_networks(
         config["method"],
         (784, *config["hidden"], 10),
         config["z_dim"],
@@ -90,7 +96,7 @@ def disturbed(batches, kind: str):
         yield Batch(
             (batch.x + 0.3 * torch.randn(batch.x.shape, generator=rng)).clamp(0, 1)
             if kind == "noise"
-            else shifted(batch.x, 2, rng),
+            else random_shift(batch.x, 2, rng),
             batch.y,
         )
 
@@ -116,7 +122,9 @@ def run_assisted(config: dict, seed: int) -> dict:
                 if key in ("error", "nll")
             }
 
-        seen = train_watched(scheme, loader, config["epochs"], config["every"], look, falling)
+        seen = train_watched(
+            scheme, loader, config["epochs"], config["every"], look, constant_then_linear_decay
+        )
         end = scheme.evaluate(few(test), few(outside) if config["outside"] else None)
         for kind in ("noise", "moved"):
             end[kind] = scheme.evaluate(disturbed(few(test), kind))["error"]

@@ -13,14 +13,20 @@ import torch
 import torch.nn.functional as F
 from schedulefree import AdamWScheduleFree  # its authors' own
 
-from ..averaging import Average, Power, evaluating
-from ..data import Images, Loader, fashion_mnist, mnist
+from ..averaging import Average, evaluating, Power
+from ..data.images import fashion_mnist, Images, mnist
+from ..data.loading import Loader
 from ..metrics import feature_stats, fid, frechet_floor
 from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, PowerSchedule, UNet
 from ..muon import Muon, muon_groups
-from ..optim import Adam, Together
-from ..reproduce import Experiment, falling, load_results, train_watched
+from ..optim import Adam, CombinedOptimizer
+from optgen.evidence.reproduce import (
+    constant_then_linear_decay,
+    Experiment,
+    load_results,
+    train_watched,
+)
 from ..schemes.denoising import AdaptiveLevels, DenoisingDiffusion
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00005
@@ -52,7 +58,7 @@ def make_optimizer(config: dict, model: torch.nn.Module):
     if config["optimizer"] == "schedule-free":
         return AdamWScheduleFree(model.parameters(), lr=config["lr"], warmup_steps=100)
     matrices, rest = muon_groups(model, others=("net.embed", "net.start"))
-    return Together(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))
+    return CombinedOptimizer(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))
 
 
 def make_scheme(config: dict, train: Images) -> DenoisingDiffusion:
@@ -137,7 +143,7 @@ def run_denoising(config: dict, seed: int) -> dict:
             config["epochs"],
             config["every"],
             lambda epoch: both(config["samples"]),
-            falling if config["falls"] else None,
+            constant_then_linear_decay if config["falls"] else None,
             averages,
         )
         with evaluating(scheme):

@@ -17,13 +17,15 @@ from torch import nn
 
 from .. import controllers
 from ..averaging import averages_of, evaluating
-from ..data import Loader, SyntheticSequences, hold_out, mnist, synthetic_sequences
+from ..data.images import mnist
+from ..data.loading import Loader, split_holdout
+from ..models.synthetic import synthetic_sequences, SyntheticSequences
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.vae import VAE
 from ..muon import Muon
-from ..optim import Adam, Momentum, Together
-from ..reproduce import Experiment, load_results, train_watched
+from ..optim import Adam, CombinedOptimizer, Momentum
+from .reproduce import Experiment, load_results, train_watched
 from ..schemes.elbo import Aggressive, BetaVAE
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005
@@ -46,7 +48,7 @@ CONTROLLERS = {  # name -> (setting, steps of the run) -> controller
     "cyclical": lambda s, steps: controllers.Cyclical(steps, cycles=s),
     "free bits": lambda s, steps: controllers.FreeBits(s),
     "geco": lambda s, steps: controllers.Geco(s, rate=2e-3, smoothing=0.9, clip=0.02, low=0.05),
-    "control": lambda s, steps: controllers.ControlVae(s, ki=1e-3),
+    "control": lambda s, steps: controllers.ControlVAE(s, ki=1e-3),
 }
 
 
@@ -77,7 +79,7 @@ def toy_problem(z_dim: int):
 
 def strong_problem(z_dim: int):
     """Digits, black and white, and a decoder that sees the pixels before."""
-    train, valid = hold_out(mnist("train"), 1 / 12)
+    train, valid = split_holdout(mnist("train"), 1 / 12)
     return (
         train,
         valid,
@@ -129,7 +131,9 @@ def run_density(config: dict, seed: int) -> dict:
     """One VAE 784-200-200-50 of tanh on dynamically binarised MNIST, as Burda et al. (2016) start
     it.
     """
-    train, valid = hold_out(mnist("train"), 1 / 12) if config["held"] else (mnist("train"), None)
+    train, valid = (
+        split_holdout(mnist("train"), 1 / 12) if config["held"] else (mnist("train"), None)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], binarize="dynamic", seed=seed, drop_last=True)
@@ -143,7 +147,7 @@ def run_density(config: dict, seed: int) -> dict:
             [p for p in model.parameters() if (p.ndim == 2) is flat] for flat in (True, False)
         )
         optimizer = (
-            Together(Muon(matrices, config["muon"]), Adam(vectors, config["lr"]))
+            CombinedOptimizer(Muon(matrices, config["muon"]), Adam(vectors, config["lr"]))
             if config["muon"]
             else Adam(model.parameters(), config["lr"])
         )
@@ -173,7 +177,7 @@ def run_density(config: dict, seed: int) -> dict:
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
 def run_curve(config: dict, seed: int) -> dict:
     """One VAE on dynamically binarised MNIST; rate and distortion on the test set at each look."""
-    train, asked = hold_out(mnist("train"), 1 / 12)[0], config["asked"]
+    train, asked = split_holdout(mnist("train"), 1 / 12)[0], config["asked"]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], binarize="dynamic", seed=seed, drop_last=True)

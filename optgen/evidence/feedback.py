@@ -20,14 +20,16 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from .. import rules
-from ..bench_rules import step_flops
-from ..data import Batch, Loader, grid, grid_centers, mnist, ring, ring_centers, stacked
+from ..bench.rules import step_flops
+from ..data.images import Batch, mnist
+from ..data.loading import Loader
+from ..data.toy import grid_centers, grid_mixture, ring_centers, ring_mixture, stacked_digits
 from ..games import Game
 from ..metrics import feature_stats, fid, label_coverage, mode_coverage
-from ..models.classifier import mnist_classifier, predict
+from ..models.classifier import mnist_classifier, predict_classes
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum
-from ..reproduce import Experiment, load_results
+from .reproduce import Experiment, load_results
 from ..schemes.feedback import FeedbackGAN
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-2
@@ -139,8 +141,12 @@ def endless(loader: Iterable) -> Iterator[Batch]:
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-4
 MIXTURES = {  # sampler, centres, standard deviation
-    "ring": (ring, ring_centers(), 0.01),
-    "grid": (lambda n, generator: grid(n, 5, 0.5, 0.0125, generator), grid_centers(5, 0.5), 0.0125),
+    "ring": (ring_mixture, ring_centers(), 0.01),
+    "grid": (
+        lambda n, generator: grid_mixture(n, 5, 0.5, 0.0125, generator),
+        grid_centers(5, 0.5),
+        0.0125,
+    ),
 }
 
 
@@ -211,7 +217,7 @@ def affordable(config: dict, G: nn.Module, D: nn.Module, shape: tuple) -> int:
 def run_images(config: dict, seed: int) -> dict:
     """One GAN on MNIST or on stacked MNIST."""
     stack = config["problem"] == "stacked"
-    data = stacked(mnist(), config["images"], seed=seed) if stack else mnist()
+    data = stacked_digits(mnist(), config["images"], seed=seed) if stack else mnist()
     judge = mnist_classifier()
     if not stack:
         real = feature_stats(Loader(mnist("test"), 500, shuffle=False), judge.features)
@@ -260,7 +266,7 @@ def read_stack(judge, x) -> torch.Tensor:
     Returns:
         (B, C, H, W) -> (B,) numbers read digit by digit.
     """
-    digit = predict(judge, x.flatten(0, 1).unsqueeze(1)).view(len(x), -1)
+    digit = predict_classes(judge, x.flatten(0, 1).unsqueeze(1)).view(len(x), -1)
     return (digit * 10 ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)).sum(1)
 
 
@@ -270,7 +276,10 @@ def run_floor(config: dict, seed: int) -> dict:
     if config["problem"] == "stacked":
         modes, kl = label_coverage(
             torch.cat(
-                [read_stack(judge, b.x) for b in Loader(stacked(mnist(), n, seed=seed + 500), 500)]
+                [
+                    read_stack(judge, b.x)
+                    for b in Loader(stacked_digits(mnist(), n, seed=seed + 500), 500)
+                ]
             ),
             1000,
         )

@@ -10,13 +10,14 @@ from functools import partial
 
 import torch
 
-from ..averaging import Average, Power, evaluating
-from ..data import Images, Loader, hold_out, mnist
-from ..models.flow import Logit, image_flow
+from ..averaging import Average, evaluating, Power
+from ..data.images import Images, mnist
+from ..data.loading import Loader, split_holdout
+from ..models.flow import image_flow, Logit
 from ..models.pixels import MADE, PixelCNN
 from ..muon import Muon, muon_groups
-from ..optim import Adam, Together
-from ..reproduce import Experiment, falling, train_watched
+from ..optim import Adam, CombinedOptimizer
+from .reproduce import constant_then_linear_decay, Experiment, train_watched
 from ..schemes.likelihood import MaximumLikelihood
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00005
@@ -38,12 +39,14 @@ def make_scheme(config: dict, train: Images) -> MaximumLikelihood:
     if not config["muon"]:
         return MaximumLikelihood(model, data, adam(model.parameters()))
     matrices, rest = muon_groups(model)
-    return MaximumLikelihood(model, data, Together(Muon(matrices, lr=config["muon"]), adam(rest)))
+    return MaximumLikelihood(
+        model, data, CombinedOptimizer(Muon(matrices, lr=config["muon"]), adam(rest))
+    )
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00007
 def run_likelihood(config: dict, seed: int) -> dict:
     """One model."""
-    (train, valid), test = hold_out(mnist("train"), 1 / 6), mnist("test")
+    (train, valid), test = split_holdout(mnist("train"), 1 / 6), mnist("test")
     binarize = "static" if MODELS[config["model"]][0] == "binary" else None
     few = lambda images: Loader(images, 500, shuffle=False, binarize=binarize)
     with torch.random.fork_rng():
@@ -71,7 +74,7 @@ def run_likelihood(config: dict, seed: int) -> dict:
             config["epochs"],
             config["every"],
             look,
-            falling if config["falls"] else None,
+            constant_then_linear_decay if config["falls"] else None,
             [average],
         )
     return {"curve": seen, "parameters": sum(p.numel() for p in scheme.model.parameters())}

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from .vae import LatentModel, _check_sizes, bernoulli_log_likelihood
+from .vae import _check_sizes, bernoulli_log_likelihood, LatentModel
 
 # %% ../../nbs/20_models/27_conditional.ipynb #c27a0006
 class ConditionalVAE(LatentModel):
@@ -60,7 +60,7 @@ class ConditionalVAE(LatentModel):
         if x_mean is not None:
             self.p_net.out.bias.data.copy_(x_mean.flatten().logit(eps=1e-3))
 
-    def told(self, net, x, y):
+    def class_conditioned(self, net, x, y):
         """What a network answers about `x` (..., n) if it is told the class: (..., n) for `y`
         (...), or for every class where y is None.
         """
@@ -76,20 +76,24 @@ class ConditionalVAE(LatentModel):
                 f"expected a batch of examples of {self.x_dim} numbers, got shape {tuple(x.shape)}"
             )
         x = x.flatten(1)
-        return self.told(self.q_net, x if y is not None else x[:, None], y).to(x.dtype).chunk(2, -1)
+        return (
+            self.class_conditioned(self.q_net, x if y is not None else x[:, None], y)
+            .to(x.dtype)
+            .chunk(2, -1)
+        )
 
     def decoder(self, z, y):
         """What is shown of `z` (..., z_dim) and `y` (...): pixel probabilities, or the mean of a
         Gaussian.
         """
-        out = self.told(self.p_net, z, y)
+        out = self.class_conditioned(self.p_net, z, y)
         return out.sigmoid() if self.likelihood == "bernoulli" else out.chunk(2, -1)[0]
 
     def log_likelihood(self, x, z, y=None):
         r"""$\log p(x\mid y,z)$, nats: (B,) for `z` (B, z_dim) and `y` (B,), or (B, K) for `z` (B,
         K, z_dim) where y is None.
         """
-        out, x = self.told(self.p_net, z, y), x.flatten(1)
+        out, x = self.class_conditioned(self.p_net, z, y), x.flatten(1)
         if y is None:
             x = x[:, None]
         if self.likelihood == "gaussian":

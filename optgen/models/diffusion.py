@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'SAMPLERS', 'Schedule', 'LinearSchedule', 'CosineSchedule', 'StraightSchedule', 'LogNormalSchedule',
-           'PowerSchedule', 'over', 'target_of', 'image_of', 'weight_of', 'Denoiser', 'Embedding', 'PerceptronDenoiser',
-           'ResidualBlock', 'Attention', 'UNet', 'pairs', 'ddim', 'heun', 'ancestral', 'log_normal',
-           'variational_bound', 'ode_log_prob']
+           'PowerSchedule', 'expand_like', 'training_target', 'denoised_from_output', 'target_weight', 'Denoiser',
+           'Embedding', 'PerceptronDenoiser', 'ResidualBlock', 'Attention', 'UNet', 'level_pairs', 'ddim', 'heun',
+           'ancestral', 'gaussian_log_prob', 'variational_bound', 'ode_log_prob']
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00002
 import math
@@ -145,33 +145,35 @@ TARGETS = {  # name: (sigma, s) -> a, b of Eq. (diffusion-target)
 }
 
 
-def over(sigma: Tensor, x: Tensor) -> Tensor:
+def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
     """`sigma` (B,) beside images `x` (B, ...)."""
     return sigma.view(-1, *[1] * (x.ndim - 1))
 
 
-def target_of(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+def training_target(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
     r"""$F=a\,x_0+b\,\epsilon$ of the image and its noise.
 
     Returns:
         like `x`.
     """
-    a, b = TARGETS[target](over(sigma, x), std)
+    a, b = TARGETS[target](expand_like(sigma, x), std)
     return a * x + b * eps
 
 
-def image_of(out: Tensor, y: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+def denoised_from_output(
+    out: Tensor, y: Tensor, sigma: Tensor, target: str, std: float = 1.0
+) -> Tensor:
     r"""$\hat x$ of what the network says, Eq. (diffusion-target).
 
     Returns:
         like `y`.
     """
-    sigma = over(sigma, y)
+    sigma = expand_like(sigma, y)
     a, b = TARGETS[target](sigma, std)
     return (b * y - sigma * out) / (b - sigma * a)
 
 
-def weight_of(sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
+def target_weight(sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
     r"""$(\sigma/\Delta)^2$: squared errors of the image that a squared error of the target is, Eq.
     (diffusion-target).
 
@@ -211,12 +213,12 @@ class Denoiser(nn.Module):
                 f"expected a batch of images of shape {self.shape}, got shape {tuple(y.shape)}"
             )
         return self.net(
-            y * (over(sigma, y) ** 2 + self.std**2).rsqrt(), sigma.log() / 4, *labels
+            y * (expand_like(sigma, y) ** 2 + self.std**2).rsqrt(), sigma.log() / 4, *labels
         ).to(y.dtype)
 
     def forward(self, y, sigma, *labels):
         r"""$\hat x$, like `y` (B, ...), at `sigma` (B,), above 0."""
-        return image_of(self.output(y, sigma, *labels), y, sigma, self.target, self.std)
+        return denoised_from_output(self.output(y, sigma, *labels), y, sigma, self.target, self.std)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00011
 class Embedding(nn.Module):
@@ -395,7 +397,7 @@ class UNet(nn.Module):
         return self.end(h)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00015
-def pairs(steps, y: Tensor):
+def level_pairs(steps, y: Tensor):
     """Each level and the next one as numbers, and the first as (B,). Raises ValueError unless the
     levels fall, to 0 at the least.
     """
@@ -419,7 +421,7 @@ def ddim(denoise: Callable, y: Tensor, steps) -> Tensor:
     Returns:
         (B, ...).
     """
-    for a, b, sigma in pairs(steps, y):
+    for a, b, sigma in level_pairs(steps, y):
         y = y + (b - a) / a * (y - denoise(y, sigma))
     return y
 
@@ -432,7 +434,7 @@ def heun(denoise: Callable, y: Tensor, steps) -> Tensor:
     Returns:
         as `ddim`'s.
     """
-    for a, b, sigma in pairs(steps, y):
+    for a, b, sigma in level_pairs(steps, y):
         slope = (y - denoise(y, sigma)) / a
         ahead = y + (b - a) * slope
         y = (
@@ -450,7 +452,7 @@ def ancestral(denoise: Callable, y: Tensor, steps, generator=None) -> Tensor:
     Returns:
         as `ddim`'s; of random numbers, on the device of `y`.
     """
-    for a, b, sigma in pairs(steps, y):
+    for a, b, sigma in level_pairs(steps, y):
         kappa = (b / a) ** 2
         y = kappa * y + (1 - kappa) * denoise(y, sigma)
         if b:
@@ -463,7 +465,7 @@ def ancestral(denoise: Callable, y: Tensor, steps, generator=None) -> Tensor:
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun}
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00017
-def log_normal(x: Tensor, var: float) -> Tensor:
+def gaussian_log_prob(x: Tensor, var: float) -> Tensor:
     r"""$\log\mathcal N(x;0,\mathrm{var}\,I)$.
 
     Returns:
@@ -500,7 +502,7 @@ def variational_bound(
     noise = lambda: torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     D, kept, least = x[0].numel(), high**2 / (high**2 + std**2), x.new_full((len(x),), low)
     prior = ((x**2).flatten(1).sum(1) / (high**2 + std**2) + D * (kept - 1 - math.log(kept))) / 2
-    total = prior - log_normal(x - denoise(x + low * noise(), least), low**2)
+    total = prior - gaussian_log_prob(x - denoise(x + low * noise(), least), low**2)
     for i in range(k):
         u = (i + torch.rand(len(x), generator=generator, dtype=x.dtype, device=x.device)) / k
         sigma = low * (high / low) ** u
@@ -508,7 +510,7 @@ def variational_bound(
             total
             + math.log(high / low)
             / k
-            * ((x - denoise(x + over(sigma, x) * noise(), sigma)).flatten(1) ** 2).sum(1)
+            * ((x - denoise(x + expand_like(sigma, x) * noise(), sigma)).flatten(1) ** 2).sum(1)
             / sigma**2
         )
     return total
@@ -568,4 +570,4 @@ def ode_log_prob(
         dw, rise = slope(w, start + i * h)
         dw_ahead, rise_ahead = slope(w + h * dw, start + (i + 1) * h)
         w, total = w + h / 2 * (dw + dw_ahead), total + h / 2 * (rise + rise_ahead)
-    return total + log_normal(w, 1.0) - D * math.log(math.hypot(low, std))
+    return total + gaussian_log_prob(w, 1.0) - D * math.log(math.hypot(low, std))

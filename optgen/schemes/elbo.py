@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..controllers import Constant, Controller, SigmaVae
-from ..estimators import check_estimator, estimate
+from ..controllers import Constant, Controller, SigmaVAE
+from ..estimators import bound_loss, check_estimator
 from ..games import Game, Player, Rule
 from ..inner import Refinement
 from ..metrics import evaluate_vae, mutual_information
 from ..optim import Adam
-from ..rules import check_count
+from ..checks import check_count
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-2
 class NoisyBatch(NamedTuple):
@@ -52,7 +52,7 @@ class BetaVAE(Game):
         beta: weight of the rate, at least 0, or what sets it, Eq. (beta-controlled).
         optimizer: steps the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`; or
             a pair, the encoder's and the decoder's.
-        estimator: "elbo", "stl", "iwae" or "dreg", see `optgen.estimators.estimate`.
+        estimator: "elbo", "stl", "iwae" or "dreg", see `optgen.estimators.bound_loss`.
         k: samples of z an image.
         sampled: "iwae" and "dreg" differentiate one of the k samples only.
         inner: inner optimizer behind the encoder: the semi-amortised VAE.
@@ -81,7 +81,7 @@ class BetaVAE(Game):
             inner,
             False,
         )
-        if isinstance(self.beta, SigmaVae) and not hasattr(model, "variance"):
+        if isinstance(self.beta, SigmaVAE) and not hasattr(model, "variance"):
             raise ValueError(
                 "SigmaVae sets the variance of a Gaussian decoder, and this model has none: take a GaussianVAE"
             )
@@ -113,16 +113,16 @@ class BetaVAE(Game):
     @torch.no_grad()
     def calibrate(self):
         """a Gaussian decoder has the variance that the controller found."""
-        if isinstance(self.beta, SigmaVae):
+        if isinstance(self.beta, SigmaVAE):
             self.model.variance.copy_(self.beta.value)
 
     def multiplier(self, distortion: Tensor, rate: Tensor) -> Tensor:
         """Return (B,), (B, z_dim), detached -> Eq. (beta-controlled)."""
-        scale = self.model.variance if isinstance(self.beta, SigmaVae) else 1.0
+        scale = self.model.variance if isinstance(self.beta, SigmaVAE) else 1.0
         if self.due:
             self.due = False
             D, R = self.mean([distortion.mean(), rate.mean(0)])
-            if isinstance(self.beta, SigmaVae):
+            if isinstance(self.beta, SigmaVAE):
                 D = scale * (
                     D - self.beta.dim / 2 * (2 * math.pi * scale).log()
                 )  # half the squared error
@@ -136,7 +136,7 @@ class BetaVAE(Game):
             if self.inner
             else None
         )
-        return estimate(
+        return bound_loss(
             self.model,
             batch.x,
             batch.eps.transpose(0, 1),
@@ -153,7 +153,7 @@ class BetaVAE(Game):
         encoder's.
         """
         self.calibrate()
-        return self.inner.applied(self.model) if self.inner else self.model
+        return self.inner.refined_model(self.model) if self.inner else self.model
 
     @torch.no_grad()
     def information(self, batch: NoisyBatch) -> Tensor:
