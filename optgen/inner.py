@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from .optim import Descent, Momentum, moved, SGD
 from .checks import check_count, check_number
+from .optim import SGD, Descent, Momentum, moved
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-05
 def flatten_state(state):

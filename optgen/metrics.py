@@ -12,6 +12,7 @@ __all__ = ['eval_mode', 'rate', 'distortion', 'elbo', 'log_weights', 'Estimate',
 import contextlib
 import math
 from typing import NamedTuple
+
 import torch
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #d1900033

@@ -11,9 +11,9 @@ __all__ = ['check_weights_restorable', 'DirectionWrapper', 'Alternating', 'Extra
 import torch
 from torch import Tensor
 
-from .checks import check_count, check_number
 from .averaging import schedule_free_optimizers
-from .games import as_rule, Field, Game, Rule, Simultaneous
+from .checks import check_count, check_number
+from .games import Field, Game, Rule, Simultaneous, as_rule
 
 _all_ = ["Simultaneous"]
 

@@ -8,6 +8,7 @@ __all__ = ['finite_difference', 'check_gradient', 'assert_mean', 'jacobian', 'sp
 
 # %% ../nbs/00_foundations/04_testing.ipynb #23a2fcf4
 import math
+
 import torch
 from torch.distributions import MultivariateNormal
 

@@ -21,19 +21,19 @@ from torch.nn.functional import softplus
 
 from optgen import rules
 from optgen.controllers import ControlVAE, FreeBits, Geco, SigmaVAE
-from optgen.data.images import Batch, digits, Images
+from optgen.data.images import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
 from optgen.inner import Refinement
 from optgen.models.conditional import ConditionalVAE
 from optgen.models.flow import Logit, maf
 from optgen.models.pixels import MADE
-from optgen.models.vae import GaussianVAE, VAE
+from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import Adam, Momentum
-from optgen.training.parallel import abort_all_on_error, init_ranks
 from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
-from optgen.training.trainer import fit, Interrupted, RunFolder
+from optgen.training.parallel import abort_all_on_error, init_ranks
+from optgen.training.trainer import Interrupted, RunFolder, fit
 
 RULES = {
     "simultaneous": Simultaneous,

@@ -8,21 +8,21 @@ from conftest import rng
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from optgen.training import checkpoint
 from optgen.controllers import ControlVAE, Geco
-from optgen.data.images import Batch, digits, Images
+from optgen.data.images import Batch, Images, digits
 from optgen.models.conditional import ConditionalVAE
 from optgen.models.ladder import LadderDecoder, LadderEncoder
 from optgen.models.vae import VAE
 from optgen.optim import Adam
 from optgen.schemes.assisted import (
+    RECEIVERS,
     Agreement,
     Assisted,
     Balanced,
     Denoising,
-    RECEIVERS,
     Reconstruction,
 )
+from optgen.training import checkpoint
 from optgen.training.trainer import fit
 
 IMAGES = Images(

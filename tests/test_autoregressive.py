@@ -10,8 +10,8 @@ from torch.distributions import Bernoulli, Categorical
 from optgen.data.images import digits
 from optgen.games import Game, Player
 from optgen.metrics import evaluate_vae, importance_nll
-from optgen.models.autoregressive import AutoregressiveVAE, causal_window, lstm_step, SequenceVAE
-from optgen.models.vae import elbo_terms, VAE
+from optgen.models.autoregressive import AutoregressiveVAE, SequenceVAE, causal_window, lstm_step
+from optgen.models.vae import VAE, elbo_terms
 from optgen.testing import assert_mean, check_gradient, jacobian
 
 

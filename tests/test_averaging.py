@@ -8,23 +8,23 @@ from conftest import rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from optgen.training import checkpoint
 from optgen.averaging import (
     Average,
+    Exponential,
+    Power,
+    Profile,
     averages_of,
     collect_evaluation_weights,
     evaluating,
-    Exponential,
     posthoc_coefficients,
-    Power,
-    Profile,
     reconstruct,
 )
-from optgen.data.images import digits, Images
+from optgen.data.images import Images, digits
 from optgen.games import Game, Player
 from optgen.muon import Muon, muon_groups
 from optgen.optim import Adam, CombinedOptimizer
 from optgen.rules import Alternating, Clipped, Consensus, Extragradient, Lookahead, Optimistic
+from optgen.training import checkpoint
 from optgen.training.trainer import fit
 
 FEW = Images(digits("train").images[:300], digits("train").labels[:300])

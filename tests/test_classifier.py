@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from optgen.data.images import DataError, digits, Images, mnist
+from optgen.data.images import DataError, Images, digits, mnist
 from optgen.data.loading import Loader
 from optgen.metrics import feature_stats, fid
 from optgen.models import classifier
 from optgen.models.classifier import (
+    WEIGHTS,
     Classifier,
     mnist_classifier,
     predict_classes,
     random_shift,
     train_classifier,
     warmup_linear_decay,
-    WEIGHTS,
 )
 
 

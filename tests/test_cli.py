@@ -149,7 +149,8 @@ def test_list_and_version(capsys):
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
-    import optgen.training.trainer, optgen.viz  # the trainer takes its own save_grid before it is broken
+    import optgen.training.trainer  # the trainer takes its own save_grid before it is broken
+    import optgen.viz
 
     def broken(*_):
         raise RuntimeError("our mistake")
@@ -160,7 +161,8 @@ def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
 
 
 def test_help_does_not_wait_for_torch():
-    import subprocess, sys
+    import subprocess
+    import sys
 
     code = "import sys; from optgen.cli.main import main\ntry: main(['train', '--help'])\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0

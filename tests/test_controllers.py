@@ -8,9 +8,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.training import checkpoint
 from optgen.controllers import (
-    calibrated_nll,
     Capacity,
     Constant,
     Controller,
@@ -18,16 +16,18 @@ from optgen.controllers import (
     Cyclical,
     FreeBits,
     Geco,
-    linear_ramp,
     LinearWarmup,
     SigmaVAE,
+    calibrated_nll,
+    linear_ramp,
     water_filling,
 )
 from optgen.games import Game, Player
-from optgen.models.vae import gaussian_kl, VAE
+from optgen.models.vae import VAE, gaussian_kl
 from optgen.optim import SGD
 from optgen.rules import Alternating
 from optgen.testing import check_gradient
+from optgen.training import checkpoint
 
 F64 = torch.float64
 

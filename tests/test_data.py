@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from optgen.data import images as image_sets
-from optgen.data.folders import image_folder, ImageFiles
-from optgen.data.images import DataError, digits, fashion_mnist, Images, mnist
-from optgen.data.loading import load, Loader, split_holdout
+from optgen.data.folders import ImageFiles, image_folder
+from optgen.data.images import DataError, Images, digits, fashion_mnist, mnist
+from optgen.data.loading import Loader, load, split_holdout
 from optgen.data.sequences import Sequences
 from optgen.data.toy import stacked_digits
-from optgen.models.synthetic import synthetic_sequences, SyntheticSequences
 from optgen.games import Game, Player
+from optgen.models.synthetic import SyntheticSequences, synthetic_sequences
 from optgen.optim import SGD
 from optgen.testing import assert_mean
 from optgen.training.trainer import fit

@@ -8,11 +8,11 @@ from conftest import rng
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.data.images import Batch, digits, Images
+from optgen.data.images import Batch, Images, digits
 from optgen.models.diffusion import CosineSchedule, Denoiser, LinearSchedule, StraightSchedule, UNet
-from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.rules import Extragradient
-from optgen.schemes.denoising import AdaptiveLevels, DenoisingDiffusion, Uncertainty, WEIGHTS
+from optgen.schemes.denoising import WEIGHTS, AdaptiveLevels, DenoisingDiffusion, Uncertainty
+from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit
 
 DIGITS = digits("train")

@@ -4,22 +4,22 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen.training import checkpoint
 from optgen.data.images import digits
 from optgen.models.diffusion import (
+    SAMPLERS,
+    TARGETS,
     CosineSchedule,
     Denoiser,
     LogNormalSchedule,
-    ode_log_prob,
     PerceptronDenoiser,
     PowerSchedule,
-    SAMPLERS,
-    TARGETS,
-    training_target,
     UNet,
+    ode_log_prob,
+    training_target,
     variational_bound,
 )
 from optgen.optim import Adam
+from optgen.training import checkpoint
 
 KINDS = {
     "perceptron": lambda target: Denoiser(PerceptronDenoiser(49, 64, 1), (49,), target),

@@ -8,7 +8,6 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.training import checkpoint
 from optgen.controllers import (
     Capacity,
     Constant,
@@ -19,16 +18,17 @@ from optgen.controllers import (
     LinearWarmup,
     SigmaVAE,
 )
-from optgen.data.images import Batch, digits, Images
-from optgen.models.synthetic import synthetic_sequences
+from optgen.data.images import Batch, Images, digits
 from optgen.estimators import ESTIMATORS
 from optgen.games import Game, Player
 from optgen.inner import DECODER_PASSES, Refinement
 from optgen.models.autoregressive import AutoregressiveVAE, SequenceVAE
-from optgen.models.vae import GaussianVAE, VAE
-from optgen.optim import Adam, SGD
+from optgen.models.synthetic import synthetic_sequences
+from optgen.models.vae import VAE, GaussianVAE
+from optgen.optim import SGD, Adam
 from optgen.rules import Alternating
 from optgen.schemes.elbo import Aggressive, BetaVAE
+from optgen.training import checkpoint
 from optgen.training.trainer import fit
 
 F64 = torch.float64
@@ -139,6 +139,7 @@ def same(a, b):
 
 def test_every_part_is_tried():
     import inspect
+
     from optgen import controllers
 
     offered = {

@@ -7,10 +7,10 @@ import torch
 from conftest import rng
 from torch.distributions import Normal, kl_divergence
 
-from optgen.estimators import bound_loss, check_estimator, ESTIMATORS
+from optgen.estimators import ESTIMATORS, bound_loss, check_estimator
 from optgen.metrics import log_weights
-from optgen.models.vae import ConvVAE, elbo_terms, VAE
-from optgen.testing import assert_mean, check_gradient, LinearGaussian
+from optgen.models.vae import VAE, ConvVAE, elbo_terms
+from optgen.testing import LinearGaussian, assert_mean, check_gradient
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 KINDS = [(name, False) for name in ESTIMATORS] + [("iwae", True), ("dreg", True)]

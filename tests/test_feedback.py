@@ -6,16 +6,15 @@ import math
 import pytest
 import torch
 
-from optgen.training.checkpoint import load, save
-from optgen.data.images import Batch, digits, Images
+from optgen.data.images import Batch, Images, digits
 from optgen.models.gan import (
+    GAN_LOSSES,
     ConvDiscriminator,
     ConvGenerator,
-    GAN_LOSSES,
     MLPDiscriminator,
     MLPGenerator,
 )
-from optgen.optim import Momentum, SGD
+from optgen.optim import SGD, Momentum
 from optgen.rules import (
     Alternating,
     CompetitiveGradient,
@@ -28,8 +27,9 @@ from optgen.rules import (
     SymplecticAdjustment,
     Unrolled,
 )
-from optgen.schemes.feedback import downsampled_pixels, FeedbackGAN, GANBatch
+from optgen.schemes.feedback import FeedbackGAN, GANBatch, downsampled_pixels
 from optgen.testing import finite_difference
+from optgen.training.checkpoint import load, save
 from optgen.training.trainer import fit
 
 RULES = {

@@ -4,10 +4,10 @@ import pytest
 import torch
 from conftest import rng
 
-from optgen.training import checkpoint
 from optgen.data.images import digits
-from optgen.models.flow import dequantize, image_flow, Logit, maf, realnvp
+from optgen.models.flow import Logit, dequantize, image_flow, maf, realnvp
 from optgen.optim import Adam
+from optgen.training import checkpoint
 
 KINDS = {
     "realnvp": ((49,), lambda: realnvp(49, 3, (40,), before=[Logit(0.05)])),

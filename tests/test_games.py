@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from optgen import optim
-from optgen.training import checkpoint
 from optgen.games import Field, Game, Player, Rule, Simultaneous
 from optgen.rules import Alternating, Consensus, Lookahead
 from optgen.testing import finite_difference, jacobian
+from optgen.training import checkpoint
 
 F64 = torch.float64
 

@@ -9,14 +9,14 @@ from torch import nn
 
 from optgen.data.images import digits
 from optgen.models.gan import (
+    GAN_LOSSES,
+    SILU_GAIN,
     ConvDiscriminator,
     ConvGenerator,
-    GAN_LOSSES,
     MLPDiscriminator,
     MLPGenerator,
-    optimal_logit,
     Silu,
-    SILU_GAIN,
+    optimal_logit,
 )
 from optgen.testing import check_gradient, jacobian
 

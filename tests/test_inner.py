@@ -11,12 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from optgen.games import Game, Player
-from optgen.inner import clip_rows, DECODER_PASSES, Refinement, unroll
+from optgen.inner import DECODER_PASSES, Refinement, clip_rows, unroll
 from optgen.metrics import evaluate_vae
-from optgen.models.vae import ConvVAE, elbo_terms, gaussian_kl, VAE
-from optgen.optim import Adam, AdamW, Momentum, RMSProp, SGD
+from optgen.models.vae import VAE, ConvVAE, elbo_terms, gaussian_kl
+from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp
 from optgen.rules import Consensus, Unrolled
-from optgen.testing import assert_mean, check_gradient, LinearGaussian
+from optgen.testing import LinearGaussian, assert_mean, check_gradient
 
 F64 = torch.float64
 MODES = tuple(DECODER_PASSES)

@@ -8,14 +8,14 @@ from conftest import rng
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.training import checkpoint
-from optgen.data.images import Batch, digits, Images
-from optgen.models.flow import image_flow, Logit, maf, realnvp
+from optgen.data.images import Batch, Images, digits
+from optgen.models.flow import Logit, image_flow, maf, realnvp
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
-from optgen.optim import Adam, SGD
+from optgen.optim import SGD, Adam
 from optgen.rules import Extragradient
 from optgen.schemes.likelihood import MaximumLikelihood
-from optgen.training.trainer import fit, NonFinite
+from optgen.training import checkpoint
+from optgen.training.trainer import NonFinite, fit
 
 F64, S = torch.float64, (1, 4, 4)
 IMAGES = digits("train").images[:150, :, 5:26:6, 5:26:6].contiguous()

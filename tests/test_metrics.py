@@ -28,8 +28,8 @@ from optgen.metrics import (
     mutual_information,
     rate,
 )
-from optgen.models.vae import ConvVAE, elbo_terms, VAE
-from optgen.testing import assert_mean, LinearGaussian
+from optgen.models.vae import VAE, ConvVAE, elbo_terms
+from optgen.testing import LinearGaussian, assert_mean
 
 
 def known(seed=0, n=100, dtype=torch.float64, **spoil):

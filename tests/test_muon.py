@@ -7,13 +7,13 @@ import torch
 from conftest import rng
 from torch import nn
 
-from optgen.training import checkpoint
 from optgen.data.images import Batch
 from optgen.games import Game, Player
 from optgen.models.vae import VAE
 from optgen.muon import Muon, muon_groups, orthogonal
 from optgen.optim import Adam, CombinedOptimizer
 from optgen.schemes.elbo import BetaVAE
+from optgen.training import checkpoint
 
 
 def game(dtype=torch.float32, device="cpu"):

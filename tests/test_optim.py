@@ -1,10 +1,17 @@
 "Our optimizers against torch.optim's: the grid method x problem x precision x param groups x form, their state, faults, devices and precisions."
 
-import copy, inspect, io, math, shutil
-import pytest, torch
+import copy
+import inspect
+import io
+import math
+import shutil
+
+import pytest
+import torch
 from torch import nn
+
 from optgen import optim
-from optgen.optim import Adam, AdamW, Momentum, RMSProp, RMSprop, SGD
+from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp, RMSprop
 
 STEPS = 200
 # ours, torch's, options

@@ -1,6 +1,14 @@
 "The documentation site: built once from the committed notebooks, read in headless Chromium."
 
-import functools, http.server, importlib.util, json, re, shutil, subprocess, sys, threading
+import functools
+import http.server
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
 from configparser import ConfigParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit

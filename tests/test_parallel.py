@@ -15,9 +15,9 @@ from conftest import TINY, optgen
 from spread import ASSISTED, ELBOS, FAULTS, LIKELIHOODS, RULES, gan
 
 from optgen import rules
-from optgen.training import checkpoint
 from optgen.games import Rule
-from optgen.training.parallel import init_ranks, rank_slice, Ranks, slice_batch
+from optgen.training import checkpoint
+from optgen.training.parallel import Ranks, init_ranks, rank_slice, slice_batch
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="ranks are forked and killed as POSIX does"

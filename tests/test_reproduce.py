@@ -15,13 +15,13 @@ import torch
 from optgen.evidence import feedback
 from optgen.evidence.reproduce import (
     Experiment,
+    ReproduceError,
     load_results,
     missing,
     perform,
     read_json,
     reproduce,
     reproduce_stages,
-    ReproduceError,
     source_state,
     tasks_of,
     write_json,

@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from optgen import optim
-from optgen.training import checkpoint
 from optgen.games import Corrections, Field, Game, Player, Rule
 from optgen.rules import (
     Alternating,
@@ -18,14 +17,15 @@ from optgen.rules import (
     Consensus,
     Extragradient,
     Feedback,
-    input_gradient_penalty,
     Lookahead,
     Optimistic,
     Simultaneous,
     SymplecticAdjustment,
     Unrolled,
+    input_gradient_penalty,
 )
 from optgen.testing import spectral_radius
+from optgen.training import checkpoint
 
 F64 = torch.float64
 

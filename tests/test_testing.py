@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from optgen.testing import (
+    LinearGaussian,
     assert_mean,
     check_gradient,
     decay_rate,
     finite_difference,
     jacobian,
-    LinearGaussian,
     parity,
     spectral_radius,
 )

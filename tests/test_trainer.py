@@ -5,15 +5,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from optgen.training import checkpoint
 from optgen.controllers import Geco
-from optgen.data.folders import image_folder, ImageFiles
-from optgen.data.images import Batch, digits, Images
+from optgen.data.folders import ImageFiles, image_folder
+from optgen.data.images import Batch, Images, digits
 from optgen.games import Game, Player
-from optgen.models.vae import ConvVAE, VAE
+from optgen.models.vae import VAE, ConvVAE
 from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
-from optgen.training.trainer import fit, NonFiniteWatch
+from optgen.training import checkpoint
+from optgen.training.trainer import NonFiniteWatch, fit
 
 
 def few(n=400):

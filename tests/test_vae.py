@@ -12,12 +12,12 @@ from torchvision.transforms.functional import to_pil_image
 
 from optgen.data.images import digits
 from optgen.models.vae import (
-    bernoulli_log_likelihood,
+    VAE,
     ConvVAE,
+    GaussianVAE,
+    bernoulli_log_likelihood,
     elbo_terms,
     gaussian_kl,
-    GaussianVAE,
-    VAE,
     vae_loss,
 )
 from optgen.testing import check_gradient

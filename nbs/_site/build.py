@@ -3,7 +3,9 @@
 python nbs/_site/build.py            # to _docs/; open _docs/index.html, or serve it: python -m http.server -d _docs
 """
 
-import argparse, shutil, sys
+import argparse
+import shutil
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -1,6 +1,10 @@
 "Sphinx's settings; what differs between projects is read from settings.ini."
 
-import ast, functools, re, shutil, sys
+import ast
+import functools
+import re
+import shutil
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -1,10 +1,13 @@
 "Committed, executed notebooks -> sources that MyST-NB reads: nbdev's directives and Quarto's habits are mapped, nothing is run."
 
-import os, re, shutil
+import os
+import re
+import shutil
 from html import escape
 from pathlib import Path
 
-import nbformat, yaml
+import nbformat
+import yaml
 from nbformat.v4 import new_markdown_cell
 from symbols import only_imports, symbols
 

@@ -3,11 +3,12 @@
 python nbs/_site/readme.py
 """
 
-import re, shutil
+import re
+import shutil
 
 import nbformat
-from nbconvert import MarkdownExporter
 from build import repo, settings
+from nbconvert import MarkdownExporter
 from pages import directives
 from traitlets.config import Config
 

@@ -1,6 +1,9 @@
 "What a code cell defines, read from its text: signatures and docments, as Sphinx's Python directives. Nothing is imported or run."
 
-import ast, io, re, tokenize
+import ast
+import io
+import re
+import tokenize
 from inspect import cleandoc
 
 functions = ast.FunctionDef, ast.AsyncFunctionDef

@@ -20,7 +20,7 @@ from .rules import step_flops
 from ..controllers import Capacity, ControlVAE, Cyclical, FreeBits, Geco, LinearWarmup
 from ..data.images import Batch
 from ..inner import DECODER_PASSES, Refinement
-from ..models.vae import gaussian_kl, VAE
+from ..models.vae import VAE, gaussian_kl
 from ..optim import Adam
 from ..schemes.elbo import BetaVAE
 

@@ -22,14 +22,14 @@ from torchvision.transforms.functional import to_pil_image, to_tensor
 
 from .. import optim
 from .assisted import bench_assisted, show_assisted
-from .generative import bench_generative, show_generative
 from .elbo import bench_elbo, show_elbo
+from .generative import bench_generative, show_generative
 from .rules import bench_rules, show_rules
 from ..data.images import DataError, Images
-from ..data.loading import load, Loader
-from ..models.vae import elbo_terms, VAE, vae_loss
-from ..training.parallel import bench_scaling
+from ..data.loading import Loader, load
+from ..models.vae import VAE, elbo_terms, vae_loss
 from ..schemes.elbo import BetaVAE
+from ..training.parallel import bench_scaling
 from ..training.trainer import environment, fit
 
 # %% ../../nbs/40_training/44_epochs.ipynb #23a2fcf4-2

@@ -16,7 +16,7 @@ from ..averaging import Average, Power
 from .elbo import time_in_turn
 from ..data.images import Batch
 from ..models.diffusion import Denoiser, LinearSchedule, UNet
-from ..models.flow import image_flow, Logit, maf
+from ..models.flow import Logit, image_flow, maf
 from ..models.pixels import MADE, PixelCNN, PixelLSTM, PixelModel
 from ..schemes.denoising import DenoisingDiffusion
 from ..schemes.likelihood import MaximumLikelihood

@@ -507,8 +507,8 @@ def open_run(folder: str, device: str):
     """The configuration, scheme (best or latest weights; averaged where the run averaged) and
     training state of a run folder.
     """
-    from optgen.training import checkpoint
     from optgen.averaging import averages_of
+    from optgen.training import checkpoint
 
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -652,8 +652,9 @@ def free_folder(name: str) -> str:
 def run(config: dict, out: str, device: str, progress: str | None, resume: bool):
     """Build what `config` names and fit it."""
     import torch
+
     from optgen.data import loading
-    from optgen.training.trainer import fit, Interrupted
+    from optgen.training.trainer import Interrupted, fit
 
     scheme, options, epochs = config["scheme"], config["options"], config["epochs"]
     images, valid, more = SCHEMES[scheme].divide(
@@ -735,7 +736,7 @@ def widths(hidden: str, flag: str = "--hidden") -> list:
 def build_beta_vae(options: dict, shape: tuple):
     """The scheme `beta-vae`."""
     from optgen.models.autoregressive import AutoregressiveVAE
-    from optgen.models.vae import ConvVAE, GaussianVAE, VAE
+    from optgen.models.vae import VAE, ConvVAE, GaussianVAE
     from optgen.schemes.elbo import BetaVAE
 
     kind, hidden, likelihood = (
@@ -968,6 +969,7 @@ def few_of(options: dict, images) -> tuple:
     validation. Where all labels are asked for, a part of every class is kept.
     """
     import torch
+
     from optgen.data.folders import ImageFiles
     from optgen.data.loading import balanced_subset
 
@@ -1484,6 +1486,7 @@ for name, what, target, schedule in (
 def sample(folder, n, out, steps, sampler, seed, device):
     """Draw new images from the run in DIR."""
     import torch
+
     from optgen.viz import save_image_grid
 
     config, scheme, _ = open_run(folder, device)
@@ -1790,8 +1793,8 @@ def main(args=None):
     except click.Abort:
         fail(130, "stopped")
     except Exception as e:
-        from optgen.training.checkpoint import CheckpointError
         from optgen.data.images import DataError
+        from optgen.training.checkpoint import CheckpointError
         from optgen.training.parallel import RankError
         from optgen.training.trainer import NonFinite
 

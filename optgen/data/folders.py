@@ -12,11 +12,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from .images import check_split, data_error, Images, SPLITS, stable_hash
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
+
+from .images import SPLITS, Images, check_split, data_error, stable_hash
 
 UNLABELED = "unlabelled"  # folder of images of unknown class, whose label is -1
 

@@ -10,20 +10,21 @@ import math
 from pathlib import Path
 
 import torch
-from .folders import image_folder, ImageFiles
+from torch.utils.data import DataLoader
+
+from .folders import ImageFiles, image_folder
 from optgen.data.images import (
     Batch,
-    data_error,
     DataError,
+    Images,
+    data_error,
     digits,
     fashion_mnist,
-    Images,
     mnist,
     seeded_generator,
     stable_hash,
 )
 from .sequences import Sequences
-from torch.utils.data import DataLoader
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #23a2fcf4-11
 _sets = {

@@ -6,7 +6,9 @@
 __all__ = ['SEQUENCE_SPLITS', 'Sequences']
 
 # %% ../../nbs/00_foundations/08_sequences.ipynb #d1900012
-from .images import data_error, Images
+import torch
+
+from .images import Images, data_error
 
 # %% ../../nbs/00_foundations/08_sequences.ipynb #967893a5
 SEQUENCE_SPLITS = "train", "valid", "test"

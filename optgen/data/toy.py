@@ -9,7 +9,8 @@ __all__ = ['stacked_digits', 'ring_centers', 'grid_centers', 'generator_device',
 import math
 
 import torch
-from .images import data_error, Images, seeded_generator
+
+from .images import Images, data_error, seeded_generator
 
 # %% ../../nbs/00_foundations/07_toy.ipynb #23a2fcf4-18
 def stacked_digits(data: Images, n: int | None = None, channels: int = 3, seed: int = 0) -> Images:

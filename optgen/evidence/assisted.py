@@ -13,16 +13,16 @@ from functools import partial
 import torch
 
 from .. import controllers
-from ..data.images import Batch, fashion_mnist, Images, mnist
-from ..data.loading import balanced_subset, Loader, split_holdout
-from ..models.classifier import random_shift
-from ..optim import Adam
+from ..data.images import Batch, Images, fashion_mnist, mnist
+from ..data.loading import Loader, balanced_subset, split_holdout
 from optgen.evidence.reproduce import (
-    constant_then_linear_decay,
     Experiment,
+    constant_then_linear_decay,
     load_results,
     train_watched,
 )
+from ..models.classifier import random_shift
+from ..optim import Adam
 from ..schemes.assisted import Assisted, Balanced, build_networks
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00005

@@ -13,20 +13,20 @@ import torch
 import torch.nn.functional as F
 from schedulefree import AdamWScheduleFree  # its authors' own
 
-from ..averaging import Average, evaluating, Power
-from ..data.images import fashion_mnist, Images, mnist
+from ..averaging import Average, Power, evaluating
+from ..data.images import Images, fashion_mnist, mnist
 from ..data.loading import Loader
+from optgen.evidence.reproduce import (
+    Experiment,
+    constant_then_linear_decay,
+    load_results,
+    train_watched,
+)
 from ..metrics import feature_stats, fid, frechet_floor
 from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, PowerSchedule, UNet
 from ..muon import Muon, muon_groups
 from ..optim import Adam, CombinedOptimizer
-from optgen.evidence.reproduce import (
-    constant_then_linear_decay,
-    Experiment,
-    load_results,
-    train_watched,
-)
 from ..schemes.denoising import AdaptiveLevels, DenoisingDiffusion
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00005

@@ -19,13 +19,13 @@ from .. import controllers
 from ..averaging import averages_of, evaluating
 from ..data.images import mnist
 from ..data.loading import Loader, split_holdout
-from ..models.synthetic import synthetic_sequences, SyntheticSequences
+from .reproduce import Experiment, load_results, train_watched
 from ..inner import Refinement
 from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
+from ..models.synthetic import SyntheticSequences, synthetic_sequences
 from ..models.vae import VAE
 from ..muon import Muon
 from ..optim import Adam, CombinedOptimizer, Momentum
-from .reproduce import Experiment, load_results, train_watched
 from ..schemes.elbo import Aggressive, BetaVAE
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005

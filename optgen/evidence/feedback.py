@@ -24,12 +24,12 @@ from ..bench.rules import step_flops
 from ..data.images import Batch, mnist
 from ..data.loading import Loader
 from ..data.toy import grid_centers, grid_mixture, ring_centers, ring_mixture, stacked_digits
+from .reproduce import Experiment, load_results
 from ..games import Game
 from ..metrics import feature_stats, fid, label_coverage, mode_coverage
 from ..models.classifier import mnist_classifier, predict_classes
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum
-from .reproduce import Experiment, load_results
 from ..schemes.feedback import FeedbackGAN
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-2

@@ -10,14 +10,14 @@ from functools import partial
 
 import torch
 
-from ..averaging import Average, evaluating, Power
+from ..averaging import Average, Power, evaluating
 from ..data.images import Images, mnist
 from ..data.loading import Loader, split_holdout
-from ..models.flow import image_flow, Logit
+from .reproduce import Experiment, constant_then_linear_decay, train_watched
+from ..models.flow import Logit, image_flow
 from ..models.pixels import MADE, PixelCNN
 from ..muon import Muon, muon_groups
 from ..optim import Adam, CombinedOptimizer
-from .reproduce import constant_then_linear_decay, Experiment, train_watched
 from ..schemes.likelihood import MaximumLikelihood
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00005

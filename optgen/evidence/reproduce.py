@@ -293,8 +293,8 @@ def reproduce(
         raise ValueError(f"jobs and threads must be at least 1, got {jobs} and {threads}")
     queue, workers = iter(left), []
     from optgen.training.trainer import (
-        environment,
-    )  # here, since the workers, who import this module, need nothing of it
+        environment,  # here, since the workers, who import this module, need nothing of it
+    )
 
     about = {
         "environment": environment() | {"threads": threads, "cpus": os.cpu_count()},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .vae import _check_sizes, bernoulli_log_likelihood, BernoulliVAE, LatentModel
+from .vae import BernoulliVAE, LatentModel, _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/23_autoregressive.ipynb #23a2fcf4-2
 def causal_window(x, radius: int):

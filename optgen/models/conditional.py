@@ -11,7 +11,7 @@ import math
 import torch
 from torch import nn
 
-from .vae import _check_sizes, bernoulli_log_likelihood, LatentModel
+from .vae import LatentModel, _check_sizes, bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/27_conditional.ipynb #c27a0006
 class ConditionalVAE(LatentModel):

@@ -9,9 +9,10 @@ __all__ = ['SyntheticSequences', 'synthetic_sequences']
 import math
 
 import torch
+from torch import nn
+
 from ..data.images import data_error, seeded_generator
 from ..data.sequences import Sequences
-from torch import nn
 
 # %% ../../nbs/20_models/29_synthetic.ipynb #4bf77e09
 class SyntheticSequences(nn.Module):

@@ -20,13 +20,12 @@ from ..data.folders import ImageFiles
 from ..data.images import Batch, DataError, Images
 from ..data.loading import bernoulli
 from ..games import Field, Game, Player, Rule
-from ..metrics import auroc, log_weights, measure_calibration, wilson_interval
+from ..metrics import auroc, eval_mode, log_weights, measure_calibration, wilson_interval
 from ..models.classifier import Perceptron
 from ..models.conditional import ConditionalVAE
 from ..models.ladder import LadderDecoder, LadderEncoder
-from ..models.vae import elbo_terms, VAE
+from ..models.vae import VAE, elbo_terms
 from ..optim import Adam
-from ..metrics import eval_mode
 from ..viz import reliability_diagram
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510006

@@ -16,21 +16,20 @@ from scipy.optimize import linear_sum_assignment  # the exact assignment that to
 from torch import Tensor, nn
 
 from ..games import Game, Player
-from ..metrics import bits_per_dim, feature_stats, fid, frechet_floor
+from ..metrics import bits_per_dim, eval_mode, feature_stats, fid, frechet_floor
 from optgen.models.diffusion import (
-    expand_like,
-    LogNormalSchedule,
-    ode_log_prob,
-    PowerSchedule,
     SAMPLERS,
+    LogNormalSchedule,
+    PowerSchedule,
     Schedule,
+    expand_like,
+    ode_log_prob,
     target_weight,
     training_target,
     variational_bound,
 )
 from ..models.flow import dequantize
 from ..optim import Adam
-from ..metrics import eval_mode
 from .feedback import default_features
 from .likelihood import check_pixels
 

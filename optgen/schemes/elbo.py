@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..checks import check_count
 from ..controllers import Constant, Controller, SigmaVAE
 from ..estimators import bound_loss, check_estimator
 from ..games import Game, Player, Rule
 from ..inner import Refinement
 from ..metrics import evaluate_vae, mutual_information
 from ..optim import Adam
-from ..checks import check_count
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-2
 class NoisyBatch(NamedTuple):

@@ -15,10 +15,9 @@ from torch.optim import Optimizer
 
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import bits_per_dim
-from ..models.flow import dequantize, Flow
+from ..metrics import bits_per_dim, eval_mode
+from ..models.flow import Flow, dequantize
 from ..optim import Adam
-from ..metrics import eval_mode
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00006
 TREATMENTS = {
