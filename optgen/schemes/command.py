@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import click
 import torch
-from ..registry import Registry
 
 from .. import optim
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images
 from ..data.loading import split_holdout
 from ..games import Game
+from ..registry import Registry
 
 # %% ../../nbs/30_schemes/35_command.ipynb #38251a3b
 def option(*flags: str, **settings: Any) -> click.Option:
@@ -135,7 +135,7 @@ class EvaluationContext:
     split: str
     load_batches: Callable[[str, str, float], Callable[[], Iterable[Batch]]]
 
-# %% ../../nbs/30_schemes/35_command.ipynb #3440690d
+# %% ../../nbs/30_schemes/35_command.ipynb #9eda246a
 class SchemeCommand:
     """What the command line needs of a scheme. A scheme overrides `build` and what differs.
 
@@ -189,6 +189,10 @@ class SchemeCommand:
             click.UsageError: for options that do not fit together.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define build")
+
+    def listings(self) -> dict[str, dict[str, str]]:
+        """Return what `optgen list` shows for this scheme: title -> name -> line of help."""
+        return {}
 
     def describe_pixels(self, options: dict[str, Any]) -> str | None:
         """Return what was done to the pixels that a likelihood is measured on; None without one."""
