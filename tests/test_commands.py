@@ -532,10 +532,10 @@ def test_the_labeled_images_are_balanced_seeded_and_apart_from_the_validation(
         train, valid, extra = split_labeled(options, images)
         places[seed] = options["labelled"]
         assert images.labels[places[seed]].bincount().tolist() == [6, 6]
-        assert torch.equal(extra["labelled"].images, images.images[places[seed]])
+        assert torch.equal(extra["labeled"].images, images.images[places[seed]])
         assert 2 <= len(valid) <= 12 and (valid.labels >= 0).all()
         assert not pixel_set(valid) & pixel_set(train)
-        assert pixel_set(extra["labelled"]) < pixel_set(train)
+        assert pixel_set(extra["labeled"]) < pixel_set(train)
         assert len(train) + len(valid) == len(images)
         split_labeled(again, images)
         assert again == options
@@ -554,14 +554,14 @@ def test_rare_classes_are_not_lost_to_validation():
     rare = Images(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels)
     train, valid, extra = split_labeled(split_options(labels="all"), rare)
     assert valid.labels.bincount().tolist() == [100, 1] and len(train) == 911
-    assert extra["labelled"].labels.bincount().tolist() == [900, 4]
+    assert extra["labeled"].labels.bincount().tolist() == [900, 4]
     train, valid, extra = split_labeled(split_options(labels="10"), rare)
-    assert extra["labelled"].labels.bincount().tolist() == [5, 5] and len(valid) == 10
+    assert extra["labeled"].labels.bincount().tolist() == [5, 5] and len(valid) == 10
     places = [0, 1, 2, 3, 1000, 1001, 1002, 1003, *range(1005, 1012)]
     few = rare.take(torch.tensor(places))
     _, valid, extra = split_labeled(split_options(labels="all"), few)
     assert valid.labels.tolist() == [0, 1]
-    assert extra["labelled"].labels.bincount().tolist() == [3, 3]
+    assert extra["labeled"].labels.bincount().tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

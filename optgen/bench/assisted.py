@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from .timing import Part, median_ms
 from torch import Tensor
 
+from .timing import Part, median_ms
 from ..data.images import Batch, Images
 from ..models.vae import elbo_terms
 from ..schemes.assisted import Assisted, AssistedBatch, build_networks
@@ -37,7 +37,7 @@ def seeded_parts(method: str) -> dict[str, Any]:
 # %% ../../nbs/40_training/47_assisted.ipynb #a551b007
 def plain_loss(s: Assisted, b: AssistedBatch) -> Tensor:
     """Return the classification loss of the labeled images, 0-dim."""
-    return F.cross_entropy(s.classifier(b.labelled), b.y)
+    return F.cross_entropy(s.classifier(b.labeled), b.y)
 
 
 def reconstruction_loss(s: Assisted, b: AssistedBatch) -> Tensor:
@@ -50,7 +50,7 @@ def reconstruction_loss(s: Assisted, b: AssistedBatch) -> Tensor:
 def agreement_loss(s: Assisted, b: AssistedBatch) -> Tensor:
     """Return the classification loss plus M2's bounds of both kinds of images, 0-dim."""
     bounds = s.generator.bound(b.x, eps=b.eps[:, :Z_DIM])
-    labeled = s.generator.bound(b.labelled, b.y, b.eps_labelled[:, :Z_DIM]).mean()
+    labeled = s.generator.bound(b.labeled, b.y, b.eps_labeled[:, :Z_DIM]).mean()
     log_q = s.classifier(b.x).log_softmax(-1)
     return plain_loss(s, b) - (log_q.exp() * (bounds - log_q)).sum(-1).mean() - labeled
 
@@ -58,8 +58,8 @@ def agreement_loss(s: Assisted, b: AssistedBatch) -> Tensor:
 def ladder_loss(s: Assisted, b: AssistedBatch) -> Tensor:
     """Return the classification loss of the noisy path plus the denoising costs, 0-dim."""
     net, n = s.classifier, len(b.x)
-    images = torch.cat([b.labelled.flatten(1), b.x.flatten(1)])
-    both, clean = net.path(images, torch.cat([b.eps_labelled, b.eps]), (n, n)), net.path(b.x)
+    images = torch.cat([b.labeled.flatten(1), b.x.flatten(1)])
+    both, clean = net.path(images, torch.cat([b.eps_labeled, b.eps]), (n, n)), net.path(b.x)
     net.follow(clean)
     noisy = both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:])
     costs = s.generator(noisy, clean) * s.generator.prices
@@ -78,12 +78,12 @@ def latent_loss(
     """
     own = sum(t.mean() for t in elbo_terms(s.features, b.x, b.eps[:, -2 * Z_DIM : -Z_DIM]))
     with torch.no_grad():
-        pairs = ((b.labelled, b.eps_labelled), (b.x, b.eps))
+        pairs = ((b.labeled, b.eps_labeled), (b.x, b.eps))
         labeled, x = (
             s.features.reparameterize(*s.features.encoder(images), noise[:, -Z_DIM:])
             for images, noise in pairs
         )
-    return loss(s, b._replace(x=x, labelled=labeled)) + own
+    return loss(s, b._replace(x=x, labeled=labeled)) + own
 
 
 LOSSES: dict[str, Callable[[Assisted, AssistedBatch], Tensor]] = {
@@ -133,7 +133,7 @@ def bench_assisted(rounds: int = 30) -> dict[str, Any]:
     batch = Batch(torch.rand(BATCH, 1, 28, 28, generator=rng))
     labeled, rows = (images.images / 255, images.labels), {}
     for method in LOSSES:
-        scheme = Assisted(**seeded_parts(method), labelled=images)
+        scheme = Assisted(**seeded_parts(method), labeled=images)
         other = Assisted(**seeded_parts(method))
         steps = {
             "hand": partial(passes_step, method, other, batch.x, labeled),

@@ -50,8 +50,8 @@ SCHEMES: dict[str, Callable[[nn.Module], Game]] = {
     "lstm": partial(MaximumLikelihood, data="binary"),
     "made": partial(MaximumLikelihood, data="binary"),
     "pixelcnn": partial(MaximumLikelihood, data="binary"),
-    "realnvp": partial(MaximumLikelihood, data="dequantised"),
-    "maf": partial(MaximumLikelihood, data="dequantised", shape=SHAPE),
+    "realnvp": partial(MaximumLikelihood, data="dequantized"),
+    "maf": partial(MaximumLikelihood, data="dequantized", shape=SHAPE),
     "diffusion": DenoisingDiffusion,
     "diffusion, optimal pairs": partial(DenoisingDiffusion, coupling=True),
 }

@@ -324,7 +324,7 @@ def announce(config: Mapping[str, Any], split: "Split", out: str) -> None:
         split: its data.
         out: its folder.
     """
-    labeled = split.extra.get("labelled")
+    labeled = split.extra.get("labeled")
     shown = f" ({len(labeled)} labeled)" if labeled is not None else ""
     click.echo(
         f"{click.style(config['scheme'], bold=True)} on {split.train.name}: "

@@ -7,15 +7,18 @@ __all__ = ['COMMANDS', 'GANBatch', 'downsampled_pixels', 'default_features', 'Fe
            'FeedbackGANCommand']
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4
-import math
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, Self
 
 import click
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
+from torch.optim import Optimizer
 
-from ..games import Game, Player
+from ..checks import check_choice, check_number
+from ..data.images import Batch
+from ..games import Game, Player, Rule
 from ..metrics import eval_mode, feature_stats, fid, frechet_floor
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
@@ -43,7 +46,7 @@ class GANBatch(NamedTuple):
 
     Attributes:
         x: (B, ...) real examples.
-        z: (B, z_dim), standard normal.
+        z: (B, z_dim) standard normal.
     """
 
     x: Tensor
@@ -51,38 +54,54 @@ class GANBatch(NamedTuple):
 
 
 def downsampled_pixels(x: Tensor) -> Tensor:
-    """Features for want of better ones: images (B, C, H, W) averaged down to 8 x 8, other examples
-    as they are.
+    """Return simple features (B, d) of examples (B, ...).
 
-    Returns:
-        (B, ...) -> (B, d).
+    Args:
+        x: images (B, C, H, W), which are averaged down to 8 x 8, or other examples, which stay as
+            they are.
     """
     return (adaptive_avg_pool2d(x, 8) if x.dim() == 4 else x).flatten(1)
 
 
-def default_features(x: Tensor):
-    """The features of the shipped classifier of digits for images 1 x 28 x 28, `downsampled_pixels` for
-    others.
+def default_features(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the features in which examples like these are compared.
+
+    Args:
+        x: examples (B, ...).
+
+    Returns:
+        The features of the classifier of digits that comes with the package for images of shape
+        (1, 28, 28), else `downsampled_pixels`.
     """
     if x.shape[1:] != (1, 28, 28):
         return downsampled_pixels
     classifier = mnist_classifier(x.device)
-    return lambda x: classifier.features(x.float())
+
+    def classifier_features(images: Tensor) -> Tensor:
+        """Return the classifier's features of images (B, 1, 28, 28)."""
+        return classifier.features(images.float())
+
+    return classifier_features
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-3
 class FeedbackGAN(Game):
-    r"""Players G and D of Eq. (gan-scheme), stepped by any rule: `Feedback` makes it §3.3's.
-    Goodfellow et al. (2014) at `Simultaneous()`, r1 = r2 = 0.
+    """Generator and discriminator, players "G" and "D" of Eq. (gan-scheme), stepped by any rule.
+
+    `Feedback` makes it the article's §3.3. Goodfellow et al. (2014) at `Simultaneous()` and
+    r1 = r2 = 0.
 
     Args:
-        generator: noise (B, z_dim) -> examples (B, ...), with `z_dim`; moves as "G".
-        discriminator: examples (B, ...) -> logits (B,); moves as "D".
-        loss: a name in `GAN_LOSSES`.
+        generator: noise (B, z_dim) -> examples (B, ...), with the attribute `z_dim`.
+        discriminator: examples (B, ...) -> logits (B,).
+        loss: a name in `optgen.models.gan.GAN_LOSSES`.
         rule: a rule of `optgen.rules` or a list of corrections; by default `Simultaneous()`.
-        optimizers: a pair, of G and D; by default `Adam(lr=2e-4, betas=(.5, .999))` for each.
-        r1: $\gamma_1 \ge 0$, weight of D's squared input gradient at real examples.
-        r2: $\gamma_2 \ge 0$, the same at generated ones.
+        optimizers: of G and of D; by default `Adam(lr=2e-4, betas=(0.5, 0.99))` each.
+        r1: weight, at least 0, of D's squared input gradient at real examples.
+        r2: the same at generated examples.
         features: examples (B, ...) -> (B, d), for `evaluate`; by default `default_features`.
+
+    Raises:
+        ValueError: for an unknown loss, a weight out of range, or networks of different shapes.
     """
 
     criterion = "fid"
@@ -92,30 +111,24 @@ class FeedbackGAN(Game):
         generator: nn.Module,
         discriminator: nn.Module,
         loss: str = "non-saturating",
-        rule=None,
-        optimizers=None,
+        rule: Rule | Iterable[Rule] | None = None,
+        optimizers: Sequence[Optimizer] | None = None,
         r1: float = 0.0,
         r2: float = 0.0,
-        features=None,
-    ):
-        if loss not in GAN_LOSSES:
-            raise ValueError(f"loss is one of {', '.join(map(repr, GAN_LOSSES))}; got {loss!r}")
-        for name, r in (("r1", r1), ("r2", r2)):
-            if not 0 <= r < math.inf:
-                raise ValueError(f"{name} must be a finite number >= 0, got {r}")
-        if (a := getattr(generator, "shape", None)) != (b := getattr(discriminator, "shape", a)):
-            raise ValueError(f"G makes examples of shape {a}, D judges shape {b}")
-        self.generator, self.discriminator, self.loss, self.r1, self.r2, self.features = (
-            generator,
-            discriminator,
-            loss,
-            r1,
-            r2,
-            features,
-        )
-        opt_g, opt_d = optimizers or (
-            Adam(m.parameters(), lr=2e-4, betas=(0.5, 0.999)) for m in (generator, discriminator)
-        )
+        features: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        check_choice("FeedbackGAN", GAN_LOSSES, loss=loss)
+        check_number("FeedbackGAN", 0, r1=r1, r2=r2)
+        made = getattr(generator, "shape", None)
+        judged = getattr(discriminator, "shape", made)
+        if made != judged:
+            raise ValueError(f"G makes examples of shape {made}, D takes shape {judged}")
+        self.generator, self.discriminator, self.features = generator, discriminator, features
+        self.loss, self.r1, self.r2 = GAN_LOSSES[loss], r1, r2
+        networks = (generator, discriminator)
+        opt_g, opt_d = optimizers or [
+            Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.99)) for net in networks
+        ]
         super().__init__(
             self.draw_noise,
             rule,
@@ -123,82 +136,87 @@ class FeedbackGAN(Game):
             D=Player(discriminator, self.d_loss, opt_d),
         )
 
-    def draw_noise(self, batch, generator=None) -> GANBatch:
-        return GANBatch(
-            batch.x,
-            torch.randn(
-                len(batch.x),
-                self.generator.z_dim,
-                generator=generator,
-                dtype=batch.x.dtype,
-                device=batch.x.device,
-            ),
-        )
+    def draw_noise(self, batch: Batch, generator: torch.Generator | None = None) -> GANBatch:
+        """Return a batch with the noise of as many generated examples.
 
-    def g_loss(self, b: GANBatch) -> Tensor:
-        """Return 0-dim; only paired losses look at the real examples."""
-        real = self.discriminator(b.x) if self.loss == "relativistic" else None
-        return GAN_LOSSES[self.loss][1](real, self.discriminator(self.generator(b.z)))
+        Args:
+            batch: its `x` is (B, ...) real examples.
+            generator: of random numbers, on their device; torch's own if None.
+        """
+        shape = len(batch.x), self.generator.z_dim
+        here = {"dtype": batch.x.dtype, "device": batch.x.device}
+        return GANBatch(batch.x, torch.randn(shape, generator=generator, **here))
 
-    def d_loss(self, b: GANBatch) -> Tensor:
-        """Return 0-dim, Eq. (gan-scheme)."""
-        D, fake = self.discriminator, self.generator(b.z)
-        value = GAN_LOSSES[self.loss][0](D(b.x), D(fake))
+    def g_loss(self, batch: GANBatch) -> Tensor:
+        """Return the generator's loss, 0-dim; only some losses look at the real examples."""
+        real = self.discriminator(batch.x) if self.loss.sees_real else None
+        return self.loss.generator(real, self.discriminator(self.generator(batch.z)))
+
+    def d_loss(self, batch: GANBatch) -> Tensor:
+        """Return the discriminator's loss with its penalties, 0-dim, Eq. (gan-scheme)."""
+        D, fake = self.discriminator, self.generator(batch.z)
+        value = self.loss.discriminator(D(batch.x), D(fake))
         if self.r1:
-            value = value + self.r1 / 2 * input_gradient_penalty(D, b.x)
+            value = value + self.r1 / 2 * input_gradient_penalty(D, batch.x)
         if self.r2:
             value = value + self.r2 / 2 * input_gradient_penalty(D, fake)
         return value
 
-    def compile(self):
-        """`ValueError` with R1 or R2, or a rule of second order."""
+    def compile(self) -> Self:
+        """Compile the losses as `Game.compile` does.
+
+        Raises:
+            ValueError: with R1 or R2, or a rule of second order.
+        """
         if self.r1 or self.r2:
             raise ValueError(
-                "R1 and R2 differentiate twice, which torch.compile can't: train without compile, or with r1 = r2 = 0"
+                "R1 and R2 differentiate twice, which torch.compile can't: "
+                "train without compile, or with r1 = r2 = 0"
             )
         return super().compile()
 
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        """Return (n, ...), G in evaluation mode."""
+        """Return `n` generated examples (n, ...), G in evaluation mode."""
         like = next(self.generator.parameters())
         with eval_mode(self.generator):
-            return self.generator(
-                torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device)
-            )
+            z = torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device)
+            return self.generator(z)
 
     @torch.no_grad()
-    def evaluate(self, batches, seed: int | None = None) -> dict:
-        """Losses and distance on held-out examples. Raises ValueError for fewer than two.
+    def evaluate(self, batches: Iterable[Batch], seed: int | None = None) -> dict[str, float]:
+        """Measure losses and distance on held-out examples, in evaluation mode.
 
         Args:
-            batches: of real examples, `Batch`es.
+            batches: of real examples.
             seed: of the noise; by default torch's own generator goes on.
 
         Returns:
-            floats: the players' losses, "fid" in the features, "fid_floor".
+            The players' losses "G" and "D", the Fréchet distance "fid" in the features, and its
+            expectation "fid_floor" for two samples of the same size of one distribution.
+
+        Raises:
+            ValueError: for fewer than two examples.
         """
         n, sums, real, fake, rng = 0, {"G": 0.0, "D": 0.0}, [], [], None
         features = self.features
         with eval_mode(self.generator, self.discriminator):
             for batch in batches:
-                if features is None:
-                    features = default_features(batch.x)
+                features = features or default_features(batch.x)
                 if seed is not None and rng is None:
                     rng = torch.Generator(batch.x.device).manual_seed(seed)
-                b = self.draw_noise(batch, rng)
-                n += len(b.x)
+                noisy = self.draw_noise(batch, rng)
+                n += len(noisy.x)
                 for name, loss in (("G", self.g_loss), ("D", self.d_loss)):
-                    sums[name] += len(b.x) * loss(b).double()
-                real.append(features(b.x))
-                fake.append(features(self.generator(b.z)))
+                    sums[name] += len(noisy.x) * loss(noisy).double()
+                real.append(features(noisy.x))
+                fake.append(features(self.generator(noisy.z)))
         if n < 2:
             raise ValueError(f"an evaluation needs at least two examples, got {n}")
         stats = feature_stats(real)
-        return {name: (s / n).item() for name, s in sums.items()} | {
-            "fid": fid(stats, fake),
-            "fid_floor": frechet_floor(stats.cov, n, n).item(),
-        }
+        losses = {name: (total / n).item() for name, total in sums.items()}
+        floor = frechet_floor(stats.cov, n, n).item()
+        return losses | {"fid": fid(stats, fake), "fid_floor": floor}
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #f7df1a84
 def build_gan_networks(
