@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 TINY = [
     "train",
@@ -65,3 +66,20 @@ def tiny_run(tmp_path_factory):
     done = optgen(*TINY, "--epochs", "2", "--out", out)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def few_images(tmp_path_factory):
+    """Sixty grey images of 8 x 8 in a folder; not to be changed."""
+    folder, generator = tmp_path_factory.mktemp("images") / "mine", rng()
+    folder.mkdir()
+    for i in range(60):
+        pixels = torch.randint(256, (8, 8), dtype=torch.uint8, generator=generator)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """To save time, a run leaves no pictures."""
+    monkeypatch.setattr("optgen.training.trainer.RunFolder.draw", lambda *args: None)

@@ -320,7 +320,7 @@ def own_norms(ranks=None):
             game.ranks = None
             found = super().correction(game.at(at.batch, graph=True))
             game.ranks = mean
-            flat = iter(game.mean([t for ts in found.values() for t in ts]))
+            flat = iter(game.average_over_ranks([t for ts in found.values() for t in ts]))
             return type(found)({k: [next(flat) for _ in ts] for k, ts in found.items()})
 
     return train(ranks, rule=Own(0.5))

@@ -114,7 +114,7 @@ def tiny(name, seed=0, dtype=torch.float32, device="cpu", labelled=FEW):
         classifier,
         generator,
         coupling,
-        labelled=labelled,
+        labeled=labelled,
         optimizers={k: Adam(m.parameters(), lr=3e-3) for k, m in modules.items()},
         **more,
     )

@@ -96,7 +96,7 @@ def test_nothing_waits_for_the_device(name):
         scheme.draw(batch(1))  # the first is checked, which waits
         with Waits():
             scheme.loss(scheme.draw(batch(0))).backward()
-            scheme.levels.update(*scheme.seen)
+            scheme.levels.update(*scheme.last_levels)
     tiny(name, device="meta").step(batch(0, like=torch.empty((), device="meta")))
 
 

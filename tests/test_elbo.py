@@ -403,8 +403,11 @@ def test_aggressive_moves_as_written(losses, information, moved):
         draw=lambda b: next(losses),
         rule=Aggressive(check=1, most=3, window=1),
     )
-    seen, apply = [], game.apply
-    game.apply = lambda u: (seen.append("*" if len(u) == 2 else next(iter(u))[0]), apply(u))
+    seen, apply = [], game.step_optimizers
+    game.step_optimizers = lambda u: (
+        seen.append("*" if len(u) == 2 else next(iter(u))[0]),
+        apply(u),
+    )
     for _ in moved:
         game.step(None)
     assert "".join(seen) == moved
@@ -414,8 +417,8 @@ def test_aggressive_reads_seldom():
     "One number every `check` batches and one every `window` moves of the decoder, until it ends; then none."
     scheme = tiny("constant", make=plain, optimizer=2, rule=Aggressive(check=5, most=10, window=2))
     moved = []
-    apply = scheme.apply
-    scheme.apply = lambda u: (moved.append(tuple(u)), apply(u))
+    apply = scheme.step_optimizers
+    scheme.step_optimizers = lambda u: (moved.append(tuple(u)), apply(u))
     with Ops() as ops:
         train(scheme, 60)
     decoder = moved.count(("decoder",))

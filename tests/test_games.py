@@ -81,7 +81,7 @@ def test_field_and_products_against_explicit_derivatives(seed):
         assert (flat(got) - matrix @ flat(u)).abs().max() < 1e-12
     assert (flat(at.with_movers("D").vjp(u)) - (J.T @ flat(u))[n:]).abs().max() < 1e-12
     assert (
-        flat(at.pull([("D", "G", u["G"])], to=["D"])) - _pull(game, z, "D", "G", u["G"], "D")
+        flat(at.pullback([("D", "G", u["G"])], to=["D"])) - _pull(game, z, "D", "G", u["G"], "D")
     ).abs().max() < 1e-12
 
 
@@ -159,7 +159,7 @@ def test_field_arithmetic():
     assert (a @ b).item() == 1 + 1 + 6 and (a @ b).shape == ()
     c = a.clone()
     c["x"][0].zero_()
-    assert a["x"][0].sum() == 2 and list(a.only(["y"])) == ["y"]
+    assert a["x"][0].sum() == 2 and list(a.select(["y"])) == ["y"]
 
 
 MAKERS = {
@@ -259,10 +259,10 @@ def test_state_goes_through_a_file_with_buffers(tmp_path):
 def test_gradients_do_not_flow_into_other_players():
     "Losses need not detach: a player's step leaves the other's weights and gradients alone."
     game = gan(rule=Alternating(order=["D", "G"]))
-    weights = flat(game.weights().only(["G"]))
-    u = game.at(batch(), move=["D"]).v
-    game.apply(u)
-    assert torch.equal(flat(game.weights().only(["G"])), weights) and all(
+    weights = flat(game.weights().select(["G"]))
+    u = game.at(batch(), movers=["D"]).v
+    game.step_optimizers(u)
+    assert torch.equal(flat(game.weights().select(["G"])), weights) and all(
         p.grad is None for p in game.params("G")
     )
 
@@ -371,13 +371,13 @@ def test_other_mistakes():
     with pytest.raises(ValueError, match="graph=True"):
         game.at(None).vjp(Field(x=[a]))
     with pytest.raises(ValueError):
-        game.apply(Field(x=[]))
+        game.step_optimizers(Field(x=[]))
     with pytest.raises(TypeError, match="not a correction"):
         Game(x=Player([a], lambda _: a.sum(), sgd(a)), rule=[Simultaneous()])
 
     class Mine(Rule):
         def check(self, game):
-            self.named(game, "G")
+            self.require_players(game, "G")
 
     with pytest.raises(ValueError, match="Mine names a player 'G'; this game has 'x'"):
         Game(x=Player([a], None, sgd(a)), rule=Mine())

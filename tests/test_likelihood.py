@@ -35,11 +35,11 @@ KINDS = {
     "made of 256": (lambda: MADE(S, (8,), 256), "levels"),
     "lstm of 8": (lambda: PixelLSTM(S, 6, levels=8), "levels"),
     "pixelcnn of 3": (lambda: PixelCNN(S, 4, 2, levels=3), "levels"),
-    "realnvp": (lambda: realnvp(16, 2, (12,), before=[Logit()]), "dequantised"),
-    "maf": (lambda: maf(16, 2, (12,), before=[Logit()]), "dequantised"),
-    "image_flow": (lambda: image_flow(S, 1, 1, 4, 1, before=[Logit(0.05)]), "dequantised"),
-    "zuko NSF": (lambda: zuko_flow("NSF"), "dequantised"),
-    "zuko MAF": (lambda: zuko_flow("MAF"), "dequantised"),
+    "realnvp": (lambda: realnvp(16, 2, (12,), before=[Logit()]), "dequantized"),
+    "maf": (lambda: maf(16, 2, (12,), before=[Logit()]), "dequantized"),
+    "image_flow": (lambda: image_flow(S, 1, 1, 4, 1, before=[Logit(0.05)]), "dequantized"),
+    "zuko NSF": (lambda: zuko_flow("NSF"), "dequantized"),
+    "zuko MAF": (lambda: zuko_flow("MAF"), "dequantized"),
 }
 everyone = pytest.mark.parametrize("name", KINDS)
 some = pytest.mark.parametrize("name", ["lstm", "pixelcnn of 3", "image_flow", "zuko NSF"])
@@ -93,7 +93,7 @@ def test_it_learns_evaluates_and_draws(name):
             and abs(found["bits_per_dim"] - found["nll"] / 16 / math.log(2)) < 1e-9
             and found["loss"] == pytest.approx(found["nll"])
         )
-        L = {"binary": 2, "dequantised": 256}.get(scheme.data, scheme.levels)
+        L = {"binary": 2, "dequantized": 256}.get(scheme.data, scheme.levels)
         torch.manual_seed(seed)
         x = scheme.sample(30)
         assert (
@@ -104,7 +104,7 @@ def test_it_learns_evaluates_and_draws(name):
         )
         if scheme.data != "levels":
             assert math.isfinite(scheme.evaluate([x])["nll"])
-        if scheme.data == "dequantised":
+        if scheme.data == "dequantized":
             assert scheme.evaluate([x], k=5)["nll"] < scheme.evaluate([x], k=5)["loss"]
 
 
@@ -278,7 +278,7 @@ def test_a_run_on_grey_images_ends_at_once(tmp_path):
 def test_conditional_flows_are_refused():
     for kind in ("NSF", "MAF"):
         with pytest.raises(ValueError, match="conditional flow"):
-            MaximumLikelihood(zuko_flow(kind, 3), "dequantised")
+            MaximumLikelihood(zuko_flow(kind, 3), "dequantized")
 
 
 @pytest.mark.cuda

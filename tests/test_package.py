@@ -45,7 +45,7 @@ LAYERS = [
         "models.synthetic",
     ),
     (
-        "schemes.elbo",
+        "schemes.command", "schemes.elbo",
         "schemes.assisted",
         "schemes.feedback",
         "schemes.likelihood",

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from .timing import Part, median_ms, step_flops
-from .trainers import BATCH, SIZES, TRAINERS, time_trainers, vae_scheme
 from torch import Tensor
 
+from .timing import Part, median_ms, step_flops
+from .trainers import BATCH, SIZES, TRAINERS, time_trainers, vae_scheme
 from ..controllers import Capacity, ControlVAE, Cyclical, FreeBits, Geco, LinearWarmup
 from ..data.images import Batch
 from ..inner import DECODER_PASSES, Refinement

@@ -18,11 +18,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from .timing import Part, alternate, run_module
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import to_pil_image, to_tensor
 
+from .timing import Part, alternate, run_module
 from ..data.images import DataError, Images
 from ..data.loading import Loader, load
 from ..models.vae import VAE, elbo_terms, vae_loss

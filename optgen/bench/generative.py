@@ -15,10 +15,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from .timing import Part, median_ms
 from torch import Tensor, nn
 
 from ..averaging import Average, Power
+from .timing import Part, median_ms
 from ..data.images import Batch
 from ..games import Game
 from ..models.diffusion import Denoiser, LinearSchedule, UNet

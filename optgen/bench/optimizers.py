@@ -9,9 +9,9 @@ __all__ = ['METHODS', 'OURS', 'PARTS', 'seeded_tensors', 'bench_optimizers', 'fo
 from typing import Any
 
 import torch
-from .timing import Part, median_ms
 
 from .. import optim
+from .timing import Part, median_ms
 
 # %% ../../nbs/40_training/44b_optimizers.ipynb #87317309
 METHODS = {

@@ -13,9 +13,8 @@ import pkgutil
 from collections.abc import Collection
 from typing import Any
 
-from .timing import Part
-
 import optgen.bench
+from .timing import Part
 from ..training.trainer import environment
 
 # %% ../../nbs/40_training/44c_report.ipynb #12986f2d

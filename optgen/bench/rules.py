@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from .timing import Part, median_ms, run_module, step_flops
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
 from .. import rules
+from .timing import Part, median_ms, run_module, step_flops
 from ..data.images import Batch
 from ..models.gan import MLPDiscriminator, MLPGenerator
 from ..optim import Adam

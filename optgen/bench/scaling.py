@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from .timing import Part
 
+from .timing import Part
 from ..data.images import digits
 from ..data.loading import Loader
 from ..models.gan import ConvDiscriminator, ConvGenerator

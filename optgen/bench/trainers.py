@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from .timing import alternate, run_module
 from torch import Tensor, nn
 
+from .timing import alternate, run_module
 from ..data.images import Images
 from ..data.loading import load
 from ..models.vae import VAE

@@ -292,9 +292,7 @@ def reproduce(
     if jobs < 1 or threads < 1:
         raise ValueError(f"jobs and threads must be at least 1, got {jobs} and {threads}")
     queue, workers = iter(left), []
-    from optgen.training.trainer import (
-        environment,  # here, since the workers, who import this module, need nothing of it
-    )
+    from optgen.training.trainer import environment
 
     about = {
         "environment": environment() | {"threads": threads, "cpus": os.cpu_count()},

@@ -400,7 +400,7 @@ class Assisted(Game):
         DataError: for a labeled set without labels.
     """
 
-    criterion, kept = "nll", ("weight",)
+    criterion, stateful_parts = "nll", ("weight",)
 
     def __init__(
         self,
@@ -499,7 +499,9 @@ class Assisted(Game):
         """Return λ, 0-dim, after the controller's update where one is due."""
         if self.weight_is_due:
             self.weight_is_due = False
-            self.weight.update(*self.mean([terms.coupling.detach(), terms.classification.detach()]))
+            self.weight.update(
+                *self.average_over_ranks([terms.coupling.detach(), terms.classification.detach()])
+            )
         return self.weight.value
 
     def loss(self, batch: AssistedBatch) -> Tensor:
@@ -716,7 +718,7 @@ class Balanced(Rule):
         Raises:
             ValueError: for another game.
         """
-        self.named(game, "classifier", "generator")
+        self.require_players(game, "classifier", "generator")
         if not hasattr(game, "terms"):
             raise ValueError(
                 "Balanced weighs the terms of a loss: the game needs a method terms(batch), "
@@ -759,18 +761,18 @@ class Balanced(Rule):
             gradient_or_zeros(terms.generation, g),
         ]
         local = [x for piece in pieces for x in piece]
-        fresh = iter(game.mean([*local, *(t.detach() for t in terms)]))
+        fresh = iter(game.average_over_ranks([*local, *(t.detach() for t in terms)]))
         a, r, rg, own = ([next(fresh) for _ in params] for params in (d, d, g, g))
         found = LossTerms(*fresh)
         weight = game.multiplier(found)
         r = self.balance(a, r)
         others = [name for name in game.players if name not in ("classifier", "generator")]
-        rest = game.at(batch, move=others)
+        rest = game.at(batch, movers=others)
         direction = {
             "classifier": [game.alpha * x + weight * y for x, y in zip(a, r)],
             "generator": [weight * y + z for y, z in zip(rg, own)],
         }
-        game.apply(Field(direction | (rest.v if rest.move else {})))
+        game.step_optimizers(Field(direction | (rest.v if rest.movers else {})))
         value = game.alpha * found.classification + weight * found.coupling + found.generation
         return {"classifier": value, "generator": value} | rest.losses
 

@@ -364,7 +364,7 @@ class DenoisingDiffusion(Game):
         ValueError: for an unknown weight.
     """
 
-    kept = ("levels",)
+    stateful_parts = ("levels",)
 
     def __init__(
         self,
@@ -480,7 +480,7 @@ class DenoisingDiffusion(Game):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take a step as `Game.step` does, and let the levels adapt to its losses."""
         losses = super().step(batch)
-        self.levels.update(*self.last_levels, self.mean)
+        self.levels.update(*self.last_levels, self.average_over_ranks)
         return losses
 
     def denoise(self, labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:

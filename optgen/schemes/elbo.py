@@ -81,7 +81,7 @@ class BetaVAE(Game):
         ValueError: for parts that do not fit together.
     """
 
-    kept = ("beta",)
+    stateful_parts = ("beta",)
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class BetaVAE(Game):
         """
         if self.beta_is_due:
             self.beta_is_due = False
-            mean_distortion, mean_rate = self.mean([distortion.mean(), rate.mean(0)])
+            mean_distortion, mean_rate = self.average_over_ranks([distortion.mean(), rate.mean(0)])
             self.beta.update(mean_rate, self.beta.distortion(self.model, mean_distortion))
         return self.beta.kl_weight(self.model)
 
@@ -265,7 +265,7 @@ class Aggressive(Rule):
         Raises:
             ValueError: for another game.
         """
-        self.named(game, *ENCODER_DECODER)
+        self.require_players(game, *ENCODER_DECODER)
         if not hasattr(game, "information"):
             raise ValueError(
                 "Aggressive stops by the information in the latents: the game needs a method "
@@ -286,13 +286,13 @@ class Aggressive(Rule):
         if not memory["waiting"]:
             return super().step(game, batch)
         mover = "decoder" if self.encoder_has_converged() else "encoder"
-        at = game.at(batch, move=(mover,))
-        game.apply(at.v)
+        at = game.at(batch, movers=(mover,))
+        game.step_optimizers(at.v)
         if mover == "encoder":
             memory["moves"] += 1
             memory["loss"] = memory["loss"] + at.losses[mover]
         else:
-            self.compare_information(*game.mean([game.information(batch)]))
+            self.compare_information(*game.average_over_ranks([game.information(batch)]))
         return dict.fromkeys(game.players, at.losses[mover])
 
     def encoder_has_converged(self) -> bool:
