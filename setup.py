@@ -1,4 +1,4 @@
-"Packaging read from settings.ini, the one place where the project's facts are written."
+"""Packaging read from settings.ini, the one place where the project's facts are written."""
 
 from configparser import ConfigParser
 from pathlib import Path
@@ -9,7 +9,14 @@ here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
-minor = lambda version: int(version.split(".")[1])
+
+
+def minor_version(version: str) -> int:
+    """Return 11 for "3.11"."""
+    return int(version.split(".")[1])
+
+
+versions = range(minor_version(cfg["min_python"]), minor_version(cfg["max_python"]) + 1)
 
 setup(
     name=cfg["lib_name"],
@@ -27,10 +34,7 @@ setup(
         "Development Status :: 3 - Alpha",
         f"Intended Audience :: {cfg['audience']}",
         f"Natural Language :: {cfg['language']}",
-        *(
-            f"Programming Language :: Python :: 3.{v}"
-            for v in range(minor(cfg["min_python"]), minor(cfg["max_python"]) + 1)
-        ),
+        *(f"Programming Language :: Python :: 3.{version}" for version in versions),
     ],
     packages=find_packages(include=["optgen", "optgen.*"]),
     package_data={"optgen": ["assets/*"]},

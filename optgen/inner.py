@@ -18,7 +18,7 @@ from torch.autograd import grad
 from torch.optim import Optimizer
 
 from .checks import check_choice, check_count, check_number
-from .optim import SGD, Descent, Momentum, moved
+from .optim import SGD, Descent, Momentum, functional_step
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-05
 State = Sequence[Sequence[Tensor | None]]
@@ -96,7 +96,7 @@ class Stepper:
                 "use an optimizer of optgen.optim, as in partial(Adam, lr=0.1)"
             )
         (self.group,) = self.opt.param_groups
-        self.symbols = self.opt.memory(self.group).values()
+        self.symbols = self.opt.state_symbols(self.group).values()
         self.device_type = device = like.device.type
         mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         self.autocast_dtype = torch.get_autocast_dtype(device) if mixed else None
@@ -109,7 +109,7 @@ class Stepper:
 
     def initial_state(self, params: Iterable[Tensor]) -> State:
         r"""Return $s_0$: an entry ($\theta$, memory) for each tensor."""
-        return [(x, *(self.opt.start(x) for _ in self.symbols)) for x in params]
+        return [(x, *(self.opt.initial_state(x) for _ in self.symbols)) for x in params]
 
     def gradient(
         self,
@@ -148,11 +148,11 @@ class Stepper:
         """Return the state after step `i`, $U_i$."""
         if self.clip is not None:
             grads = self.clip(grads)
-        count = {"t": i + 1} if self.opt.counts else {}
+        count = {"t": i + 1} if self.opt.counts_steps else {}
         after = []
         for (x, *memory), g in zip(state, grads):
             remembered = dict(zip(self.symbols, memory))
-            x, kept = moved(self.opt, self.group, x, g, **count, **remembered)
+            x, kept = functional_step(self.opt, self.group, x, g, **count, **remembered)
             after.append((x, *(kept[symbol] for symbol in self.symbols)))
         return after
 

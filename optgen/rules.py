@@ -585,7 +585,7 @@ def alternating_gan(
     repeats = {name: moves for name, moves in (("G", G), ("D", D)) if moves is not None}
     return Alternating(inner, repeats=repeats)
 
-
+# %% ../nbs/10_optimizers/13_rules.ipynb #9b000035
 RULES = Registry("rule")
 RULES.add("simultaneous", Simultaneous, "every player descends its own gradient")
 RULES.add("alternating", alternating_gan, "one player after the other; D=2 lets D move twice")
@@ -602,28 +602,19 @@ RULES.add(
     "literal",
     Feedback,
     "the article's formula: G descends the squared gradient of D's loss by G; does not damp",
-    to="G",
-    loss="D",
-    wrt="G",
-    weight=0.1,
+    **{"to": "G", "loss": "D", "wrt": "G", "weight": 0.1},
 )
 RULES.add(
     "nagarajan-kolter",
     Feedback,
     "G descends the squared gradient of D's loss by D",
-    to="G",
-    loss="D",
-    wrt="D",
-    weight=0.005,
+    **{"to": "G", "loss": "D", "wrt": "D", "weight": 0.005},
 )
 RULES.add(
     "smoothing",
     Feedback,
     "D descends the squared gradient of its loss by G",
-    to="D",
-    loss="D",
-    wrt="G",
-    weight=0.5,
+    **{"to": "D", "loss": "D", "wrt": "G", "weight": 0.5},
 )
 RULES.add(
     "symplectic",
@@ -632,16 +623,12 @@ RULES.add(
     weight=0.1,
 )
 RULES.add(
-    "lookahead",
-    Lookahead,
-    "every few steps all players return part of the way",
-    every=5,
-    alpha=0.5,
+    "lookahead", Lookahead, "every few steps all players return part of the way", every=5, alpha=0.5
 )
 RULES.add("unrolled", Unrolled, "G looks some steps of D ahead", player="D", steps=5)
 RULES.add("competitive", CompetitiveGradient, "each step solves the local game")
 
-# %% ../nbs/10_optimizers/13_rules.ipynb #9b000035
+# %% ../nbs/10_optimizers/13_rules.ipynb #9b000036
 def build_rule(text: str, weight: float | None = None) -> Rule:
     """Return the rule that a specification NAME or NAME:KEY=VALUE,... names.
 

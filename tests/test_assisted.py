@@ -28,7 +28,7 @@ from optgen.training.trainer import fit
 IMAGES = Images(
     digits("train").images[:, :, 4:28:3, 4:28:3].contiguous()[:300], digits("train").labels[:300]
 )
-FEW = IMAGES.take(torch.arange(40))
+FEW = IMAGES.subset(torch.arange(40))
 
 
 class Net(nn.Module):
@@ -216,7 +216,9 @@ def test_compiles_once_and_trains_alike(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["agreement, geco", "balanced", "ladder"])
 def test_fit_goes_on_where_it_stopped_and_measures(name, tmp_path):
-    kw = dict(valid=IMAGES.take(torch.arange(200, 300)), batch_size=50, progress="none", samples=0)
+    kw = dict(
+        valid=IMAGES.subset(torch.arange(200, 300)), batch_size=50, progress="none", samples=0
+    )
     whole, half, rest = (tiny(name) for _ in range(3))
     records = fit(whole, IMAGES, epochs=2, out=tmp_path / "whole", **kw)
     fit(half, IMAGES, epochs=1, out=tmp_path / "half", **kw)

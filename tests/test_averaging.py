@@ -1,10 +1,9 @@
-"Averages of the installed package: dtypes, devices, files, foreign loops, a scheme's own averages, schedule-free players, schedules, what fails."
+"""Averages of the installed package: dtypes, files, foreign loops, schemes, schedules, errors."""
 
 import copy
 
 import pytest
 import torch
-from conftest import rng
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -19,11 +18,13 @@ from optgen.averaging import (
     posthoc_coefficients,
     reconstruct,
 )
-from optgen.data.images import Images, digits
+from optgen.data.images import Batch, Images, digits
+from optgen.data.loading import Loader
 from optgen.games import Game, Player
 from optgen.muon import Muon, muon_groups
 from optgen.optim import Adam, CombinedOptimizer
 from optgen.rules import Alternating, Clipped, Consensus, Extragradient, Lookahead, Optimistic
+from optgen.testing import flat_weights, generator
 from optgen.training import checkpoint
 from optgen.training.trainer import fit
 
@@ -38,7 +39,7 @@ KINDS = [
 
 
 class Scheme(Game):
-    "Classifies digits; its evaluation tells the weights it saw."
+    """Classifier of digits; its evaluation returns the norm of the weights."""
 
     def __init__(
         self, make=lambda net: Adam(net.parameters(), 0.01), seed=0, rule=None, device="cpu"
@@ -58,31 +59,31 @@ class Scheme(Game):
         )
 
     def evaluate(self, batches):
-        return {"loss": weights(self.net).double().norm().item()}
-
-
-def weights(net):
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
+        """Return the norm of the weights."""
+        return {"loss": flat_weights(self.net).double().norm().item()}
 
 
 def equal(a, b):
+    """Return whether two states are equal to the bit."""
     return all(torch.equal(a[k], b[k]) for k in a)
 
 
 def walked(kind, dtype=torch.float64, seed=0, steps=25, device="cpu"):
+    """Return a layer on a random walk, its average, and the points visited."""
     net = nn.Linear(4, 3, dtype=dtype, device=device)
-    average, path, noise = Average(net, kind), [], rng(seed)
+    average, path, noise = Average(net, kind), [], generator(seed)
     for _ in range(steps):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(torch.randn(p.shape, generator=noise).to(p))
-        path.append(weights(net).cpu().double())
+        path.append(flat_weights(net).cpu().double())
         average.update()
     return net, average, torch.stack(path)
 
 
-def flat(average):
-    return torch.cat([a.flatten() for a in average.means]).cpu().double()
+def flat_means(average):
+    """Return the averages as one float64 vector."""
+    return flat_weights(average.means).cpu().double()
 
 
 @pytest.mark.parametrize(
@@ -92,13 +93,12 @@ def flat(average):
 def test_it_is_the_weighted_sum_in_every_dtype(kind, dtype, error):
     for seed in (0, 1, 2):
         net, average, path = walked(kind, dtype, seed)
-        assert (flat(average) - kind.weights(25) @ path).abs().max() < error * 10 and all(
-            p.dtype == dtype for p in net.parameters()
-        )
-        own = weights(net)
+        assert (flat_means(average) - kind.weights(25) @ path).abs().max() < error * 10
+        assert all(p.dtype == dtype for p in net.parameters())
+        own = flat_weights(net)
         with evaluating(average):
-            assert torch.equal(weights(net), flat(average).to(dtype))
-        assert torch.equal(weights(net), own)
+            assert torch.equal(flat_weights(net), flat_means(average).to(dtype))
+        assert torch.equal(flat_weights(net), own)
 
 
 @pytest.mark.parametrize("kind", KINDS[:4], ids=str)
@@ -114,11 +114,9 @@ def test_resumed_from_a_file_it_is_the_average_that_went_on(kind, tmp_path):
         net.weight.add_(1)
     average.update()
     other.update()
-    assert (
-        torch.equal(flat(average), flat(other))
-        and other.step == 26
-        and state["snapshot"]["step"] == 25
-    )
+    assert torch.equal(flat_means(average), flat_means(other))
+    assert other.step == 26
+    assert state["snapshot"]["step"] == 25
 
 
 def test_foreign_snapshots_and_targets_out_of_reach():
@@ -128,7 +126,7 @@ def test_foreign_snapshots_and_targets_out_of_reach():
         ([{k: v for k, v in snapshot.items() if k != "weights"}], "no weights"),
         (
             [snapshot, {**snapshot, "weights": {"weight": torch.ones(2)}}],
-            "snapshot 1 is of other weights: 'weight' has shape (2,)",
+            "snapshot 1 has other weights: 'weight' has shape (2,)",
         ),
         (None, "a list"),
         ({}, "a list"),
@@ -136,10 +134,8 @@ def test_foreign_snapshots_and_targets_out_of_reach():
         with pytest.raises(ValueError) as e:
             reconstruct(bad, Power(1.0))
         assert word in str(e.value)
-    assert (
-        reconstruct([snapshot], lambda s: s == 3).residual > 0.9
-        and reconstruct([snapshot], Power(3.0)).residual < 1e-12
-    )
+    assert reconstruct([snapshot], lambda s: s == 3).residual > 0.9
+    assert reconstruct([snapshot], Power(3.0)).residual < 1e-12
     state = average.state_dict()
     wrong = Average(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="other weights"):
@@ -150,18 +146,14 @@ def test_foreign_snapshots_and_targets_out_of_reach():
 @pytest.mark.parametrize("seed", range(3))
 def test_any_profile_of_a_run_is_near_what_was_averaged_alongside(seed):
     class Odd(Profile):
-        def new_weight(self, t):
+        def update_weight(self, t):
             return 1 / t**0.8
 
     w = torch.zeros(2000, dtype=torch.float64, requires_grad=True)
-    noise = rng(seed)
-    pair, wanted = (
-        [Average([w], Power.of_width(s)) for s in (0.05, 0.1)],
-        [
-            Average([w], kind)
-            for kind in (Power.of_width(0.06), Power.of_width(0.12), Exponential(0.97), Odd())
-        ],
-    )
+    noise = generator(seed)
+    pair = [Average([w], Power.of_width(width)) for width in (0.05, 0.1)]
+    targets = (Power.of_width(0.06), Power.of_width(0.12), Exponential(0.97), Odd())
+    wanted = [Average([w], target) for target in targets]
     snapshots = []
     for t in range(1, 201):
         with torch.no_grad():
@@ -173,22 +165,21 @@ def test_any_profile_of_a_run_is_near_what_was_averaged_alongside(seed):
     for a in wanted:
         found = reconstruct(snapshots, a.profile)
         p = a.profile.weights(200).norm().item()
-        assert (
-            (found.state["0"] - a.means[0]).square().mean() ** 0.5 / (found.residual * p) - 1
-        ).abs() < 0.12  # 2,000 numbers: five standard errors are 8 %
+        error = (found.state["0"] - a.means[0]).square().mean() ** 0.5
+        # 2,000 numbers: five standard errors are 8 %.
+        assert (error / (found.residual * p) - 1).abs() < 0.12
 
 
 def test_a_long_run_is_cheap():
-    c, residual = posthoc_coefficients(
-        [(Power.of_width(s), t) for t in range(50_000, 1_000_001, 50_000) for s in (0.05, 0.1)],
-        Power.of_width(0.08),
-        1_000_000,
-    )
+    steps, widths = range(50_000, 1_000_001, 50_000), (0.05, 0.1)
+    marks = [(Power.of_width(width), t) for t in steps for width in widths]
+    c, residual = posthoc_coefficients(marks, Power.of_width(0.08), 1_000_000)
     assert residual < 0.01 and abs(c.sum() - 1) < 1e-9
 
 
 def test_a_scheme_is_averaged_resumed_and_evaluated_at_its_first_average(tmp_path):
     def new(seed=0):
+        """Return a scheme with two averages of its weights."""
         scheme = Scheme(seed=seed)
         scheme.averages = averages_of(scheme, Power.of_width(0.1)) + averages_of(scheme, 0.9)
         return scheme
@@ -201,16 +192,16 @@ def test_a_scheme_is_averaged_resumed_and_evaluated_at_its_first_average(tmp_pat
     for a, b in zip(whole.averages, second.averages):
         assert equal(a.state_dict(), b.state_dict()) and a.step == 12
     assert records[-1]["valid"]["loss"] == pytest.approx(
-        flat(whole.averages[0]).norm().item(), rel=1e-6
+        flat_means(whole.averages[0]).norm().item(), rel=1e-6
     )
     with evaluating(whole):
-        assert torch.equal(weights(whole.net).double(), flat(whole.averages[0]))
+        assert torch.equal(flat_weights(whole.net).double(), flat_means(whole.averages[0]))
     with pytest.raises(checkpoint.CheckpointError, match="2 averages"):
         fit(Scheme(), FEW, epochs=3, out=tmp_path / "b", resume=True, **options)
 
 
 def test_a_checkpoint_of_pytorchs_average_goes_on(tmp_path):
-    "As optgen 0.3 wrote it."
+    """As optgen 0.3 wrote it."""
     scheme, options = Scheme(), dict(batch_size=50, progress="none", ema=0.9)
     fit(scheme, FEW, epochs=1, out=tmp_path / "a", **options)
     state = checkpoint.load(tmp_path / "a/checkpoint.pt")
@@ -224,6 +215,7 @@ def test_a_checkpoint_of_pytorchs_average_goes_on(tmp_path):
 
 
 def free(name):
+    """Return a function that makes a schedule-free optimizer of a network."""
     schedulefree = pytest.importorskip("schedulefree")
     return {
         "adamw": lambda net: schedulefree.AdamWScheduleFree(
@@ -251,38 +243,36 @@ def test_schedule_free_players_resume_and_come_back_to_the_bit(name, tmp_path):
     records = fit(whole, FEW, epochs=2, **options)
     fit(first, FEW, epochs=1, out=tmp_path / "b", **options)
     fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
-    assert equal(whole.net.state_dict(), second.net.state_dict()) and all(
-        p.isfinite().all() for p in whole.net.parameters()
-    )
-    y = weights(whole.net)
+    assert equal(whole.net.state_dict(), second.net.state_dict())
+    assert all(p.isfinite().all() for p in whole.net.parameters())
+    y = flat_weights(whole.net)
     with evaluating(whole):
-        x = weights(whole.net)
-        assert not torch.equal(x, y) and x.double().norm().item() == records[-1]["valid"]["loss"]
-    assert torch.equal(weights(whole.net), y)
-    batch = next(iter(second_loader()))
-    whole.step(batch)  # ready to train
+        x = flat_weights(whole.net)
+        assert not torch.equal(x, y)
+        assert x.double().norm().item() == records[-1]["valid"]["loss"]
+    assert torch.equal(flat_weights(whole.net), y)
+    whole.step(first_batch())  # ready to train
 
 
-def second_loader():
-    from optgen.data.loading import Loader
-
-    return Loader(FEW, 50)
+def first_batch():
+    """Return a batch of fifty digits."""
+    return next(iter(Loader(FEW, 50)))
 
 
 def test_a_player_made_or_loaded_in_evaluation_is_put_to_train():
     make = free("adamw")
     scheme = Scheme(make)
     opt = scheme.players["net"].optimizer
-    scheme.step(next(iter(second_loader())))
+    scheme.step(first_batch())
     opt.eval()
     state = copy.deepcopy(scheme.state_dict())
-    x = weights(scheme.net)
+    x = flat_weights(scheme.net)
     other = Scheme(make, seed=2)
     other.load_state_dict(state)
     assert other.players["net"].optimizer.param_groups[0]["train_mode"]
     with evaluating(other):
-        assert (weights(other.net) - x).abs().max() < 1e-6
-    other.step(next(iter(second_loader())))
+        assert (flat_weights(other.net) - x).abs().max() < 1e-6
+    other.step(first_batch())
 
 
 @pytest.mark.parametrize(
@@ -296,7 +286,8 @@ def test_rules_that_put_weights_back_are_refused(rule):
 def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path):
     with pytest.raises(ValueError, match="two values"):
         fit(Scheme(free("sgd")), FEW, ema=0.9, out=tmp_path / "a")
-    assert not (tmp_path / "a").exists() and collect_evaluation_weights(Scheme(free("sgd")))[1]
+    assert not (tmp_path / "a").exists()
+    assert collect_evaluation_weights(Scheme(free("sgd")))[1]
 
 
 @pytest.mark.parametrize(
@@ -311,9 +302,8 @@ def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path)
     ],
 )
 def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_path):
-    options = dict(
-        batch_size=50, progress="none", schedule=lambda t: min(1, 4 * t) * (1 - t), ema=Power(2.0)
-    )
+    options = dict(batch_size=50, progress="none", ema=Power(2.0))
+    options["schedule"] = lambda t: min(1, 4 * t) * (1 - t)
     whole, first, second = Scheme(make), Scheme(make), Scheme(make, seed=3)
     fit(whole, FEW, epochs=2, **options)
     first.draw = lambda batch, seen=iter(range(99)): batch if next(seen) < 4 else 1 / 0
@@ -322,9 +312,9 @@ def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_p
     fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
     assert equal(whole.net.state_dict(), second.net.state_dict())
     group = whole.players["net"].optimizer.param_groups[0]
-    assert float(group["lr"]) == pytest.approx(float(group["initial_lr"]) / 12) and float(
-        group["initial_lr"]
-    ) in (pytest.approx(0.01), pytest.approx(0.02))
+    lr, initial_lr = float(group["lr"]), float(group["initial_lr"])
+    assert lr == pytest.approx(initial_lr / 12)
+    assert initial_lr in (pytest.approx(0.01), pytest.approx(0.02))
 
 
 def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
@@ -347,6 +337,7 @@ def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
 @pytest.mark.parametrize("inner", [None, lambda: Consensus(0.1)])
 def test_clipped(dtype, inner):
     def new(rule):
+        """Return a game of two players with long gradients."""
         a, b = (torch.full((3,), x, dtype=dtype, requires_grad=True) for x in (2.0, 30.0))
         return Game(
             a=Player([a], lambda _: (a * b).sum() + (a**2).sum(), torch.optim.SGD([a], 0.1)),
@@ -380,8 +371,6 @@ def test_clipped(dtype, inner):
 def test_on_meta_and_under_autocast():
     scheme = Scheme(rule=Clipped(1.0), device="meta")
     scheme.averages = averages_of(scheme, Power(3.0))
-    from optgen.data.images import Batch
-
     scheme.step(
         Batch(
             torch.empty(5, 1, 28, 28, device="meta"),
@@ -390,7 +379,7 @@ def test_on_meta_and_under_autocast():
     )
     scheme.averages[0].update()
     with evaluating(scheme):
-        assert weights(scheme.net).is_meta
+        assert flat_weights(scheme.net).is_meta
     half = Scheme(rule=Clipped(1.0))
     fit(half, FEW, precision="bfloat16", ema=Power(3.0), valid=FEW, progress="none")
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in half.net.parameters())
@@ -401,7 +390,8 @@ def test_an_lstm_and_a_module_that_moves():
     average = Average(net, 0.5)
     average.update()
     with torch.no_grad():
-        [p.add_(1) for p in net.parameters()]
+        for p in net.parameters():
+            p.add_(1)
     x = torch.randn(5, 2, 3)
     own = net(x)[0]
     with evaluating(average):
@@ -429,7 +419,7 @@ def test_in_a_foreign_loop():
         nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         opt.step()
         warm.step()
-        path.append(weights(unet))
+        path.append(flat_weights(unet))
         for a in (*averages, alongside):
             a.update()
         snapshots += [a.snapshot() for a in averages] if t % 2 else []
@@ -441,9 +431,8 @@ def test_in_a_foreign_loop():
     ).norm()
     assert off < found.residual * Power.of_width(0.08).weights(8).norm() * scatter + 1e-3
     with evaluating(averages[0]):
-        assert diffusion.sample(batch_size=2).isfinite().all() and not equal(
-            own, diffusion.state_dict()
-        )
+        assert diffusion.sample(batch_size=2).isfinite().all()
+        assert not equal(own, diffusion.state_dict())
     assert equal(own, diffusion.state_dict())
     diffusion.load_state_dict(found.state)
 

@@ -82,7 +82,7 @@ def test_bad_sizes(bad):
 
 
 def test_training_is_seeded_and_leaves_the_global_stream():
-    data = digits().take(torch.arange(0, 10_000, 20))
+    data = digits().subset(torch.arange(0, 10_000, 20))
     before = torch.get_rng_state()
     weights = [
         train_classifier(data, epochs=1, seed=s, width=4, dim=16)[0].state_dict() for s in (3, 3, 4)
@@ -125,7 +125,7 @@ def test_features_serve_a_distance():
     assert stats.n == 2000 and stats.mean.shape == (64,)
     noise = [torch.rand(500, 1, 28, 28, generator=torch.Generator().manual_seed(0))]
     assert fid(noise, stats, model.features) > 10 * fid(
-        Loader(digits().take(torch.arange(0, 10_000, 5)), 200), stats, model.features
+        Loader(digits().subset(torch.arange(0, 10_000, 5)), 200), stats, model.features
     )
 
 

@@ -540,7 +540,7 @@ def test_the_labeled_images_are_balanced_seeded_and_apart_from_the_validation(
         split_labeled(again, images)
         assert again == options
     assert places[0] != places[1] != places[2]
-    known = images.take((images.labels >= 0).nonzero().flatten())
+    known = images.subset((images.labels >= 0).nonzero().flatten())
     train, valid, extra = split_labeled(split_options(labels="all"), known)
     assert extra == {}  # every batch brings its own classes
     assert (train.labels.bincount() >= 9 * valid.labels.bincount() - 10).all()
@@ -558,7 +558,7 @@ def test_rare_classes_are_not_lost_to_validation():
     train, valid, extra = split_labeled(split_options(labels="10"), rare)
     assert extra["labeled"].labels.bincount().tolist() == [5, 5] and len(valid) == 10
     places = [0, 1, 2, 3, 1000, 1001, 1002, 1003, *range(1005, 1012)]
-    few = rare.take(torch.tensor(places))
+    few = rare.subset(torch.tensor(places))
     _, valid, extra = split_labeled(split_options(labels="all"), few)
     assert valid.labels.tolist() == [0, 1]
     assert extra["labeled"].labels.bincount().tolist() == [3, 3]

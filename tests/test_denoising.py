@@ -68,10 +68,10 @@ def train(scheme, steps, seed=0):
 @pytest.mark.parametrize("name", ["flow matching", "elbo, adaptive", "all, looking ahead"])
 def test_a_run_resumes_bit_for_bit(name, tmp_path):
     more = dict(
-        batch_size=50, valid=IMAGES.take(torch.arange(20)), progress="none", ema=0.9, samples=0
+        batch_size=50, valid=IMAGES.subset(torch.arange(20)), progress="none", ema=0.9, samples=0
     )
     whole, parts = tiny(name), tiny(name, 1)
-    some = IMAGES.take(torch.arange(100))
+    some = IMAGES.subset(torch.arange(100))
     records = fit(whole, some, epochs=2, out=tmp_path / "whole", **more)
     fit(tiny(name), some, epochs=1, out=tmp_path / "parts", **more)
     fit(parts, some, epochs=2, out=tmp_path / "parts", resume=True, **more)

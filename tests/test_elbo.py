@@ -540,7 +540,7 @@ def test_fits_and_resumes(name, tmp_path):
         lambda: tiny(name),
         data,
         tmp_path,
-        valid=data.take(torch.arange(60)),
+        valid=data.subset(torch.arange(60)),
         binarize=binarize,
         ema=0.9,
     )
@@ -560,21 +560,21 @@ def test_fits_and_resumes(name, tmp_path):
 
 
 def test_sequences(tmp_path):
-    data = synthetic_sequences("test").take(torch.arange(200))
+    data = synthetic_sequences("test").subset(torch.arange(200))
 
     def make():
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return BetaVAE(SequenceVAE(1000, 10, 2, 8, 16), beta=FreeBits(0.1))
 
-    scheme, records = resumed(make, data, tmp_path, valid=data.take(torch.arange(60)))
+    scheme, records = resumed(make, data, tmp_path, valid=data.subset(torch.arange(60)))
     assert records[1]["valid"]["elbo"] > records[0]["valid"]["elbo"]
     x = scheme.sample(5)
     assert x.shape == (5, 10) and x.dtype == torch.int64 and 0 <= x.min() and x.max() < 1000
 
 
 def test_sequences_of_two_players(tmp_path):
-    data = synthetic_sequences("test").take(torch.arange(200))
+    data = synthetic_sequences("test").subset(torch.arange(200))
 
     def make():
         with torch.random.fork_rng():

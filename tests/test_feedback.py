@@ -192,7 +192,7 @@ def test_fits_resumes_samples_and_evaluates(tmp_path):
     data = Images(IMAGES)
     make = lambda: tiny(Feedback("G", "D", "D", 0.5), r1=0.1, features=downsampled_pixels)
     kwargs = dict(
-        batch_size=50, valid=data.take(torch.arange(100)), progress="none", ema=0.9, samples=4
+        batch_size=50, valid=data.subset(torch.arange(100)), progress="none", ema=0.9, samples=4
     )
     whole, parts = make(), make()
     records = fit(whole, data, epochs=2, out=tmp_path / "whole", **kwargs)

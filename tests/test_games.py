@@ -1,4 +1,4 @@
-"""Games as a user meets them: any optimizer, schedules, precision, state, and mistakes told by name."""
+"""Games as a user meets them: any optimizer, schedules, precision, state, and mistakes."""
 
 import copy
 
@@ -10,17 +10,19 @@ from torch.nn import functional as F
 from optgen import optim
 from optgen.games import Field, Game, Player, Rule, Simultaneous
 from optgen.rules import Alternating, Consensus, Lookahead
-from optgen.testing import finite_difference, jacobian
+from optgen.testing import finite_difference, flat_weights, generator, jacobian, raises
 from optgen.training import checkpoint
 
 F64 = torch.float64
 
 
 def sgd(*params):
+    """Return gradient descent on some tensors."""
     return torch.optim.SGD(params, lr=0.1)
 
 
 def net(*sizes, seed, dtype=F64):
+    """Return a perceptron whose weights depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = [
@@ -29,25 +31,47 @@ def net(*sizes, seed, dtype=F64):
     return nn.Sequential(*layers[:-1]).to(dtype)
 
 
-def gan(make=lambda p: torch.optim.SGD(p, lr=0.1), dtype=F64, device="cpu", seed=0, **options):
+def plain_sgd(params):
+    """Return gradient descent on the parameters of a network."""
+    return torch.optim.SGD(params, lr=0.1)
+
+
+def gan(make=plain_sgd, dtype=F64, device="cpu", seed=0, **options):
+    """Return a small GAN whose data are the cosines of its noise."""
     G, D = (net(2, 4, k, seed=seed + k, dtype=dtype).to(device) for k in (2, 1))
+
+    def g_loss(z):
+        return F.softplus(-D(G(z))).mean()
+
+    def d_loss(z):
+        return (F.softplus(D(G(z))) + F.softplus(-D(z.cos()))).mean()
+
     return Game(
-        G=Player(G, lambda z: F.softplus(-D(G(z))).mean(), make(G.parameters())),
-        D=Player(
-            D,
-            lambda z: (F.softplus(D(G(z))) + F.softplus(-D(z.cos()))).mean(),
-            make(D.parameters()),
-        ),
+        G=Player(G, g_loss, make(G.parameters())),
+        D=Player(D, d_loss, make(D.parameters())),
         **options,
     )
 
 
 def batch(seed=0, dtype=F64):
-    return torch.randn(8, 2, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+    """Return a batch of noise."""
+    return torch.randn(8, 2, generator=generator(seed), dtype=F64).to(dtype)
 
 
 def flat(field):
-    return torch.cat([x.detach().flatten() for xs in field.values() for x in xs])
+    """Return all entries of a field as one vector."""
+    return flat_weights([x for xs in field.values() for x in xs])
+
+
+def record(player, name, calls):
+    """Add `name` to `calls` whenever the loss of a player is evaluated."""
+    loss = player.loss
+
+    def recorded(z):
+        calls.append(name)
+        return loss(z)
+
+    player.loss = recorded
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -59,7 +83,8 @@ def test_field_and_products_against_explicit_derivatives(seed):
             assert (
                 finite_difference(lambda _: game.players[name].loss(z), p) - g
             ).abs().max() < 1e-7
-    at, params = game.at(z, graph=True), [p for name in game.players for p in game.params(name)]
+    at = game.at(z, graph=True)
+    params = [p for name in game.players for p in game.params(name)]
     grads = [
         g
         for name in game.players
@@ -80,82 +105,84 @@ def test_field_and_products_against_explicit_derivatives(seed):
     ):
         assert (flat(got) - matrix @ flat(u)).abs().max() < 1e-12
     assert (flat(at.with_movers("D").vjp(u)) - (J.T @ flat(u))[n:]).abs().max() < 1e-12
-    assert (
-        flat(at.pullback([("D", "G", u["G"])], to=["D"])) - _pull(game, z, "D", "G", u["G"], "D")
-    ).abs().max() < 1e-12
+    pulled = flat(at.pullback([("D", "G", u["G"])], to=["D"]))
+    assert (pulled - explicit_pullback(game, z, "D", "G", u["G"], "D")).abs().max() < 1e-12
 
 
-def _pull(game, z, loss, wrt, u, to):
+def explicit_pullback(game, z, loss, wrt, u, to):
+    """Return Eq. (pull) by two passes of autograd."""
     grads = torch.autograd.grad(game.players[loss].loss(z), game.params(wrt), create_graph=True)
-    return torch.cat(
-        [
-            g.flatten()
-            for g in torch.autograd.grad(
-                sum((a * b).sum() for a, b in zip(grads, u)), game.params(to)
-            )
-        ]
-    )
+    along = sum((a * b).sum() for a, b in zip(grads, u))
+    return flat_weights(torch.autograd.grad(along, game.params(to)))
 
 
 @pytest.mark.parametrize("rule", [lambda: None, lambda: Consensus(0.1)])
 def test_players_with_one_loss_are_one_player(rule):
-    calls, games = [], []
-    for split in (True, False):
+    calls, ends = [], []
+
+    def run(split):
         layers = net(2, 4, 1, seed=0)
-        loss = lambda z, layers=layers: (calls.append(split), layers(z).square().mean())[1]
-        parts = {"first": layers[0], "last": layers[2]} if split else {"all": layers}
-        games.append(
-            Game(
-                rule=rule(),
-                **{
-                    k: Player(m, loss, torch.optim.SGD(m.parameters(), lr=0.1))
-                    for k, m in parts.items()
-                },
-            )
-        )
+
+        def loss(z):
+            calls.append(split)
+            return layers(z).square().mean()
+
+        modules = {"first": layers[0], "last": layers[2]} if split else {"all": layers}
+        players = {k: Player(m, loss, sgd(*m.parameters())) for k, m in modules.items()}
+        game = Game(rule=rule(), **players)
         for t in range(5):
-            losses = games[-1].step(batch(t))
-        assert losses.keys() == parts.keys()
-    assert (
-        calls == [True] * 5 + [False] * 5
-        and (flat(games[0].weights()) - flat(games[1].weights())).abs().max() < 1e-14
-    )
+            losses = game.step(batch(t))
+        assert losses.keys() == modules.keys()
+        ends.append(flat(game.weights()))
+
+    run(split=True)
+    run(split=False)
+    assert calls == [True] * 5 + [False] * 5
+    assert (ends[0] - ends[1]).abs().max() < 1e-14
 
 
 def test_each_loss_is_evaluated_once_a_point():
     calls = []
     game = gan(rule=Consensus(0.1))
     for name, player in game.players.items():
-        player.loss = lambda z, name=name, loss=player.loss: (calls.append(name), loss(z))[1]
+        record(player, name, calls)
     game.step(batch())
     assert sorted(calls) == ["D", "G"]
 
 
 def test_noise_is_drawn_once_a_step():
     "Every evaluation within a step sees the same batch, whatever the rule."
-    g, drawn, seen = torch.Generator().manual_seed(0), [], []
+    g, drawn, seen = generator(0), [], []
 
     def draw(b):
         drawn.append(torch.randn(8, 2, generator=g, dtype=F64))
         return drawn[-1]
 
+    def remember_batch(player):
+        loss = player.loss
+
+        def remembering(z):
+            seen.append(z)
+            return loss(z)
+
+        player.loss = remembering
+
     game = gan(draw=draw, rule=Alternating(repeats={"D": 3}))
     for player in game.players.values():
-        player.loss = lambda z, loss=player.loss: (seen.append(z), loss(z))[1]
+        remember_batch(player)
     for _ in range(3):
         game.step(None)
-    assert len(drawn) == 3 and len(seen) == 12 and all(seen[i] is drawn[i // 4] for i in range(12))
+    assert len(drawn) == 3 and len(seen) == 12
+    assert all(seen[i] is drawn[i // 4] for i in range(12))
 
 
 def test_field_arithmetic():
-    a, b = (
-        Field(x=[torch.ones(2), torch.ones(())], y=[torch.full((3,), 2.0)]),
-        Field(y=[torch.ones(3)], x=[torch.arange(2.0), torch.ones(())]),
-    )
-    assert flat(a + b).tolist() == [1, 2, 2, 3, 3, 3] and flat(a - b).tolist() == [1, 0, 0, 1, 1, 1]
-    assert flat(0.5 * a).tolist() == [0.5, 0.5, 0.5, 1, 1, 1] and flat(
-        torch.tensor(3.0) * a
-    ).tolist() == [3, 3, 3, 6, 6, 6]
+    a = Field(x=[torch.ones(2), torch.ones(())], y=[torch.full((3,), 2.0)])
+    b = Field(y=[torch.ones(3)], x=[torch.arange(2.0), torch.ones(())])
+    assert flat(a + b).tolist() == [1, 2, 2, 3, 3, 3]
+    assert flat(a - b).tolist() == [1, 0, 0, 1, 1, 1]
+    assert flat(0.5 * a).tolist() == [0.5, 0.5, 0.5, 1, 1, 1]
+    assert flat(torch.tensor(3.0) * a).tolist() == [3, 3, 3, 6, 6, 6]
     assert (a @ b).item() == 1 + 1 + 6 and (a @ b).shape == ()
     c = a.clone()
     c["x"][0].zero_()
@@ -202,7 +229,7 @@ def test_steps_as_the_loop_by_hand_with_schedules(maker):
 
 
 def test_frozen_and_unreached_parameters():
-    "A frozen tensor belongs to nobody's steps; one that the loss does not reach has a gradient of zero."
+    "A frozen tensor is never stepped; one that the loss does not reach has a gradient of zero."
     model = net(2, 4, 1, seed=0)
     model[0].weight.requires_grad_(False)
     spare = nn.Parameter(torch.ones(2, dtype=F64))
@@ -211,28 +238,26 @@ def test_frozen_and_unreached_parameters():
     game = Game(m=Player(model, lambda z: model(z).square().mean(), opt))
     before = copy.deepcopy(model.state_dict())
     game.step(batch())
-    assert (
-        torch.equal(spare.grad, torch.zeros_like(spare))
-        and torch.equal(model[0].weight, before["0.weight"])
-        and not torch.equal(model[0].bias, before["0.bias"])
-    )
-    Player(
-        model, None, torch.optim.SGD(model.parameters(), lr=0.1)
-    )  # an optimizer may hold the frozen ones too
+    assert torch.equal(spare.grad, torch.zeros_like(spare))
+    assert torch.equal(model[0].weight, before["0.weight"])
+    assert not torch.equal(model[0].bias, before["0.bias"])
+    # An optimizer may hold the frozen tensors too.
+    Player(model, None, torch.optim.SGD(model.parameters(), lr=0.1))
 
 
 def test_state_goes_through_a_file_with_buffers(tmp_path):
     def new():
         model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
         with torch.no_grad():
-            [p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p)) for p in model.parameters()]
+            for p in model.parameters():
+                p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p))
         x = torch.ones(3, requires_grad=True)
+
+        def m_loss(z):
+            return (model(z) * x.sum()).square().mean()
+
         return Game(
-            m=Player(
-                model,
-                lambda z: (model(z) * x.sum()).square().mean(),
-                torch.optim.Adam(model.parameters(), 0.01),
-            ),
+            m=Player(model, m_loss, torch.optim.Adam(model.parameters(), 0.01)),
             x=Player([x], lambda z: -(model(z) * x.sum()).mean(), optim.Momentum([x], 0.01)),
             rule=Lookahead(every=3),
         )
@@ -250,10 +275,8 @@ def test_state_goes_through_a_file_with_buffers(tmp_path):
     for name in ("m", "x"):
         for k, w in a[name]["weights"].items():
             assert torch.equal(w, b[name]["weights"][k])
-    assert (
-        a["rule"]["memory"]["count"] == b["rule"]["memory"]["count"]
-        and "1.running_mean" in a["m"]["weights"]
-    )
+    assert a["rule"]["memory"]["count"] == b["rule"]["memory"]["count"]
+    assert "1.running_mean" in a["m"]["weights"]
 
 
 def test_gradients_do_not_flow_into_other_players():
@@ -262,9 +285,8 @@ def test_gradients_do_not_flow_into_other_players():
     weights = flat(game.weights().select(["G"]))
     u = game.at(batch(), movers=["D"]).v
     game.step_optimizers(u)
-    assert torch.equal(flat(game.weights().select(["G"])), weights) and all(
-        p.grad is None for p in game.params("G")
-    )
+    assert torch.equal(flat(game.weights().select(["G"])), weights)
+    assert all(p.grad is None for p in game.params("G"))
 
 
 @pytest.mark.parametrize(
@@ -284,9 +306,8 @@ def test_moves_between_devices_with_the_rules_memory():
     game = gan(rule=Lookahead(every=3))
     game.step(batch())
     game.to(torch.float32)
-    assert all(
-        x.dtype == torch.float32 for xs in game.rule.memory["slow"].values() for x in xs
-    ) and all(p.dtype == torch.float32 for p in game.params("G"))
+    assert all(x.dtype == torch.float32 for xs in game.rule.memory["slow"].values() for x in xs)
+    assert all(p.dtype == torch.float32 for p in game.params("G"))
     game.step(batch(dtype=torch.float32))
 
 
@@ -309,6 +330,7 @@ def test_on_cuda_without_a_wait():
 
 # Mistakes
 def two():
+    """Return two trainable tensors."""
     return torch.ones(2, requires_grad=True), torch.ones(3, requires_grad=True)
 
 
@@ -422,14 +444,14 @@ def test_a_player_is_one_that_can_be_stepped():
 def test_a_rule_has_one_game(rule):
     rule = rule()
     gan(rule=rule)
-    with pytest.raises(ValueError, match="steps another game"):
+    with pytest.raises(ValueError, match="already used by another game"):
         gan(rule=rule)
-    with pytest.raises(ValueError, match="steps another game"):
+    with pytest.raises(ValueError, match="already used by another game"):
         gan(rule=Lookahead(rule))
 
 
 @pytest.mark.parametrize(
-    "state, says",
+    "state, message",
     (
         (
             lambda: gan(rule=Lookahead(Simultaneous())).state_dict(),
@@ -448,11 +470,11 @@ def test_a_rule_has_one_game(rule):
         ),
     ),
 )
-def test_a_state_that_does_not_fit_changes_nothing(state, says):
+def test_a_state_that_does_not_fit_changes_nothing(state, message):
     game, fresh = (gan(rule=Lookahead(Consensus(0.1)), seed=7) for _ in range(2))
-    with pytest.raises(ValueError) as e:
+    with raises(ValueError, message):
         game.load_state_dict(state())
-    assert says in str(e.value) and torch.equal(flat(game.weights()), flat(fresh.weights()))
+    assert torch.equal(flat(game.weights()), flat(fresh.weights()))
 
 
 def test_bare_tensors_are_checked_too():

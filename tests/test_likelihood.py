@@ -131,7 +131,7 @@ def test_fit_resumes_bit_for_bit(name, tmp_path, monkeypatch):
         lambda scheme, epochs, out, **more: fit(
             scheme,
             data,
-            valid=data.take(torch.arange(30)),
+            valid=data.subset(torch.arange(30)),
             epochs=epochs,
             out=tmp_path / out,
             batch_size=50,

@@ -1,11 +1,19 @@
-"The package as it is installed: it imports, its layers point down, and all that is public is documented."
+"""The installed package: it imports, its layers point down, its public names have docstrings.
+
+The layers are those of the page *Architecture*: its table of floors is read here.
+"""
 
 import ast
 import importlib
 import inspect
+import json
 import pkgutil
+import re
 import sys
+from collections.abc import Iterator
 from configparser import ConfigParser
+from fnmatch import fnmatch
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -13,92 +21,83 @@ import pytest
 
 import optgen
 
+REPO = Path(__file__).resolve().parent.parent
+ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
+DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree"}
+ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
 MODULES = sorted(
-    m.name
+    m.name.removeprefix("optgen.")
     for m in pkgutil.walk_packages(optgen.__path__, "optgen.")
     if not m.ispkg and not m.name.endswith(("_modidx", "__main__"))
 )
-LAYERS = [
-    (
-        "checks",
-        "data.images",
-        "data.folders",
-        "data.sequences",
-        "data.toy",
-        "data.loading",
-        "metrics",
-        "viz",
-        "testing",
-    ),
-    ("optim", "averaging", "muon"),
-    ("games", "rules", "controllers", "inner", "estimators"),
-    (
-        "models.vae",
-        "models.gan",
-        "models.classifier",
-        "models.autoregressive",
-        "models.ladder",
-        "models.conditional",
-        "models.pixels",
-        "models.flow",
-        "models.diffusion",
-        "models.synthetic",
-    ),
-    (
-        "schemes.command", "schemes.elbo",
-        "schemes.assisted",
-        "schemes.feedback",
-        "schemes.likelihood",
-        "schemes.denoising",
-    ),
-    ("training.checkpoint", "training.parallel", "training.trainer"),
-    (
-        "evidence.reproduce",
-        "bench.rules",
-        "bench.elbo",
-        "bench.assisted",
-        "bench.generative",
-        "evidence.feedback",
-        "evidence.elbo",
-        "evidence.assisted",
-        "evidence.likelihood",
-        "evidence.denoising",
-        "bench.epochs",
-    ),
-    ("cli.main",),
-]
-DEPTH = {f"optgen.{name}": depth for depth, names in enumerate(LAYERS) for name in names}
 
 
-def imports(name):
-    "Full names that a module imports, its own package's relative imports resolved."
-    for node in ast.walk(ast.parse(Path(importlib.import_module(name).__file__).read_text())):
+def read_floors() -> dict[int, list[str]]:
+    """Return the rooms of each floor, from the table `| floor | rooms |` of the page."""
+    cells = json.loads(ARCHITECTURE.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    table = re.search(r"^\| floor \| rooms \|.*\n\|[-| ]+\n((?:\|.*\n?)+)", text, re.M)[1]
+    rows = [row.strip("| ").split("|") for row in table.splitlines()]
+    return {int(row[0]): re.findall(r"`([\w.*]+)`", row[1]) for row in rows}
+
+
+FLOORS = read_floors()
+
+
+def floors_of(name: str) -> list[int]:
+    """Return the floors whose rooms match a module's name."""
+    return [floor for floor, rooms in FLOORS.items() for room in rooms if fnmatch(name, room)]
+
+
+def path_of(name: str) -> Path:
+    """Return the file of a module."""
+    return Path(optgen.__file__).parent / f"{name.replace('.', '/')}.py"
+
+
+def imported_names(name: str) -> Iterator[str]:
+    """Yield the full names that a module imports, in functions too."""
+    parent = f"optgen.{name}".rpartition(".")[0]
+    for node in ast.walk(ast.parse(path_of(name).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from (a.name for a in node.names)
-        if isinstance(node, ast.ImportFrom):
-            base = (
-                resolve_name("." * node.level + (node.module or ""), name.rpartition(".")[0])
-                if node.level
-                else node.module
-            )
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), parent)
             yield base
-            yield from (f"{base}.{a.name}" for a in node.names)
+            yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
-def test_every_module_has_a_layer():
-    assert set(MODULES) == set(DEPTH)
+def imported_modules(name: str) -> set[str]:
+    """Return the modules of the package that a module imports."""
+    return {target.removeprefix("optgen.") for target in imported_names(name)} & set(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_a_floor(name):
+    assert len(floors_of(name)) == 1, f"{name} needs a floor in {ARCHITECTURE.name}"
+
+
+def test_every_room_has_modules():
+    rooms = [room for rooms in FLOORS.values() for room in rooms]
+    assert not [room for room in rooms if not any(fnmatch(name, room) for name in MODULES)]
+
+
+def test_there_are_at_most_nine_floors():
+    assert list(FLOORS) == list(range(1, len(FLOORS) + 1)) and len(FLOORS) <= 9
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_point_down(name):
-    for target in imports(name):
-        if target in DEPTH:
-            assert DEPTH[target] <= DEPTH[name], f"{name} imports {target}, which lies above it"
+    above = [o for o in imported_modules(name) if floors_of(o) > floors_of(name)]
+    assert not above, f"{name} imports {', '.join(above)} from a floor above its own"
+
+
+def test_imports_have_no_cycle():
+    TopologicalSorter({name: imported_modules(name) for name in MODULES}).prepare()
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_what_is_public_is_documented(name):
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"optgen.{name}")
     assert module.__doc__ and module.__all__
     for symbol in module.__all__:
         thing = getattr(module, symbol)
@@ -108,24 +107,13 @@ def test_what_is_public_is_documented(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_declared_dependencies_are_imported(name):
-    declared = {
-        "torch",
-        "torchvision",
-        "matplotlib",
-        "tqdm",
-        "click",
-        "scipy",
-        "schedulefree",
-        "optgen",
-        "PIL",
-    }  # PIL is torchvision's
-    for root in {target.split(".")[0] for target in imports(name)}:
-        assert root in declared or root in sys.stdlib_module_names, f"{name} imports {root}"
+    roots = {target.split(".")[0] for target in imported_names(name)}
+    assert not roots - ALLOWED - sys.stdlib_module_names
 
 
 def test_versions_agree():
-    settings = Path(__file__).parent.parent / "settings.ini"
     config = ConfigParser(delimiters=["="])
-    config.read(settings)
+    config.read(REPO / "settings.ini", encoding="utf-8")
     assert config["DEFAULT"]["version"] == optgen.__version__
-    assert f"## {optgen.__version__}" in (settings.parent / "CHANGELOG.md").read_text()
+    changelog = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert f"## {optgen.__version__}" in changelog

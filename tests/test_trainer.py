@@ -66,10 +66,10 @@ def test_bfloat16_learns_as_much():
 def test_a_stream_from_disk_trains_as_the_same_images_in_memory(tmp_path):
     for i, x in enumerate(few(60).images):
         Image.fromarray(x[0].numpy()).save(tmp_path / f"{i:02d}.png")
-    stream = image_folder(tmp_path, "train", memory=0)
+    stream = image_folder(tmp_path, "train", memory_limit=0)
     assert isinstance(stream, ImageFiles)
     a, b = scheme(), scheme()
-    for s, data in ((a, stream), (b, stream.read())):
+    for s, data in ((a, stream), (b, stream.to_memory())):
         fit(s, data, valid=data, epochs=2, batch_size=10, binarize="dynamic", progress="none")
     assert torch.equal(weights(a), weights(b))
 

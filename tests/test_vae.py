@@ -1,10 +1,9 @@
-"The VAE of the installed package: the article's listing, its two losses, its shapes, devices and dtypes."
+"""The VAE of the installed package: the article's listing, both losses, shapes, devices, dtypes."""
 
 import math
 
 import pytest
 import torch
-from conftest import rng
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from torch.utils.data import DataLoader
 from torchvision.transforms import ToTensor
@@ -20,7 +19,7 @@ from optgen.models.vae import (
     gaussian_kl,
     vae_loss,
 )
-from optgen.testing import check_gradient
+from optgen.testing import check_gradient, generator, raises
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
@@ -33,10 +32,12 @@ every = pytest.mark.parametrize("build", MORE.values(), ids=MORE.keys())
 
 
 class PILDigits(torch.utils.data.Dataset):
-    "The embedded digits as torchvision's MNIST gives them: PIL image, transform, label."
+    """The embedded digits as torchvision's MNIST gives them: PIL image, transform, label."""
 
     def __init__(self, n, transform):
-        self.data, self.n, self.transform = digits("train"), n, transform
+        self.data = digits("train")
+        self.n = n
+        self.transform = transform
 
     def __len__(self):
         return self.n
@@ -72,8 +73,8 @@ def test_the_articles_listing_runs_unchanged(flat):
 @pytest.mark.parametrize("seed", range(3))
 def test_both_losses_agree_in_float64_where_both_are_finite(build, seed):
     model = build().double()
-    x = torch.rand(4, 1, 28, 28, generator=rng(seed), dtype=torch.float64)
-    eps = torch.randn(4, 3, generator=rng(seed), dtype=torch.float64)
+    x = torch.rand(4, 1, 28, 28, generator=generator(seed), dtype=torch.float64)
+    eps = torch.randn(4, 3, generator=generator(seed), dtype=torch.float64)
     mean, log_var = model.encoder(x)
     article = vae_loss(
         x, model.decoder(model.reparameterize(mean, log_var, eps)), mean, log_var, kl_weight=0.7
@@ -81,14 +82,16 @@ def test_both_losses_agree_in_float64_where_both_are_finite(build, seed):
     distortion, rate = elbo_terms(model, x, eps)
     ours = (distortion + 0.7 * rate).sum()
     assert torch.allclose(article, ours, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(l, list(model.parameters())) for l in (article, ours))):
+    parameters = list(model.parameters())
+    grads = (torch.autograd.grad(loss, parameters) for loss in (article, ours))
+    for a, b in zip(*grads):
         assert torch.allclose(a, b, rtol=1e-8, atol=1e-12)
 
 
 @every
 def test_reparameterized_noise_is_the_encoders_gaussian(build):
     mean, log_var, eps = (
-        torch.randn(4, 3, generator=rng(i), dtype=torch.float64) for i in range(3)
+        torch.randn(4, 3, generator=generator(i), dtype=torch.float64) for i in range(3)
     )
     z = build().reparameterize(mean, log_var, eps)
     assert torch.allclose(
@@ -98,32 +101,28 @@ def test_reparameterized_noise_is_the_encoders_gaussian(build):
 
 
 def test_saturated_pixels_keep_loss_and_gradient():
-    l = torch.tensor([[40.0, 200.0, -200.0]], requires_grad=True)
+    logits = torch.tensor([[40.0, 200.0, -200.0]], requires_grad=True)
     x = torch.tensor([[0.0, 0.0, 1.0]])
-    loss = -bernoulli_log_likelihood(x, l).sum()
-    assert torch.allclose(loss, torch.tensor(440.0)) and torch.equal(
-        torch.autograd.grad(loss, l)[0], torch.tensor([[1.0, 1.0, -1.0]])
-    )
+    loss = -bernoulli_log_likelihood(x, logits).sum()
+    (slope,) = torch.autograd.grad(loss, logits)
+    assert torch.allclose(loss, torch.tensor(440.0))
+    assert torch.equal(slope, torch.tensor([[1.0, 1.0, -1.0]]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_closed_forms(dtype):
-    mean, log_var = (
-        torch.randn(50, 4, generator=rng(1), dtype=dtype),
-        torch.randn(50, 4, generator=rng(2), dtype=dtype),
-    )
-    known = kl_divergence(
-        Normal(mean, (log_var / 2).exp()), Normal(torch.zeros_like(mean), torch.ones_like(mean))
-    )
+    mean = torch.randn(50, 4, generator=generator(1), dtype=dtype)
+    log_var = torch.randn(50, 4, generator=generator(2), dtype=dtype)
+    prior = Normal(torch.zeros_like(mean), torch.ones_like(mean))
+    known = kl_divergence(Normal(mean, (log_var / 2).exp()), prior)
     assert torch.allclose(gaussian_kl(mean, log_var), known, rtol=1e-5, atol=1e-6)
-    l = 6 * torch.randn(5, 7, 3, 2, generator=rng(3), dtype=dtype)
-    x = (torch.rand(7, 3, 2, generator=rng(4)) < 0.5).to(dtype)
-    assert torch.allclose(
-        bernoulli_log_likelihood(x, l), Bernoulli(logits=l).log_prob(x).sum((-1, -2)), rtol=1e-5
-    )
-    assert torch.allclose(
-        bernoulli_log_likelihood(x.bool(), l), bernoulli_log_likelihood(x, l)
-    )  # pixels may be stored as integers
+    logits = 6 * torch.randn(5, 7, 3, 2, generator=generator(3), dtype=dtype)
+    x = (torch.rand(7, 3, 2, generator=generator(4)) < 0.5).to(dtype)
+    known = Bernoulli(logits=logits).log_prob(x).sum((-1, -2))
+    found = bernoulli_log_likelihood(x, logits)
+    assert torch.allclose(found, known, rtol=1e-5)
+    # Pixels may be stored as booleans.
+    assert torch.allclose(bernoulli_log_likelihood(x.bool(), logits), found)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -138,15 +137,14 @@ def test_gradient_of_the_bound(seed):
 @pytest.mark.parametrize("variance", [1.0, 0.02, 7.0])
 def test_gaussian_decoder_is_torchs(dtype, variance):
     model = GaussianVAE(12, 5, 4, 2).to(dtype)
-    assert (
-        model.variance == 1 and model.variance.dtype == dtype and "variance" in model.state_dict()
-    )
+    assert model.variance == 1
+    assert model.variance.dtype == dtype
+    assert "variance" in model.state_dict()
     model.variance.fill_(variance)
     x, z = torch.rand(7, 3, 4, dtype=dtype), torch.randn(5, 7, 2, dtype=dtype)
     known = Normal(model.decoder(z).double(), variance**0.5).log_prob(x.double().flatten(1)).sum(-1)
-    assert torch.allclose(
-        model.log_likelihood(x, z).double(), known, rtol=1e-5 if dtype == torch.float32 else 1e-12
-    )
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert torch.allclose(model.log_likelihood(x, z).double(), known, rtol=tolerance)
     assert model.log_likelihood(x.double(), z).dtype == torch.float64
     if dtype == torch.float64:
         check_gradient(lambda: sum(t.sum() for t in elbo_terms(model, x, z[0])), model.parameters())
@@ -161,20 +159,17 @@ def test_gaussian_decoder_is_torchs(dtype, variance):
     ],
 )
 def test_relatives_start_from_the_same_weights(kind, more):
-    def made(kind, **more):
+    def build(kind, **more):
+        """Return a model and the state of the random numbers after it."""
         torch.manual_seed(3)
         return kind(20, 8, 6, 2, torch.full((20,), 0.2), **more), torch.get_rng_state()
 
-    (a, s), (b, t) = made(VAE), made(kind, **more)
+    (a, s), (b, t) = build(VAE), build(kind, **more)
     assert torch.equal(s, t) and all(map(torch.equal, a.parameters(), b.parameters()))
     assert sum(isinstance(m, torch.nn.Tanh) for m in b.modules()) == (4 if more else 0)
-    known = b.p_net[1](b.p_net[0](torch.ones(1, 2)))
-    assert torch.equal(
-        known,
-        torch.tanh(b.p_net[0](torch.ones(1, 2)))
-        if more
-        else torch.relu(b.p_net[0](torch.ones(1, 2))),
-    )
+    hidden = b.p_net[0](torch.ones(1, 2))
+    activation = torch.tanh if more else torch.relu
+    assert torch.equal(b.p_net[1](hidden), activation(hidden))
 
 
 @pytest.mark.parametrize(
@@ -184,9 +179,8 @@ def test_conv_gives_back_the_size_it_got(shape):
     model, x = ConvVAE(shape, 3, width=4), torch.rand(2, *shape)
     x_recon, mean, log_var = model(x)
     assert x_recon.shape == x.shape and mean.shape == log_var.shape == (2, 3)
-    assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape) and model.log_likelihood(
-        x, torch.randn(5, 2, 3)
-    ).shape == (5, 2)
+    assert model.logits(torch.randn(5, 2, 3)).shape == (5, 2, *shape)
+    assert model.log_likelihood(x, torch.randn(5, 2, 3)).shape == (5, 2)
 
 
 @every
@@ -195,9 +189,8 @@ def test_noise_can_be_drawn_first(build):
     eps = torch.randn(4, 3)
     state = torch.get_rng_state()
     a, b = elbo_terms(model, x, eps), elbo_terms(model, x.flatten(1), eps)
-    assert torch.equal(state, torch.get_rng_state()) and all(
-        torch.equal(s, t) for s, t in zip(a, b)
-    )
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(map(torch.equal, a, b))
 
 
 @every
@@ -206,15 +199,13 @@ def test_meta_device_and_whole_graph(build):
         model, x = build(), torch.rand(3, 1, 28, 28)
     assert all(t.is_meta and t.shape == (3,) for t in elbo_terms(model, x))
     model, x, eps = build(), torch.rand(3, 1, 28, 28), torch.randn(3, 3)
-    compiled = torch.compile(
-        elbo_terms, fullgraph=True, backend="eager"
-    )  # refuses to be built around a peek at a value
-    assert all(
-        torch.allclose(a, b) for a, b in zip(compiled(model, x, eps), elbo_terms(model, x, eps))
-    )
+    # The compiler refuses a graph that depends on a value.
+    compiled = torch.compile(elbo_terms, fullgraph=True, backend="eager")
+    assert all(map(torch.allclose, compiled(model, x, eps), elbo_terms(model, x, eps)))
 
 
-def same_on(model, x, eps, device, dtype):
+def check_same_on(model, x, eps, device, dtype):
+    """Assert that the terms on a device and under autocast are those on the CPU in float32."""
     exact = [t.detach() for t in elbo_terms(model, x, eps)]
     model, x, eps = model.to(device), x.to(device), eps.to(device)
     with torch.autocast(torch.device(device).type, dtype=dtype, enabled=dtype != torch.float32):
@@ -223,16 +214,14 @@ def same_on(model, x, eps, device, dtype):
     assert all(p.grad.isfinite().all() and p.grad.device == x.device for p in model.parameters())
     for a, b in zip(exact, found):
         assert b.device == x.device and b.dtype == torch.float32
-        assert torch.allclose(
-            a, b.detach().cpu(), rtol=5e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3
-        )
+        tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-4
+        assert torch.allclose(a, b.detach().cpu(), rtol=tolerance, atol=1e-3)
 
 
 @every
 def test_bfloat16_autocast(build):
-    same_on(
-        build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3), "cpu", torch.bfloat16
-    )
+    model, x, eps = build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3)
+    check_same_on(model, x, eps, "cpu", torch.bfloat16)
 
 
 @every
@@ -240,14 +229,15 @@ def test_bfloat16_autocast(build):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda(build, dtype):
-    same_on(build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3), "cuda", dtype)
+    model, x, eps = build(), (torch.rand(4, 1, 28, 28) < 0.3).float(), torch.randn(4, 3)
+    check_same_on(model, x, eps, "cuda", dtype)
 
 
 @every
 def test_state_dict_round_trip(build):
     a, b, x, eps = build(), build(), torch.rand(2, 784), torch.randn(2, 3)
     b.load_state_dict(a.state_dict())
-    assert all(torch.equal(s, t) for s, t in zip(elbo_terms(a, x, eps), elbo_terms(b, x, eps)))
+    assert all(map(torch.equal, elbo_terms(a, x, eps), elbo_terms(b, x, eps)))
 
 
 @pytest.mark.parametrize(
@@ -269,6 +259,5 @@ def test_state_dict_round_trip(build):
     ],
 )
 def test_bad_input_is_one_clear_error(call, word):
-    with pytest.raises(ValueError) as e:
+    with raises(ValueError, word):
         call()
-    assert word in str(e.value)

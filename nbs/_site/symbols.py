@@ -1,246 +1,254 @@
-"What a code cell defines, read from its text: signatures and docments, as Sphinx's Python directives. Nothing is imported or run."
+"""What a code cell defines, read from its text alone: signatures and docstrings become Sphinx's
+Python directives. Nothing is imported or run."""
 
 import ast
-import io
 import re
-import tokenize
-from inspect import cleandoc
+from collections.abc import Callable
+from typing import NamedTuple
 
-functions = ast.FunctionDef, ast.AsyncFunctionDef
+from docstrings import parse_docstring
 
-
-def comments(source):
-    "Line number -> text of the comment on it."
-    return {
-        t.start[0]: t.string.lstrip("#").strip()
-        for t in tokenize.generate_tokens(io.StringIO(source).readline)
-        if t.type == tokenize.COMMENT
-    }
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+EXCEPTION = re.compile(r"(Error|Exception|Warning)$")
+CHECKS = {"raises", "check_gradient"}
 
 
-def arguments(node):
-    "(prefix, ast.arg, default or None) of each argument, in order."
-    a = node.args
-    plain = a.posonlyargs + a.args
-    rows = [("", *o) for o in zip(plain, [None] * (len(plain) - len(a.defaults)) + a.defaults)]
-    if a.vararg:
-        rows.append(("*", a.vararg, None))
-    rows += [("", *o) for o in zip(a.kwonlyargs, a.kw_defaults)]
-    if a.kwarg:
-        rows.append(("**", a.kwarg, None))
-    return rows
+class Argument(NamedTuple):
+    """One row of a table of arguments or attributes, each entry the text of the source."""
+
+    name: str
+    type: str = ""
+    default: str = ""
+    details: str = ""
 
 
 class Symbol:
-    "A public function, class, method or property of a notebook."
+    """A public function, class, method or property of a notebook.
 
-    def __init__(self, node, source, notes, module, owner=None):
-        self.node, self.source, self.notes, self.module = node, source, notes, module
-        self.decorators = {ast.unparse(d).split("(")[0].split(".")[-1] for d in node.decorator_list}
+    Args:
+        node: its definition.
+        source: text of the cell that holds the definition.
+        module: full name of the module that the cell is exported to.
+        owner: the class that it belongs to, if any.
+    """
+
+    def __init__(
+        self, node: Function | ast.ClassDef, source: str, module: str, owner: str | None = None
+    ) -> None:
+        self.node, self.source, self.module = node, source, module
+        self.decorators = {last_name(decorator) for decorator in node.decorator_list}
         self.is_class = isinstance(node, ast.ClassDef)
-        if not self.is_class and "patch" in self.decorators:
+        if "patch" in self.decorators and not self.is_class:
             owner = ast.unparse(node.args.args[0].annotation)
-        self.owner, self.name = owner, f"{owner}.{node.name}" if owner else node.name
-        self.doc = cleandoc(ast.get_docstring(node) or "")
-        self.bases = [ast.unparse(b) for b in node.bases] if self.is_class else []
-        self.rows, self.returns = self.table()
+        self.owner = owner
+        self.name = f"{owner}.{node.name}" if owner else node.name
+        self.bases = [last_name(base) for base in node.bases] if self.is_class else []
+        self.function = self.constructor() if self.is_class else node
+        self.doc = parse_docstring(ast.get_docstring(node))
+        self.returns = self.text(self.function.returns) if self.function else ""
+        self.arguments = self.documented(self.signature_arguments())
 
     @property
-    def full(self):
+    def full(self) -> str:
+        """Full name, the module's included."""
         return f"{self.module}.{self.name}"
 
     @property
-    def summary(self):
-        return self.doc.split("\n\n")[0].replace("\n", " ")
-
-    @property
-    def kind(self):
+    def kind(self) -> str:
+        """Name of Sphinx's directive."""
         if self.is_class:
-            return (
-                "exception"
-                if re.search(r"(Error|Exception|Warning)$", " ".join(self.bases))
-                else "class"
-            )
+            is_exception = any(EXCEPTION.search(base) for base in self.bases)
+            return "exception" if is_exception else "class"
         if self.decorators & {"property", "cached_property"}:
             return "property"
         return "method" if self.owner else "function"
 
-    def text(self, node):
-        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node)) if node else ""
-
-    def alone(self, line):
-        return self.lines[line - 1].lstrip().startswith("#")
-
-    def note(self, node, taken, body):
-        "The comment beside an argument, else the comment lines above it."
-        line = node.end_lineno
-        if line >= body:
-            return ""
-        if line in self.notes:
-            return self.notes[line]
-        above = []
-        while (line := line - 1) in self.notes and line not in taken and self.alone(line):
-            above.insert(0, self.notes[line])
-        return " ".join(above)
-
-    def table(self):
-        "Rows (name, type, default, details) of the arguments, and the (type, details) of what is returned."
-        self.lines = self.source.splitlines()
-        if not self.is_class:
-            return self.rows_of(
-                self.node, skip=bool(self.owner) and "staticmethod" not in self.decorators
-            )
-        init = next(
-            (n for n in self.node.body if isinstance(n, functions) and n.name == "__init__"), None
-        )
-        if init:
-            if not self.doc:
-                self.doc = cleandoc(ast.get_docstring(init) or "")
-            return self.rows_of(init, skip=True)[0], ("", "")
-        if self.decorators & {"dataclass"} or {"NamedTuple"} & {
-            b.split(".")[-1] for b in self.bases
-        }:
-            fields = [n for n in self.node.body if isinstance(n, ast.AnnAssign)]
-            taken = {n.end_lineno for n in fields}
-            return [
-                (
-                    n.target.id,
-                    self.text(n.annotation),
-                    self.text(n.value),
-                    self.note(n, taken, 1 << 30),
-                )
-                for n in fields
-            ], ("", "")
-        return [], ("", "")
-
-    def rows_of(self, node, skip):
-        args, body = arguments(node)[skip:], node.body[0].lineno
-        ends = [
-            max((n for n in (a, default) if n), key=lambda n: (n.end_lineno, n.end_col_offset))
-            for _, a, default in args
-        ]
-        taken = {e.end_lineno for e in ends}
-        rows = [
-            (
-                prefix + a.arg,
-                self.text(a.annotation),
-                self.text(default),
-                self.note(end, taken, body),
-            )
-            for (prefix, a, default), end in zip(args, ends)
-        ]
-        last = max(taken | {node.lineno})
-        if (
-            last == node.lineno and last in self.notes
-        ):  # a signature of one line: its comment tells of the result, or of the whole
-            rows = [(*row[:3], "") for row in rows]
-            if node.returns and body > last:
-                return rows, (self.text(node.returns), self.notes[last])
-            if not self.doc:
-                self.doc = self.notes[last]
-        details = next(
-            (
-                self.notes[n]
-                for n in range(body - 1, last, -1)
-                if n in self.notes and not self.alone(n)
-            ),
-            "",
-        )
-        return rows, (self.text(node.returns), details)
+    @property
+    def is_record(self) -> bool:
+        """Whether the fields of the class are its arguments."""
+        return "dataclass" in self.decorators or "NamedTuple" in self.bases
 
     @property
-    def signature(self):
-        if self.kind == "property" or self.is_class and not self.rows:
+    def is_documented(self) -> bool:
+        """Whether the docstring says anything."""
+        return bool(self.doc.text or self.doc.returns)
+
+    def text(self, node: ast.expr | None) -> str:
+        """Return the source of an expression, in one line."""
+        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node)) if node else ""
+
+    def constructor(self) -> Function | None:
+        """Return the class's own `__init__`."""
+        found = (n for n in self.node.body if isinstance(n, Function) and n.name == "__init__")
+        return next(found, None)
+
+    def fields(self) -> dict[str, Argument]:
+        """Return the annotated names in the body of a class."""
+        annotated = [n for n in self.node.body if isinstance(n, ast.AnnAssign)] * self.is_class
+        return {
+            n.target.id: Argument(n.target.id, self.text(n.annotation), self.text(n.value))
+            for n in annotated
+        }
+
+    def signature_arguments(self) -> list[Argument]:
+        """Return the arguments as the signature shows them, a bare `*` included."""
+        if self.function is None:
+            return list(self.fields().values()) if self.is_record else []
+        given = self.function.args
+        plain = given.posonlyargs + given.args
+        defaults = [None] * (len(plain) - len(given.defaults)) + given.defaults
+        found = [self.argument("", *pair) for pair in zip(plain, defaults)]
+        if self.owner and "staticmethod" not in self.decorators or self.is_class:
+            found = found[1:]
+        if given.vararg:
+            found.append(self.argument("*", given.vararg))
+        elif given.kwonlyargs:
+            found.append(Argument("*"))
+        found += [self.argument("", *pair) for pair in zip(given.kwonlyargs, given.kw_defaults)]
+        if given.kwarg:
+            found.append(self.argument("**", given.kwarg))
+        return found
+
+    def argument(self, stars: str, node: ast.arg, default: ast.expr | None = None) -> Argument:
+        """Return an argument of the signature, still without its details."""
+        return Argument(stars + node.arg, self.text(node.annotation), self.text(default))
+
+    def documented(self, found: list[Argument]) -> list[Argument]:
+        """Return arguments with the details that the docstring gives.
+
+        Args:
+            found: the arguments of the signature. What the docstring names beside them, such as
+                arguments of a parent class, follows at the end.
+        """
+        details = dict(self.doc.args)
+        if self.is_record and self.function is None:
+            details |= self.doc.attributes
+        known = [a._replace(details=details.pop(a.name.lstrip("*"), "")) for a in found]
+        return known + [Argument(name, details=text) for name, text in details.items()]
+
+    @property
+    def attributes(self) -> list[Argument]:
+        """The attributes that the docstring describes and the table of arguments does not."""
+        shown, annotated = {a.name for a in self.arguments}, self.fields()
+        return [
+            annotated.get(name, Argument(name))._replace(default="", details=details)
+            for name, details in self.doc.attributes.items()
+            if name not in shown
+        ]
+
+    @property
+    def signature(self) -> str:
+        """Arguments and what is returned, as Sphinx's directive takes them."""
+        arguments = self.signature_arguments()
+        if self.kind == "property" or self.is_class and not arguments:
             return ""
-        args = [
-            name
-            + (f": {kind}" if kind else "")
-            + ((" = " if kind else "=") + default if default else "")
-            for name, kind, default, _ in self.rows_with_marks()
-        ]
-        return f"({', '.join(args)})" + (f" -> {self.returns[0]}" if self.returns[0] else "")
+        shown = []
+        for a in arguments:
+            kind = f": {a.type}" if a.type else ""
+            equals = " = " if a.type else "="
+            shown.append(a.name + kind + (equals + a.default if a.default else ""))
+        arrow = f" -> {self.returns}" if self.returns and not self.is_class else ""
+        return f"({', '.join(shown)}){arrow}"
 
-    def rows_with_marks(self):
-        "The rows, with the bare `*` and `/` that a signature shows and a table does not."
-        rows = list(self.rows)
-        node = (
-            self.node
-            if not self.is_class
-            else next(
-                (n for n in self.node.body if isinstance(n, functions) and n.name == "__init__"),
-                None,
-            )
-        )
-        if node and node.args.kwonlyargs and not node.args.vararg:
-            rows.insert(
-                next(i for i, r in enumerate(rows) if r[0] == node.args.kwonlyargs[0].arg),
-                ("*", "", "", ""),
-            )
-        return rows
-
-    def members(self):
-        "The documented public methods and properties of a class."
-        if not self.is_class:
-            return []
-        found = [
-            Symbol(n, self.source, self.notes, self.module, self.name)
-            for n in self.node.body
-            if isinstance(n, functions)
-        ]
+    def members(self) -> list["Symbol"]:
+        """Return the public methods and properties of a class that have a docstring."""
+        methods = [n for n in self.node.body if isinstance(n, Function)] * self.is_class
+        found = [Symbol(n, self.source, self.module, self.name) for n in methods]
         return [
             s
             for s in found
-            if not s.node.name.startswith("_")
-            and (s.doc or s.returns[1])
-            and "setter" not in s.decorators
+            if not s.node.name.startswith("_") and s.is_documented and "setter" not in s.decorators
         ]
 
-    def markdown(self, prose, depth=3):
-        "The MyST directive: signature, docstring, table of arguments, members. `prose` maps the text."
-        details = lambda text: prose(re.sub(r'(?<![`\w])"[\w.-]*"(?!`)', r"`\g<0>`", text))
-        cell = lambda text: details(text).replace("|", r"\|").replace("\n", " ")
-        code = lambda text: f"`{text}`".replace("|", r"\|") if text else ""
-        rows = [(code(n), code(k), code(d), cell(t)) for n, k, d, t in self.rows]
-        if not any(r[3] for r in rows):
-            rows = []
-        lone = f"*Returns* {details(self.returns[1])}" if self.returns[1] and not rows else ""
-        if any(self.returns) and rows:
-            rows.append(("*returns*", code(self.returns[0]), "", cell(self.returns[1])))
-        heads = ["Argument", "Type", "Default", "Details"]
-        used = [i for i in range(4) if i == 0 or any(r[i] for r in rows)]
+    def markdown(self, prose: Callable[[str], str], depth: int = 3) -> str:
+        """Return the MyST directive: signature, docstring, tables and members.
+
+        Args:
+            prose: maps Markdown of a docstring to that of the site.
+            depth: 3 for what stands by itself, 2 for a member.
+        """
         fence = "`" * (depth + 3)
-        out = [f"{fence}{{py:{self.kind}}} {self.name}{self.signature}", f":module: {self.module}"]
-        out += [f":{flag}:" for flag in ("staticmethod", "classmethod") if flag in self.decorators]
-        if self.kind == "property" and self.returns[0]:
-            out.append(f":type: {self.returns[0]}")
-        out += ["", prose(self.doc), "", lone, ""]
-        if rows:
-            out += [
-                "| " + " | ".join(row[i] for i in used) + " |"
-                for row in (heads, ["---"] * 4, *rows)
-            ] + [""]
-        for m in self.members():
-            out += [m.markdown(prose, depth - 1), ""]
-        return "\n".join(out + [fence])
+        lines = [f"{fence}{{py:{self.kind}}} {self.name}{self.signature}"]
+        lines.append(f":module: {self.module}")
+        lines += [f":{o}:" for o in ("staticmethod", "classmethod") if o in self.decorators]
+        if self.kind == "property" and self.returns:
+            lines.append(f":type: {self.returns}")
+        lines += ["", prose(self.doc.text), ""]
+        lines += table("Argument", [a for a in self.arguments if a.name != "*"], prose)
+        lines += table("Attribute", self.attributes, prose)
+        if self.doc.returns:
+            lines += [f"*Returns* {prose(quoted(self.doc.returns))}", ""]
+        for name, details in self.doc.raises.items():
+            lines += [f"*Raises* `{name}` {prose(quoted(details))}", ""]
+        for member in self.members():
+            lines += [member.markdown(prose, depth - 1), ""]
+        return "\n".join([*lines, fence])
 
 
-def symbols(source, module):
-    "The public symbols a cell defines, `_private` ones left out."
+def last_name(node: ast.expr) -> str:
+    """Return the last word of a dotted name, its call or subscript left out."""
+    while isinstance(node, (ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return ast.unparse(node).split(".")[-1]
+
+
+def quoted(text: str) -> str:
+    """Set words in double quotes as code, for they are values of arguments."""
+    return re.sub(r'(?<![`\w])"[\w.-]*"(?!`)', r"`\g<0>`", text)
+
+
+def table(head: str, rows: list[Argument], prose: Callable[[str], str]) -> list[str]:
+    """Return the lines of a Markdown table, none where no row has details.
+
+    Args:
+        head: title of the first column.
+        rows: the arguments or attributes.
+        prose: maps Markdown of a docstring to that of the site.
+    """
+    if not any(row.details for row in rows):
+        return []
+    cells = [
+        [f"`{text}`" if text else "" for text in row[:3]] + [prose(quoted(row.details))]
+        for row in rows
+    ]
+    used = [i for i in range(4) if i == 0 or any(row[i] for row in cells)]
+    escaped = [[cell.replace("|", r"\|").replace("\n", " ") for cell in row] for row in cells]
+    lines = [[head, "Type", "Default", "Details"], ["---"] * 4, *escaped]
+    return ["| " + " | ".join(line[i] for i in used) + " |" for line in lines] + [""]
+
+
+def parse(source: str) -> list[ast.stmt]:
+    """Return the statements of a cell, none where it is not plain Python."""
     try:
-        body = ast.parse(source).body
+        return ast.parse(source).body
     except SyntaxError:
         return []
-    notes = comments(source)
-    return [
-        Symbol(n, source, notes, module)
-        for n in body
-        if isinstance(n, (*functions, ast.ClassDef)) and not n.name.startswith("_")
+
+
+def symbols(source: str, module: str) -> list[Symbol]:
+    """Return the public functions and classes that a cell defines.
+
+    Args:
+        source: text of the cell.
+        module: full name of the module that it is exported to.
+    """
+    public = [
+        n
+        for n in parse(source)
+        if isinstance(n, (Function, ast.ClassDef)) and not n.name.startswith("_")
     ]
+    return [Symbol(n, source, module) for n in public]
 
 
-def only_imports(source):
-    try:
-        body = ast.parse(source).body
-    except SyntaxError:
-        return False
+def only_imports(source: str) -> bool:
+    """Return whether a cell imports and does nothing else."""
+    body = parse(source)
     return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+
+
+def is_check(source: str) -> bool:
+    """Return whether a cell asserts something, by itself or through a helper of checks."""
+    nodes = [n for statement in parse(source) for n in ast.walk(statement)]
+    called = {last_name(n.func) for n in nodes if isinstance(n, ast.Call)}
+    asserts = any(isinstance(n, ast.Assert) for n in nodes)
+    return asserts or bool(called & CHECKS) or any(n.startswith("assert_") for n in called)

@@ -59,10 +59,13 @@ def ladder_loss(s: Assisted, b: AssistedBatch) -> Tensor:
     """Return the classification loss of the noisy path plus the denoising costs, 0-dim."""
     net, n = s.classifier, len(b.x)
     images = torch.cat([b.labeled.flatten(1), b.x.flatten(1)])
-    both, clean = net.path(images, torch.cat([b.eps_labeled, b.eps]), (n, n)), net.path(b.x)
-    net.follow(clean)
+    both, clean = (
+        net.activations(images, torch.cat([b.eps_labeled, b.eps]), (n, n)),
+        net.activations(b.x),
+    )
+    net.update_running_statistics(clean)
     noisy = both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:])
-    costs = s.generator(noisy, clean) * s.generator.prices
+    costs = s.generator(noisy, clean) * s.generator.layer_weights
     return F.cross_entropy(both.logits[:n], b.y) + costs.sum()
 
 

@@ -7,7 +7,6 @@ __all__ = ['load_entry_point', 'load_commands', 'find_command', 'load_claims', '
            'put_averages_in', 'open_run', 'free_folder']
 
 # %% ../../nbs/40_training/43a_runs.ipynb #8afea44f
-import contextlib
 import functools
 import importlib
 import json

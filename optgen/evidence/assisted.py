@@ -14,7 +14,7 @@ import torch
 
 from .. import controllers
 from ..data.images import Batch, Images, fashion_mnist, mnist
-from ..data.loading import Loader, balanced_subset, split_holdout
+from ..data.loading import Loader, balanced_indices, split_holdout
 from optgen.evidence.reproduce import (
     Experiment,
     constant_then_linear_decay,
@@ -40,11 +40,11 @@ def split(config: dict, seed: int) -> tuple:
     if config["labels"] == "all":
         rest, valid = split_holdout(train, config["valid"] / len(train), seed)
         return rest, None, valid
-    chosen = balanced_subset(train, config["labels"], seed)
-    rest = train.take(
+    chosen = balanced_indices(train, config["labels"], seed)
+    rest = train.subset(
         torch.ones(len(train), dtype=torch.bool).index_fill_(0, chosen, False).nonzero().flatten()
     )
-    return train, train.take(chosen), rest.take(balanced_subset(rest, config["valid"], seed))
+    return train, train.subset(chosen), rest.subset(balanced_indices(rest, config["valid"], seed))
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00007
 WEIGHTS = {  # how lambda is set -> (lambda, setting, steps of the run) -> arguments of `Assisted`

@@ -57,7 +57,7 @@ def make_optimizer(config: dict, model: torch.nn.Module):
         return Adam(model.parameters(), lr=config["lr"])
     if config["optimizer"] == "schedule-free":
         return AdamWScheduleFree(model.parameters(), lr=config["lr"], warmup_steps=100)
-    matrices, rest = muon_groups(model, others=("net.embed", "net.start"))
+    matrices, rest = muon_groups(model, exclude=("net.embed", "net.start"))
     return CombinedOptimizer(Muon(matrices, lr=config["lr"]), Adam(rest, lr=2e-3))
 
 
@@ -81,7 +81,7 @@ def measure(scheme: DenoisingDiffusion, test: Images, samples: int, exact: tuple
     image and steps along the curves, the likelihoods too.
     """
     judge = DenoisingDiffusion(scheme.model)  # on the same loss, whatever the run descends
-    few = lambda n: Loader(test.take(torch.arange(min(n, len(test)))), 250, shuffle=False)
+    few = lambda n: Loader(test.subset(torch.arange(min(n, len(test)))), 250, shuffle=False)
     real = feature_stats(few(10_000), features())
 
     def distance(sampler, steps):

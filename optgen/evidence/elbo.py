@@ -36,7 +36,7 @@ def measured(scheme: BetaVAE, data, n: int, k: int, binarize=None) -> dict:
         k = 1: the bound only.
     """
     found = scheme.evaluate(
-        Loader(data.take(torch.arange(min(n, len(data)))), 100, shuffle=False, binarize=binarize),
+        Loader(data.subset(torch.arange(min(n, len(data)))), 100, shuffle=False, binarize=binarize),
         k=k,
     )
     return {name: round(x, 4) for name, x in found.items() if name != "loss"}

@@ -27,7 +27,7 @@ from ..checks import check_choice, check_number
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images, data_error
-from ..data.loading import balanced_subset, bernoulli
+from ..data.loading import balanced_indices, binarize_pixels
 from ..games import Field, Game, Player, Rule
 from ..metrics import auroc, eval_mode, log_weights, measure_calibration, wilson_interval
 from ..models.classifier import Classifier, Perceptron
@@ -321,15 +321,15 @@ class Denoising(Coupling):
         n = len(batch.x)
         images = torch.cat([batch.labeled.flatten(1), batch.x.flatten(1)])
         eps = torch.cat([batch.eps_labeled, batch.eps])
-        both = classifier.path(images, eps, parts=(n, n))
+        both = classifier.activations(images, eps, group_sizes=(n, n))
         noisy = both._replace(z=[z[n:] for z in both.z], logits=both.logits[n:])
-        clean = classifier.path(batch.x)
+        clean = classifier.activations(batch.x)
         if classifier.training:
-            classifier.follow(clean)
+            classifier.update_running_statistics(clean)
 
         def cost(costs: Tensor) -> Tensor:
             """Return the weighted sum of the layers' costs."""
-            return (costs * generator.prices).sum()
+            return (costs * generator.layer_weights).sum()
 
         coupling, own = self.decode(generator, noisy, clean, cost=cost)
         return LossTerms(F.cross_entropy(both.logits[:n], batch.y), coupling, own)
@@ -474,7 +474,7 @@ class Assisted(Game):
         rounds = -(-len(like) // n)
         orders = [torch.randperm(n, device=images.device) for _ in range(rounds)]
         order = torch.cat(orders)[: len(like)]
-        x = bernoulli(images[order]) if self.binarize else images[order] / 255
+        x = binarize_pixels(images[order]) if self.binarize else images[order] / 255
         return x.to(like), self.labeled.labels[order].to(like.device)
 
     def encode_batch(self, batch: AssistedBatch) -> AssistedBatch:
@@ -912,7 +912,7 @@ def split_labeled(options: dict[str, Any], images: Images | ImageFiles) -> Split
         raise click.UsageError(f"--labels takes a whole number or all, got {asked!r}")
     options["classes"], order = class_names(images), torch.Generator().manual_seed(seed)
     n = len(options["classes"]) if asked == "all" else int(asked)
-    chosen = balanced_subset(images, n, seed)  # checks that there are labels, too
+    chosen = balanced_indices(images, n, seed)  # checks that there are labels, too
     known = (images.labels >= 0).nonzero().flatten()
     held = choose_validation(
         images.labels, None if asked == "all" else chosen, options["holdout"], order
@@ -927,7 +927,7 @@ def split_labeled(options: dict[str, Any], images: Images | ImageFiles) -> Split
     options["labelled"] = "all" if asked == "all" else chosen.tolist()
     kept = torch.ones(len(images), dtype=torch.bool).index_fill_(0, held, False)
     train, valid, labeled = (
-        images.take(places) for places in (kept.nonzero().flatten(), held, chosen)
+        images.subset(places) for places in (kept.nonzero().flatten(), held, chosen)
     )
     extra = {} if len(labeled) == len(train) else {"labeled": read_labeled(labeled, asked)}
     return Split(train, valid, extra)
@@ -946,7 +946,7 @@ def read_labeled(labeled: Images | ImageFiles, asked: str) -> Images:
             f"--labels {asked}: {len(labeled)} labeled images of shape {labeled.shape} need more "
             "than the 2 GiB of memory for labeled images: ask for fewer"
         )
-    return labeled.read()
+    return labeled.to_memory()
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #f12fc198
 class Method(NamedTuple):

@@ -214,7 +214,7 @@ class Ranks(ShardAveraging):
         """where parts of a batch are not the batch."""
         for name, m in [] if self.rank or module is None else module.named_modules():
             if isinstance(m, nn.modules.batchnorm._BatchNorm) or getattr(
-                m, "normalises_batch", False
+                m, "normalizes_batch", False
             ):
                 warnings.warn(
                     f"{name} ({type(m).__name__}) normalises each rank's part of the batch by itself: the run is not that of one "

@@ -591,7 +591,7 @@ def build_loaders(scheme, data, valid, batch_size: int, device, binarize, seed: 
     says that it normalises over the batch, what is left of an epoch makes none.
     """
     whole = any(
-        getattr(m, "normalises_batch", False)
+        getattr(m, "normalizes_batch", False)
         for player in scheme.players.values()
         if player.module
         for m in player.module.modules()

@@ -24,9 +24,9 @@ addEventListener("resize", () => document.documentElement.dataset.math && fit())
 document.addEventListener("DOMContentLoaded", () => {
   // Boxes that scroll can be reached by the keyboard.
   for (const box of document.querySelectorAll("div.highlight pre, div.math, .table-wrapper")) if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
-  // Search shows the words around a hit; TeX is not words.
+  // Search shows the words around a hit; TeX is not words, and a docstring stands in its API entry, too.
   if (typeof Search !== "undefined") {
-    const plain = Search.htmlToText;
-    Search.htmlToText = (html, anchor) => plain(html.replace(/\\\(.*?\\\)|\\\[.*?\\\]/gs, "…"), anchor);
+    const plain = Search.htmlToText, wordless = /\\\(.*?\\\)|\\\[.*?\\\]|<span class="sd">.*?<\/span>/gs;
+    Search.htmlToText = (html, anchor) => plain(html.replace(wordless, "…"), anchor);
   }
 });
