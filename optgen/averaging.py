@@ -101,8 +101,8 @@ class Power(Profile):
     def __post_init__(self) -> None:
         if not self.gamma >= 0:
             raise ValueError(
-                f"Power: gamma must be at least 0, got {self.gamma}; Power.of_width(0.05) takes the "
-                "relative width"
+                f"Power: gamma must be at least 0, got {self.gamma}; "
+                "Power.of_width(0.05) takes the relative width"
             )
 
     @classmethod
@@ -435,9 +435,7 @@ def check_snapshots(snapshots: list[dict[str, Any]]) -> None:
         ValueError: for an empty list, another object, an unknown profile or other weights.
     """
     if not isinstance(snapshots, (list, tuple)) or not snapshots:
-        raise ValueError(
-            "snapshots must be a list of what Average.snapshot() returned, at least one"
-        )
+        raise ValueError("snapshots must be a list of at least one Average.snapshot()")
     for i, snapshot in enumerate(snapshots):
         known = snapshot if isinstance(snapshot, dict) else {}
         lacks = [key for key in ("step", "profile", "weights", "buffers") if key not in known]

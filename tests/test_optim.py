@@ -1,10 +1,11 @@
-"Our optimizers against torch.optim's: the grid method x problem x precision x param groups x form, their state, faults, devices and precisions."
+"""Our optimizers beside torch.optim's: trajectories, states, errors, devices and precisions."""
 
 import copy
 import inspect
 import io
 import math
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -49,29 +50,34 @@ def normal(*shape, seed, dtype):
 
 
 def quadratic(dtype):
+    """Return the start and the loss of a quadratic."""
     h, x = torch.logspace(0, 2, 6, dtype=dtype), normal(6, seed=0, dtype=dtype)
     return [x], lambda p, t: (h * p[0] ** 2).sum() / 2
 
 
 def rosenbrock(dtype):
-    return [torch.tensor(-1.2, dtype=dtype), torch.tensor([1.0], dtype=dtype)], lambda p, t: (
-        (1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2
-    ).sum()
+    """Return the start and the loss of Rosenbrock's function."""
+
+    def loss(p, t):
+        return ((1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2).sum()
+
+    return [torch.tensor(-1.2, dtype=dtype), torch.tensor([1.0], dtype=dtype)], loss
 
 
 def mlp(dtype):
-    X, y = (
-        normal(32, 5, seed=1, dtype=dtype),
-        torch.randint(3, (32,), generator=generator(2)),
-    )
+    """Return the start and the loss of a perceptron."""
+    X = normal(32, 5, seed=1, dtype=dtype)
+    y = torch.randint(3, (32,), generator=generator(2))
     sizes = (8, 5), (8,), (3, 8), (3,)
-    return (
-        [normal(*s, seed=i + 3, dtype=dtype) / 2 for i, s in enumerate(sizes)],
-        lambda p, t: nn.functional.cross_entropy(torch.tanh(X @ p[0].T + p[1]) @ p[2].T + p[3], y),
-    )
+
+    def loss(p, t):
+        return nn.functional.cross_entropy(torch.tanh(X @ p[0].T + p[1]) @ p[2].T + p[3], y)
+
+    return [normal(*s, seed=i + 3, dtype=dtype) / 2 for i, s in enumerate(sizes)], loss
 
 
 def noisy(dtype):
+    """Return the start and the loss of a quadratic with noisy gradients."""
     noise = normal(STEPS, 2, 3, seed=8, dtype=dtype)
     start = [normal(2, 3, seed=9, dtype=dtype), normal(2, 3, seed=10, dtype=dtype)]
     return start, lambda p, t: ((p[0] - p[1]) ** 2).sum() + ((p[0] + p[1]) * noise[t]).sum()
@@ -81,7 +87,10 @@ PROBLEMS = dict(quadratic=quadratic, rosenbrock=rosenbrock, mlp=mlp, noisy=noisy
 
 
 def follow(make, problem, dtype, steps=STEPS, absent=lambda i, t: False, nudge=0.0):
-    "(steps, n) parameters after each step of the optimizer `make(params)`; no gradient where `absent(i, t)`; `nudge` stretches the start."
+    """Return the parameters, (steps, n), after each step of the optimizer `make(params)`.
+
+    There is no gradient where `absent(i, t)`; `nudge` stretches the start.
+    """
     start, f = problem(dtype)
     params = [(x * (1 + nudge)).requires_grad_() for x in start]
     opt, path = make(params), []
@@ -98,18 +107,20 @@ def follow(make, problem, dtype, steps=STEPS, absent=lambda i, t: False, nudge=0
 
 
 def apart(ours, theirs):
-    "Largest distance between two paths, relative to the size of the second."
+    """Return the largest distance between two paths, relative to the size of the second."""
     assert theirs.isfinite().all()
     return ((ours - theirs).norm(dim=1).double().max() / theirs.norm(dim=1).double().max()).item()
 
 
-# Each side rounds at most 16 times a step, by 2^-24 (float64: 2^-53) of what it rounds; at worst such errors add up over the steps. Where the path itself
-# magnifies a small change (a centered RMSProp divides by differences), they are magnified with it: by how much, torch's own path in float64 tells.
+# Each side rounds at most 16 times a step, by 2^-24 (float64: 2^-53) of what it rounds; at worst
+# such errors add up over the steps. Where the path itself magnifies a small change (a centered
+# RMSProp divides by differences), torch's own path in float64 shows by how much.
 # All other settings keep to 1e-12 in float64.
 TOLERANCE = {torch.float64: STEPS * 16 * 2.0**-53, torch.float32: STEPS * 16 * 2.0**-24}
 
 
 def magnified(make, problem, eps=1e-8):
+    """Return the factor by which a path magnifies a small change of the start, at least 1."""
     return max(
         1.0,
         apart(follow(make, problem, torch.float64, nudge=eps), follow(make, problem, torch.float64))
@@ -123,21 +134,14 @@ def magnified(make, problem, eps=1e-8):
 def test_follows_torch(setting, problem, dtype):
     method, name, options = SETTINGS[setting]
     options = dict(lr=LR[name], **options)
-    reference = lambda p: getattr(torch.optim, name)(p, **options)
-    theirs, tolerance = (
-        follow(reference, PROBLEMS[problem], dtype),
-        TOLERANCE[dtype] * magnified(reference, PROBLEMS[problem]),
-    )
+    reference = partial(getattr(torch.optim, name), **options)
+    theirs = follow(reference, PROBLEMS[problem], dtype)
+    tolerance = TOLERANCE[dtype] * magnified(reference, PROBLEMS[problem])
     if not options.get("centered") and dtype == torch.float64:
         tolerance = 1e-12
     for foreach in (False, True, None):
-        assert (
-            apart(
-                follow(lambda p: method(p, **options, foreach=foreach), PROBLEMS[problem], dtype),
-                theirs,
-            )
-            <= tolerance
-        ), foreach
+        ours = follow(partial(method, **options, foreach=foreach), PROBLEMS[problem], dtype)
+        assert apart(ours, theirs) <= tolerance, foreach
 
 
 @pytest.mark.parametrize("foreach", (False, True, None))
@@ -146,6 +150,8 @@ def test_groups_and_missing_gradients(setting, foreach):
     method, name, options = SETTINGS[setting]
 
     def make(cls, more):
+        """Return a function that makes an optimizer with three groups."""
+
         def grouped(p):
             opt = cls(
                 [dict(params=p[:1], lr=LR[name] / 2), dict(params=p[1:3], weight_decay=0.03)],
@@ -299,6 +305,7 @@ def test_public_names():
 
 
 def pull(opt, params, ts):
+    """Take steps along a fixed field of gradients."""
     for t in ts:
         for p in params:
             p.grad = torch.sin(p.detach() * (t + 1))
@@ -306,7 +313,7 @@ def pull(opt, params, ts):
 
 
 def stored(opt):
-    "The state as a checkpoint gives it back."
+    """Return the state as a checkpoint returns it."""
     file = io.BytesIO()
     torch.save(opt.state_dict(), file)
     file.seek(0)
@@ -314,6 +321,7 @@ def stored(opt):
 
 
 def handed_over(makers, dtype=torch.float64, n=10):
+    """Return parameters and optimizer after `n` steps of each, from the state before."""
     params, opt = (
         [
             normal(4, seed=0, dtype=dtype).requires_grad_(),
@@ -333,10 +341,8 @@ def handed_over(makers, dtype=torch.float64, n=10):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_state_is_torchs(setting):
     method, name, options = SETTINGS[setting]
-    theirs, blank = (
-        (lambda p: getattr(torch.optim, name)(p, lr=0.01, **options)),
-        (lambda p: method(p, lr=0.7)),
-    )
+    theirs = partial(getattr(torch.optim, name), lr=0.01, **options)
+    blank = partial(method, lr=0.7)
     alone, a = handed_over([theirs] * 3)
     mixed, b = handed_over([theirs, blank, theirs])
     assert (alone - mixed).abs().max() <= 1e-14
@@ -366,7 +372,7 @@ def test_state_round_trip_is_exact(setting):
 
 
 def test_state_of_fused_and_older_torch():
-    theirs = lambda p: torch.optim.Adam(p, lr=0.01, fused=True)
+    theirs = partial(torch.optim.Adam, lr=0.01, fused=True)
     mixed, opt = handed_over([theirs, lambda p: Adam(p, lr=0.7)])
     alone, _ = handed_over([theirs] * 2)
     assert mixed.allclose(alone, rtol=1e-12) and opt.param_groups[0]["fused"] is None
@@ -485,7 +491,7 @@ def test_capturable_changes_nothing(setting, foreach):
 @pytest.mark.parametrize("foreach", (False, True, None))
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_meta(setting, foreach):
-    "No value is looked at: on this device there is none."
+    """No value is read: on this device there is none."""
     method, name, options = SETTINGS[setting]
     x = torch.zeros(3, device="meta", requires_grad=True)
     opt = method(
@@ -661,7 +667,7 @@ def test_compiled_step(method, options):
 @pytest.mark.cuda
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_cuda(setting):
-    "Torch's path, no synchronisation, and the same under graph capture."
+    """Torch's path, without synchronization, and the same under graph capture."""
     method, name, options = SETTINGS[setting]
     capturable = {} if name == "SGD" else dict(capturable=True)
 

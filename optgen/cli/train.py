@@ -19,7 +19,7 @@ from .runs import find_command, free_folder, load_commands, pick_device, read_co
 
 if TYPE_CHECKING:
     from optgen.games import Game
-    from optgen.schemes.command import SchemeCommand, Split
+    from optgen.schemes.command import DataSplit, SchemeCommand
 
 # %% ../../nbs/40_training/43b_train.ipynb #f67c2927
 def data_options() -> list[click.Option]:
@@ -234,7 +234,7 @@ def resume_run(folder: str, epochs: int | None, device: str, progress: str | Non
     train_run(config, folder, device, progress, resume=True)
 
 # %% ../../nbs/40_training/43b_train.ipynb #b2ebec91
-def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Split") -> "Game":
+def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "DataSplit") -> "Game":
     """Build the scheme of a run from its seed, compiled where that is asked for.
 
     Args:
@@ -316,7 +316,7 @@ def train_run(
     report(records, scheme.criterion, bool(options["patience"]), out)
 
 # %% ../../nbs/40_training/43b_train.ipynb #1ec6de39
-def announce(config: Mapping[str, Any], split: "Split", out: str) -> None:
+def announce(config: Mapping[str, Any], split: "DataSplit", out: str) -> None:
     """Print what is about to be trained.
 
     Args:

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
 from ..data.folders import ImageFiles
-from ..data.images import Batch, Images, data_error
+from ..data.images import Batch, DataError, Images
 from ..data.loading import balanced_indices, binarize_pixels
 from ..games import Field, Game, Player, Rule
 from ..metrics import auroc, eval_mode, log_weights, measure_calibration, wilson_interval
@@ -37,9 +37,9 @@ from ..models.vae import VAE, elbo_terms
 from ..optim import Adam
 from ..registry import Entry, parse_spec, read_json
 from optgen.schemes.command import (
+    DataSplit,
     EvaluationContext,
     SchemeCommand,
-    Split,
     build_checked,
     build_optimizer,
     choice_option,
@@ -344,14 +344,16 @@ def check_labeled(labeled: Images | ImageFiles | None) -> None:
     if labeled is None:
         return
     if isinstance(labeled, ImageFiles):
-        raise data_error(labeled.name, "the labeled images lie on disk", "pass labeled.read()")
+        raise DataError.with_fix(
+            labeled.name, "the labeled images lie on disk", "pass labeled.to_memory()"
+        )
     if not len(labeled):
-        raise data_error(labeled.name, "no labeled images", "choose one a class at least")
+        raise DataError.with_fix(labeled.name, "no labeled images", "choose one a class at least")
     if labeled.labels is None or (labeled.labels < 0).any():
-        raise data_error(
+        raise DataError.with_fix(
             labeled.name,
             "labeled images have no labels",
-            "put the images of each class in a folder of its own, and choose with balanced_subset",
+            "put the images of each class in a folder of its own, and choose with balanced_indices",
         )
 
 
@@ -464,7 +466,9 @@ class Assisted(Game):
         if self.labeled is not None:
             x, y = self.draw_labeled(batch.x)
         if y is None:
-            raise data_error("batch", "it has no labels", "pass labeled=, or images with labels")
+            raise DataError.with_fix(
+                "batch", "it has no labels", "pass labeled=, or images with labels"
+            )
         eps = torch.randn(2, n, self.noise_width, dtype=like.dtype, device=like.device)
         return AssistedBatch(batch.x, x, y, *eps)
 
@@ -656,7 +660,7 @@ def evaluate_assisted(
     """
     inside = judge_images(scheme, batches, seed, outside is not None)
     if inside.y is None or not (known := inside.y >= 0).any():
-        raise data_error(
+        raise DataError.with_fix(
             "images to be measured",
             "they have no labels",
             "put the images of each class in a folder of its own",
@@ -892,7 +896,7 @@ def choose_validation(
     return draw_some(free, n, generator).sort().values
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a837560c
-def split_labeled(options: dict[str, Any], images: Images | ImageFiles) -> Split:
+def split_labeled(options: dict[str, Any], images: Images | ImageFiles) -> DataSplit:
     """Split a data set into images to train on, labeled images, and images to validate on.
 
     Args:
@@ -930,7 +934,7 @@ def split_labeled(options: dict[str, Any], images: Images | ImageFiles) -> Split
         images.subset(places) for places in (kept.nonzero().flatten(), held, chosen)
     )
     extra = {} if len(labeled) == len(train) else {"labeled": read_labeled(labeled, asked)}
-    return Split(train, valid, extra)
+    return DataSplit(train, valid, extra)
 
 
 def read_labeled(labeled: Images | ImageFiles, asked: str) -> Images:
@@ -1111,7 +1115,7 @@ class AssistedCommand(SchemeCommand):
             )
         ]
 
-    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> Split:
+    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> DataSplit:
         """Split the images into labeled, unlabeled and validation images."""
         return split_labeled(options, images)
 

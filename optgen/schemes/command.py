@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'option', 'count_option', 'share_option', 'choice_option', 'read_widths', 'build_checked',
-           'build_optimizer', 'Split', 'EvaluationContext', 'SchemeCommand']
+           'build_optimizer', 'DataSplit', 'EvaluationContext', 'SchemeCommand']
 
 # %% ../../nbs/30_schemes/35_command.ipynb #ecc34918
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,7 +102,7 @@ def build_optimizer(
     return OPTIMIZERS[name].build(name, given | (adam if name.startswith("adam") else {}))
 
 # %% ../../nbs/30_schemes/35_command.ipynb #5a4d8237
-class Split(NamedTuple):
+class DataSplit(NamedTuple):
     """The data of a run.
 
     Attributes:
@@ -165,7 +165,7 @@ class SchemeCommand:
         """Return the options that `optgen sample` takes for a run of this scheme."""
         return ()
 
-    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> Split:
+    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> DataSplit:
         """Split the images of a run, by default into training and validation images.
 
         Args:
@@ -175,7 +175,7 @@ class SchemeCommand:
         Raises:
             click.UsageError: where the options ask for what the images cannot give.
         """
-        return Split(*split_holdout(images, options["holdout"]), {})
+        return DataSplit(*split_holdout(images, options["holdout"]), {})
 
     def build(self, options: dict[str, Any], shape: tuple[int, ...], **extra: Any) -> Game:
         """Build the scheme.

@@ -26,9 +26,9 @@ from ..models.flow import Logit, dequantize, image_flow, maf, realnvp
 from ..models.pixels import MADE, PixelCNN, PixelLSTM
 from ..optim import Adam
 from optgen.schemes.command import (
+    DataSplit,
     EvaluationContext,
     SchemeCommand,
-    Split,
     build_optimizer,
     choice_option,
     count_option,
@@ -610,7 +610,7 @@ class RealNVPCommand(FlowCommand):
             self.logit_option(),
         ]
 
-    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> Split:
+    def split(self, options: dict[str, Any], images: Images | ImageFiles) -> DataSplit:
         """Split the images, and decide whether the flow is one of images or of flat vectors."""
         if options["model"] == "auto":
             _, height, width = images.shape
