@@ -82,4 +82,4 @@ def few_images(tmp_path_factory):
 @pytest.fixture
 def no_pictures(monkeypatch):
     """To save time, a run leaves no pictures."""
-    monkeypatch.setattr("optgen.training.trainer.RunFolder.draw", lambda *args: None)
+    monkeypatch.setattr("optgen.training.callbacks.Pictures.on_epoch", lambda *args: None)

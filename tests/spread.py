@@ -1,4 +1,4 @@
-"""What test_parallel.py looks at: `python spread.py OUT` runs it all on one, two and three ranks and leaves results in OUT.
+"""What test_parallel.py looks at: `python spread.py OUT` leaves the results of one to three ranks.
 
 Ranks are forked, so that PyTorch is imported once."""
 
@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from optgen.training.callbacks import Pictures
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -33,7 +34,7 @@ from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstructio
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
 from optgen.training.parallel import abort_all_on_error, init_ranks
-from optgen.training.trainer import Interrupted, RunFolder, fit
+from optgen.training.trainer import Interrupted, fit
 
 RULES = {
     "simultaneous": Simultaneous,
@@ -67,6 +68,8 @@ SIZES = [12, 7, 3, 1]  # rows of a batch: even, uneven, and fewer than there are
 
 
 class Noisy(NamedTuple):
+    """A batch with its noise."""
+
     x: Tensor
     z: Tensor
     scale: Tensor  # 0-dim: the whole batch's
@@ -96,7 +99,9 @@ def gan(rule=None, dtype=torch.float64, optimizer="momentum", seed=0):
     "A small smooth GAN whose batch's noise is drawn from the default generator."
     gen = torch.Generator().manual_seed(seed)
     G, D = net(3, 8, 2, g=gen, dtype=dtype), net(2, 8, 1, g=gen, dtype=dtype)
-    draw = lambda x: Noisy(x, torch.randn(len(x), 3, dtype=dtype), x.new_tensor(0.9))
+
+    def draw(x):
+        return Noisy(x, torch.randn(len(x), 3, dtype=dtype), x.new_tensor(0.9))
 
     def loss_d(b):
         return (
@@ -229,19 +234,23 @@ ASSISTED = {  # generator, coupling, and more
 
 
 class Net(nn.Module):
+    """A small classifier with features."""
+
     def __init__(self, inputs):
         super().__init__()
         self.body, self.head = nn.Sequential(nn.Linear(inputs, 5), nn.Tanh()), nn.Linear(5, 3)
 
     def features(self, x):
+        """Return the features."""
         return self.body(x)
 
     def forward(self, x):
+        """Return the logits."""
         return self.head(self.features(x))
 
 
 def assisted(name, ranks=None, steps=20):
-    "Weights, the last losses and lambda of an Assisted after some steps on batches of changing size."
+    "Weights, the last losses and lambda of an Assisted after steps on batches of changing size."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         generator, coupling, more = ASSISTED[name]()
@@ -287,7 +296,7 @@ LIKELIHOODS = {
 
 
 def likelihood(data, ranks=None, steps=20):
-    "Weights, the last loss and the weights at the start of a MaximumLikelihood after some steps on batches of changing size."
+    "Weights, the last loss and the first weights of a MaximumLikelihood, on uneven batches."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = LIKELIHOODS[data]().double()
@@ -312,7 +321,7 @@ def likelihood(data, ranks=None, steps=20):
 
 
 def own_norms(ranks=None):
-    "Consensus as a term of the loss: every rank pulls along its own field, and what it finds is averaged."
+    "Consensus with each rank's own penalty, whose gradients are averaged."
 
     class Own(rules.Consensus):
         def correction(self, at):
@@ -462,7 +471,7 @@ def mistake(out, *args):
 
 
 def host_store():
-    "As torchrun does, keep the store in a process that is no rank; its id, and the variables that say where."
+    "Keep the store in a process that is no rank, as torchrun does; its id and variables."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -495,7 +504,7 @@ def leave_after(work):
 
 
 def launch(out, world, work, *args):
-    "Fork so many ranks, let each do the work, and wait; exit codes and what was said. The guard ends what hangs."
+    "Fork ranks that do the work, and wait; exit codes and output. The guard ends what hangs."
     children, store = [], host_store() if world > 1 else None
     for rank in range(world):
         if (child := os.fork()) == 0:
@@ -523,7 +532,7 @@ if __name__ == "__main__":
         told[f"rules {world}"] = launch(out, world, follow_one)
     told["whole"] = launch(out, 1, run, "whole")
     told["spread"] = launch(out, 3, run, "spread")
-    RunFolder.draw = lambda *args: None  # to save time
+    del Pictures.on_epoch  # to save time
     for how in FAULTS:
         told[how] = launch(out, 2, fault, how)
     for world, epochs in ((2, 1), (3, 2), (1, 3)):

@@ -2,20 +2,13 @@
 
 import pytest
 import torch
+from optgen.evidence.classifier import random_shift, train_classifier, warmup_linear_decay
 
 from optgen.data.images import DataError, Images, digits, mnist
 from optgen.data.loading import Loader
 from optgen.metrics import feature_stats, fid
 from optgen.models import classifier
-from optgen.models.classifier import (
-    WEIGHTS,
-    Classifier,
-    mnist_classifier,
-    predict_classes,
-    random_shift,
-    train_classifier,
-    warmup_linear_decay,
-)
+from optgen.models.classifier import WEIGHTS, Classifier, mnist_classifier, predict_classes
 
 
 def test_shipped_weights_read_digits():
@@ -95,7 +88,7 @@ def test_training_is_seeded_and_leaves_the_global_stream():
 
 
 def test_training_learns_any_labels():
-    "Two classes told apart by brightness: every held-out image is read right after a few epochs."
+    "Two classes that differ in brightness: every held-out image is classified correctly."
     g = torch.Generator().manual_seed(0)
     y = torch.randint(2, (600,), generator=g)
     x = (torch.randint(60, (600, 3, 9, 9), generator=g) + 150 * y.view(-1, 1, 1, 1)).byte()

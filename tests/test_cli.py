@@ -11,7 +11,7 @@ from cli_helpers import assert_one_line, edit_config, read_state, resume, run, t
 from conftest import TINY, optgen
 from PIL import Image
 
-import optgen.viz
+from optgen import __version__, viz
 from optgen.cli.main import main
 from optgen.cli.runs import load_claims, load_commands
 
@@ -108,14 +108,14 @@ def test_list_and_version(capsys):
     shown = capsys.readouterr().out
     words = ("beta-vae", "fashion-mnist", "rmsprop", "geco", "lookahead", "ladder", "hinge")
     assert all(word in shown for word in (*words, *load_commands(), *load_claims()))
-    assert run("--version") == 0 and optgen.__version__ in capsys.readouterr().out
+    assert run("--version") == 0 and __version__ in capsys.readouterr().out
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(tiny_run, monkeypatch):
     def broken(*_):
         raise RuntimeError("our mistake")
 
-    monkeypatch.setattr(optgen.viz, "save_image_grid", broken)
+    monkeypatch.setattr(viz, "save_image_grid", broken)
     with pytest.raises(RuntimeError, match="our mistake"):
         main(["sample", str(tiny_run)])
 
@@ -205,7 +205,7 @@ def test_another_package_registers_a_scheme(tmp_path, few_images, capfd, monkeyp
         assert run("evaluate", out, "--k 2 --json") == 0
         found = json.loads(capfd.readouterr().out.splitlines()[-1])
         assert found["scheme"] == "tiny-vae" and found["elbo"] < 0
-        assert run("train --help") == 0 and "a VAE of another package" in capfd.readouterr().out
+        assert run("train --help") == 0 and "A VAE of another package" in capfd.readouterr().out
         assert resume(out, 3) == 0
     finally:
         load_commands.cache_clear()

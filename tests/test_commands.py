@@ -65,7 +65,7 @@ def test_every_rule_is_tried():
     assert {spec.partition(":")[0] for spec in RULE_SPECS} == set(RULES)
 
 
-@pytest.mark.parametrize("i, rule", enumerate(RULE_SPECS))
+@pytest.mark.parametrize("i, rule", list(enumerate(RULE_SPECS)))
 def test_a_gan_by_every_rule(i, rule, few_images, tmp_path, capsys, no_pictures):
     out, losses = tmp_path / "run", list(GAN_LOSSES)
     weight = "--weight 0.02" if any(word in rule for word in WEIGHTED) else ""

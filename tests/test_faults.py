@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from optgen.training import checkpoint
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="signals and file-size limits are POSIX's"
 )
+
+
+KILLER = Path(__file__).with_name("killer.py")
 
 
 def weights(run):
@@ -38,45 +42,11 @@ def assert_same(a, b):
     )
 
 
-# Trains in children that the parent forks, so that twenty kills do not import PyTorch and what a run needs twenty times.
-KILLER = """
-import json, os, random, signal, sys, time
-from pathlib import Path
-import torch
-from optgen import checkpoint, controllers, data, inner, trainer
-from optgen.cli.main import main
-from optgen.models import autoregressive, vae
-from optgen.schemes import elbo
-out, seed, tiny = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-random.seed(seed)
-kills, inside = 0, 0
-while kills < 20:
-    how = "writing" if kills % 2 else "random"
-    resume = (out / "config.json").exists()
-    (out / ".checkpoint.pt.tmp").unlink(missing_ok=True)
-    child = os.fork()
-    if not child:
-        main(["train", "--resume", str(out), "--progress", "none"] if resume else tiny + ["--out", str(out), "--epochs", "400", "--checkpoint-steps", "1"])
-        os._exit(0)
-    while not (out / "checkpoint.pt").exists(): time.sleep(.001)
-    time.sleep(random.uniform(.05, .4))
-    if how == "writing":
-        while not (out / ".checkpoint.pt.tmp").exists(): pass
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status), "the run ended before it was killed"
-    kills += 1
-    inside += (out / ".checkpoint.pt.tmp").exists()
-    step = checkpoint.load(out / "checkpoint.pt")["step"]
-print(json.dumps({"kills": kills, "inside": inside, "step": step}))
-"""
-
-
 def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     seed = int.from_bytes(os.urandom(2), "big")
     killed = subprocess.run(
-        [sys.executable, "-c", KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)],
+        [sys.executable, KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)],
         capture_output=True,
         text=True,
         env=env,
@@ -100,8 +70,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
     out = tmp_path / "run"
     command = [
         sys.executable,
-        "-c",
-        "from optgen.cli.main import main; main()",
+        "-m",
+        "optgen",
         *TINY,
         "--epochs",
         "2",
@@ -132,7 +102,10 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
 
     run = shutil.copytree(tiny_run, tmp_path / "run")
     before = weights(run)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+
     full = optgen("train", "--resume", run, "--epochs", "4", "--progress", "none", preexec_fn=limit)
     assert full.returncode == 1 and len(full.stderr.splitlines()) == 1
     assert "cannot write" in full.stderr and "the one written before is whole" in full.stderr
@@ -206,6 +179,8 @@ def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, tiny_run, capsys, com
 
 
 class Bomb:
+    """An object whose pickle makes a folder when it is loaded."""
+
     def __init__(self, path):
         self.path = path
 
@@ -265,8 +240,8 @@ def test_a_longer_run_that_is_stopped_again_knows_how_long(tmp_path, tiny_run):
     run = shutil.copytree(tiny_run, tmp_path / "a run")
     command = [
         sys.executable,
-        "-c",
-        "from optgen.cli.main import main; main()",
+        "-m",
+        "optgen",
         "train",
         "--resume",
         str(run),

@@ -24,6 +24,8 @@ import optgen
 REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
 DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree"}
+# What a benchmark compares with is imported where it is measured, and left out where it is absent.
+MEASURED = {"bench.trainers": {"pythae"}}
 ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
 MODULES = sorted(
     m.name.removeprefix("optgen.")
@@ -107,7 +109,7 @@ def test_what_is_public_is_documented(name):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_only_declared_dependencies_are_imported(name):
-    roots = {target.split(".")[0] for target in imported_names(name)}
+    roots = {target.split(".")[0] for target in imported_names(name)} - MEASURED.get(name, set())
     assert not roots - ALLOWED - sys.stdlib_module_names
 
 

@@ -49,7 +49,7 @@ def result(job, rank, world):
 
 
 def test_every_rule_is_tried():
-    "All that `optgen.rules` offers to step with, by what its classes are; those built upon are left out."
+    "All classes of rules that `optgen.rules` offers, without the abstract ones."
     made = [make() for make in RULES.values()]
     kinds = {type(r) for m in made for r in (m if isinstance(m, list) else [m])}
     offered = {
@@ -114,10 +114,10 @@ def test_a_vae_follows_one_process(job, name, world):
     "part, name",
     [*(("assisted", name) for name in ASSISTED), *(("likelihoods", name) for name in LIKELIHOODS)],
 )
-def test_a_scheme_follows_one_process(job, rank_slice, name, world):
+def test_a_scheme_follows_one_process(job, part, name, world):
     (weights, numbers, start), ranks = (
-        result(job, 0, 1)[rank_slice][name],
-        [result(job, r, world)[rank_slice][name] for r in range(world)],
+        result(job, 0, 1)[part][name],
+        [result(job, r, world)[part][name] for r in range(world)],
     )
     for w, values, _ in ranks:
         assert torch.equal(w, ranks[0][0]) and torch.equal(values, ranks[0][1])
@@ -284,7 +284,7 @@ def log(run):
 
 
 def test_torchrun_on_the_command_line(tmp_path, tiny_run):
-    "Two epochs are those of one process; a third is stopped by a signal to torchrun and finished by one process."
+    "Two epochs are those of one process; a third is stopped by a signal and finished alone."
     first = torchrun(2, *TINY[:-1], "lines", "--epochs", 2, "--out", tmp_path / "run")
     said, _ = first.communicate()
     assert (

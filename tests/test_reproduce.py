@@ -1,4 +1,4 @@
-"The runner of experiments: resumable, interruptible, honest about failures. Its runs are the functions below."
+"The runner of experiments: it resumes, it can be interrupted, it reports failures."
 
 import json
 import multiprocessing
@@ -121,14 +121,8 @@ def test_a_run_sees_the_variables_of_now(tmp_path, monkeypatch):
 
 
 def test_interrupted_from_outside_it_leaves_whole_files_and_goes_on(tmp_path):
-    code = f"""if __name__ == "__main__":
-        import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-        import test_reproduce as t
-        t.quiet([t.Experiment("slow", t.slow, {{"v": {{}}}}, tuple(range(60)))], {str(tmp_path)!r}, jobs=2)"""
-    script = tmp_path / "run.py"
-    script.write_text(code)
     process = subprocess.Popen(
-        [sys.executable, script],
+        [sys.executable, __file__, tmp_path],
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
@@ -221,3 +215,10 @@ def test_a_tiny_table_from_tuning_to_runs(tmp_path, monkeypatch):
             and len(r["result"]["points"]) == 300
             and r["result"]["diverged"] is None
         )
+
+
+if __name__ == "__main__":  # what the test of interruptions starts
+    import test_reproduce
+
+    slow_runs = Experiment("slow", test_reproduce.slow, {"v": {}}, tuple(range(60)))
+    quiet([slow_runs], sys.argv[1], jobs=2)

@@ -11,6 +11,7 @@ __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'A
 from functools import partial
 
 import torch
+from .classifier import random_shift
 
 from .. import controllers
 from ..data.images import Batch, Images, fashion_mnist, mnist
@@ -21,7 +22,6 @@ from optgen.evidence.reproduce import (
     load_results,
     train_watched,
 )
-from ..models.classifier import random_shift
 from ..optim import Adam
 from ..schemes.assisted import Assisted, Balanced, build_networks
 

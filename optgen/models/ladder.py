@@ -214,7 +214,7 @@ class LadderDecoder(nn.Module):
     @property
     def layer_weights(self) -> Tensor:
         r"""Return the weights $\lambda_0,\dots,\lambda_L$, (L + 1,)."""
-        return self.layer_weights
+        return self.prices
 
     def combine(self, layer: int, z: Tensor, u: Tensor) -> Tensor:
         r"""Return $g_l(\tilde z,u)$, Eq. (combinator); initially it returns `z`.
