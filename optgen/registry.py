@@ -72,9 +72,12 @@ class Entry:
         Raises:
             ValueError: for an argument that it does not take, lacks or refuses.
         """
-        parameters = inspect.signature(self.make).parameters
+        signature = inspect.signature(self.make).parameters
+        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        parameters = {key: p for key, p in signature.items() if p.kind not in variadic}
         options = {**self.defaults, **given}
-        if unknown := [key for key in given if key not in parameters]:
+        takes_any = len(parameters) < len(signature)
+        if unknown := [key for key in given if key not in parameters and not takes_any]:
             takes = ", ".join(parameters) or "none"
             raise ValueError(f"{name} takes no argument {unknown[0]!r}; its arguments are: {takes}")
         required = [key for key, p in parameters.items() if p.default is p.empty]

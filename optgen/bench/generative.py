@@ -40,9 +40,9 @@ def build_model(name: str) -> nn.Module:
     if name == "pixelcnn":
         return PixelCNN(SHAPE, 16, 5)
     if name == "realnvp":
-        return image_flow(SHAPE, couplings=2, channels=16, blocks=1, preprocessing=[Logit()])
+        return image_flow(SHAPE, couplings=2, channels=16, blocks=1, before=[Logit()])
     if name == "maf":
-        return maf(SHAPE[1] * SHAPE[2], preprocessing=[Logit()])
+        return maf(SHAPE[1] * SHAPE[2], before=[Logit()])
     return Denoiser(UNet(SHAPE, 16), SHAPE)
 
 

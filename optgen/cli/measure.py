@@ -192,7 +192,7 @@ def evaluate(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Measure the run in DIR on test images, with the numbers that its scheme defines.
+    """Measure the run in DIR on test images.
 
     A likelihood is given in nats an image and in bits per dimension, beside what was done to the
     pixels: numbers of pixels that were treated in different ways are not comparable.

@@ -26,7 +26,7 @@ MODELS = {  # model: (what is done to its pixels, size and mean image -> the mod
     "pixelcnn": ("binary", lambda size, mean: PixelCNN((1, 28, 28), **size)),
     "flow": (
         "dequantised",
-        lambda size, mean: image_flow((1, 28, 28), **size, preprocessing=[Logit(1e-6)]),
+        lambda size, mean: image_flow((1, 28, 28), **size, before=[Logit(1e-6)]),
     ),
 }
 

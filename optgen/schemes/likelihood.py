@@ -628,9 +628,9 @@ class RealNVPCommand(FlowCommand):
         before = [Logit(options["alpha"])]
         if options["model"] == "flat":
             hidden = read_widths(options["hidden"])
-            return realnvp(math.prod(shape), options["layers"], hidden, preprocessing=before)
+            return realnvp(math.prod(shape), options["layers"], hidden, before=before)
         sizes = (options["scales"], options["couplings"], options["channels"], 1)
-        return image_flow(shape, *sizes, preprocessing=before)
+        return image_flow(shape, *sizes, before=before)
 
 
 class MAFCommand(FlowCommand):
@@ -652,7 +652,7 @@ class MAFCommand(FlowCommand):
         """Build the masked layers."""
         hidden = read_widths(options["hidden"])
         before = [Logit(options["alpha"])]
-        return maf(math.prod(shape), options["layers"], hidden, preprocessing=before)
+        return maf(math.prod(shape), options["layers"], hidden, before=before)
 
 
 COMMANDS = (LSTMCommand(), PixelCNNCommand(), MADECommand(), RealNVPCommand(), MAFCommand())
