@@ -17,10 +17,11 @@ from cli_helpers import (
 from PIL import Image
 
 from optgen.cli.runs import open_run
-from optgen.controllers import CONTROLLERS
+from optgen.controllers import CONTROLLERS, Controller
 from optgen.data.images import Images
 from optgen.data.loading import load
-from optgen.models.gan import GAN_LOSSES
+from optgen.models.gan import GAN_LOSSES, GANLoss
+from optgen.registry import Entry
 from optgen.rules import RULES
 from optgen.schemes.assisted import METHODS, split_labeled
 from optgen.schemes.elbo import INFERENCE
@@ -611,3 +612,42 @@ def test_images_without_classes_and_of_other_shapes_or_classes_are_refused(
     edit_config(out, classes=["dark", "bright"])
     assert run("evaluate", out) == 1
     assert "the run learned dark, bright" in capsys.readouterr().err
+
+
+# extension: what is registered in one place is offered everywhere
+
+
+class Halving(Controller):
+    """A controller of a user's own: β is halved at every update."""
+
+    def __init__(self, beta: float = 1.0):
+        super().__init__(beta)
+
+    def multiplier(self, rate, distortion):
+        """Return half of β."""
+        return self.value / 2
+
+
+def test_a_registered_controller_and_loss_are_offered(
+    few_images, tmp_path, capsys, monkeypatch, no_pictures
+):
+    monkeypatch.setitem(CONTROLLERS, "halving", Entry(Halving, "beta is halved"))
+    squares = GANLoss(
+        discriminator=lambda real, fake: ((real - 1) ** 2 + fake**2).mean(),
+        generator=lambda real, fake: ((fake - 1) ** 2).mean(),
+        sees_real=False,
+        summary="least squares",
+    )
+    monkeypatch.setitem(GAN_LOSSES, "least-squares", squares)
+    for scheme, options in (
+        ("beta-vae", f"{VAE} --beta halving:beta=8"),
+        ("feedback-gan", f"{GAN} --loss least-squares --epochs 1"),
+    ):
+        out = tmp_path / scheme
+        assert run(*train_args(scheme, few_images, f"{options} --out"), out) == 0
+        assert resume(out, 2) == 0
+    assert read_state(tmp_path / "beta-vae")["scheme"]["beta"]["value"] == 8 / 2**12
+    capsys.readouterr()
+    assert run("list") == 0
+    shown = capsys.readouterr().out
+    assert "beta is halved" in shown and "least squares" in shown
