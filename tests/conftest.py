@@ -1,4 +1,4 @@
-"What several test files share."
+"Helpers and fixtures that several test files share."
 
 import os
 import subprocess
@@ -8,52 +8,55 @@ import pytest
 import torch
 from PIL import Image
 
-TINY = [
-    "train",
-    "beta-vae",
-    "--hidden",
-    "16,8",
-    "--z-dim",
-    "2",
-    "--binarize",
-    "static",
-    "--progress",
-    "none",
-]
+from optgen.testing import generator
+
+# Arguments of the command that trains the smallest VAE.
+TINY = "train beta-vae --hidden 16,8 --z-dim 2 --binarize static --progress none".split()
 
 
 def pytest_configure(config):
+    "Register the marker of tests that need a CUDA device."
     config.addinivalue_line(
-        "markers", "cuda: needs a CUDA device; skipped, saying so, where there is none"
+        "markers", "cuda: needs a CUDA device; skipped with this reason where there is none"
     )
 
 
 def pytest_collection_modifyitems(items):
+    "Skip the tests that need a CUDA device where there is none."
     if not torch.cuda.is_available():
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
-def optgen(*args, **kwargs):
-    "Run the command line in a process of its own, on one thread."
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | kwargs.pop("env", {})
+def optgen(*args, env=None, **kwargs):
+    """Run the command line in a process of its own, on one thread.
+
+    Args:
+        *args: arguments of the command.
+        env: environment variables to add.
+        **kwargs: further arguments of `subprocess.run`.
+
+    Returns:
+        The finished process, with its output as text.
+    """
     return subprocess.run(
-        [sys.executable, "-c", "from optgen.cli.main import main; main()", *map(str, args)],
+        [sys.executable, "-m", "optgen", *map(str, args)],
         capture_output=True,
         text=True,
-        env=env,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
         **kwargs,
     )
 
 
 def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
+    "Return a random generator with the given seed."
+    return generator(seed)
 
 
 @pytest.fixture(autouse=True)
 def own_seed():
-    "Every test draws as if it were alone."
+    "Seed every test alike, and restore the random state after it."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -61,7 +64,7 @@ def own_seed():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
-    "The folder of a small finished run of two epochs on the digits; not to be changed."
+    "Return the folder of a finished run of two epochs on the digits; tests must not change it."
     out = tmp_path_factory.mktemp("runs") / "tiny"
     done = optgen(*TINY, "--epochs", "2", "--out", out)
     assert done.returncode == 0, done.stderr
@@ -70,16 +73,16 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory):
-    """Sixty grey images of 8 x 8 in a folder; not to be changed."""
-    folder, generator = tmp_path_factory.mktemp("images") / "mine", rng()
+    "Return a folder of sixty grey images of 8 x 8; tests must not change it."
+    folder, random = tmp_path_factory.mktemp("images") / "mine", rng()
     folder.mkdir()
     for i in range(60):
-        pixels = torch.randint(256, (8, 8), dtype=torch.uint8, generator=generator)
+        pixels = torch.randint(256, (8, 8), dtype=torch.uint8, generator=random)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:02}.png")
     return folder
 
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """To save time, a run leaves no pictures."""
+    "Leave out the pictures of runs, to save time."
     monkeypatch.setattr("optgen.training.callbacks.Pictures.on_epoch", lambda *args: None)

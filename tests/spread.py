@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from optgen.training.callbacks import Pictures
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -33,6 +32,7 @@ from optgen.optim import Adam, Momentum
 from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
+from optgen.training.callbacks import Pictures
 from optgen.training.parallel import abort_all_on_error, init_ranks
 from optgen.training.trainer import Interrupted, fit
 

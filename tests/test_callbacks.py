@@ -4,13 +4,13 @@ import traceback
 
 import pytest
 import torch
-from optgen.training.loop import TrainingLoop
 
 from optgen.data.images import Images, digits
 from optgen.data.loading import Loader
 from optgen.models.vae import VAE
 from optgen.schemes.elbo import BetaVAE
 from optgen.training import checkpoint
+from optgen.training.loop import TrainingLoop
 from optgen.training.trainer import build_callbacks, fit
 
 METHODS = ("on_train_begin", "on_step", "on_epoch", "on_checkpoint", "on_train_end")

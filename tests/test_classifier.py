@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from optgen.evidence.classifier import random_shift, train_classifier, warmup_linear_decay
+from optgen.sample_quality import feature_stats, fid
 
 from optgen.data.images import DataError, Images, digits, mnist
 from optgen.data.loading import Loader
-from optgen.metrics import feature_stats, fid
+from optgen.evidence.classifier import random_shift, train_classifier, warmup_linear_decay
 from optgen.models import classifier
 from optgen.models.classifier import WEIGHTS, Classifier, mnist_classifier, predict_classes
 

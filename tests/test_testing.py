@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.optim import SGD
 
 from optgen.testing import (
     LinearGaussian,
@@ -11,27 +12,55 @@ from optgen.testing import (
     check_gradient,
     decay_rate,
     finite_difference,
+    flat_weights,
+    generator,
     jacobian,
-    parity,
+    optimizer_parity,
+    optimizer_path,
+    raises,
+    randn,
     spectral_radius,
 )
 
 
-def randn(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+def test_random_numbers_depend_on_their_seed_alone():
+    expected = torch.randn(2, 3, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    assert torch.equal(randn(2, 3, seed=4), expected)
+    assert not torch.equal(randn(2, 3, seed=5), expected)
+    assert randn(2, dtype=torch.float32).dtype == torch.float32
+    assert generator(7).initial_seed() == 7 and generator().device.type == "cpu"
+
+
+def test_raises_needs_the_exception_and_every_word():
+    with raises(ValueError, "one", "two"):
+        raise ValueError("two and one")
+    with pytest.raises(AssertionError, match="no ValueError was raised"):
+        with raises(ValueError):
+            pass
+    with pytest.raises(AssertionError, match="the message lacks 'three'"):
+        with raises(ValueError, "one", "three"):
+            raise ValueError("two and one")
+    with pytest.raises(TypeError, match="another"):
+        with raises(ValueError):
+            raise TypeError("another")
+
+
+def test_flat_weights_are_detached_and_in_order():
+    layer = torch.nn.Linear(2, 1)
+    found = flat_weights(layer)
+    assert torch.equal(found, torch.cat([layer.weight[0], layer.bias]))
+    assert not found.requires_grad
+    assert flat_weights([torch.ones(1, 2), torch.zeros(())]).tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_finite_difference(seed):
     x = randn(2, 3, seed=seed)
     before = x.clone()
-    assert torch.allclose(
-        finite_difference(lambda x: (x**3).sum(), x), 3 * x**2, atol=1e-9
-    ) and torch.equal(x, before)
-    assert (
-        finite_difference(lambda x: (x**2).sum(), torch.tensor(3.0, dtype=torch.float64)).shape
-        == ()
-    )
+    assert torch.allclose(finite_difference(lambda x: (x**3).sum(), x), 3 * x**2, atol=1e-9)
+    assert torch.equal(x, before)
+    scalar = torch.tensor(3.0, dtype=torch.float64)
+    assert finite_difference(lambda x: (x**2).sum(), scalar).shape == ()
     with pytest.raises(TypeError, match="float64"):
         finite_difference(lambda x: x.sum(), x.float())
 
@@ -42,7 +71,8 @@ def test_check_gradient_catches_a_lost_half_and_takes_gradients_inside():
     with pytest.raises(AssertionError, match="off by"):
         check_gradient(lambda: (w * w.detach()).sum(), w)
 
-    def penalty():  # a loss that holds a gradient itself, as the penalties of games do
+    def penalty():
+        "Return a loss that contains a gradient itself, as the penalties of games do."
         (g,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
         return (g**2).sum()
 
@@ -77,9 +107,8 @@ def test_assert_mean_false_alarms_are_as_rare_as_they_should_be():
 def test_jacobian():
     A, x, y = randn(3, 4), randn(2, seed=1).requires_grad_(), randn(2, seed=2).requires_grad_()
     assert torch.allclose(jacobian(A @ torch.cat([x, y]), [x, y]), A)
-    assert torch.equal(
-        jacobian([2 * x], [x, y]), torch.cat([2 * torch.eye(2), torch.zeros(2, 2)], 1).double()
-    )
+    expected = torch.cat([2 * torch.eye(2), torch.zeros(2, 2)], 1).double()
+    assert torch.equal(jacobian([2 * x], [x, y]), expected)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -88,30 +117,39 @@ def test_spectral_radius_and_decay_rate(seed):
     c = randn(4, seed=seed + 1)
     rho = torch.linalg.eigvals(A).abs().max().item()
     assert abs(spectral_radius(lambda w: A @ w + c, 4) - rho) < 1e-9 * max(1, rho)
-    assert abs(decay_rate([3 * 0.9**t * (1.1 + math.cos(t)) for t in range(2000)]) - 0.9) < 1e-3
+    errors = [3 * 0.9**t * (1.1 + math.cos(t)) for t in range(2000)]
+    assert abs(decay_rate(errors) - 0.9) < 1e-3
     with pytest.raises(ValueError, match="positive"):
         decay_rate([1.0, 0.0])
 
 
+def test_spectral_radius_is_that_of_the_fixed_point():
+    two = torch.full((1,), 2.0, dtype=torch.float64)
+    found = spectral_radius(lambda w: w - 0.5 * torch.tanh(w - 2), 1, fixed_point=two)
+    assert abs(found - 0.5) < 1e-8
+
+
 @pytest.mark.parametrize("dtype, tol", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_parity(dtype, tol):
-    SGD = torch.optim.SGD
-    assert (
-        parity(
-            lambda p: SGD(p, 0.01, momentum=0.9, foreach=True),
-            lambda p: SGD(p, 0.01, momentum=0.9, foreach=False),
+    def path_distance(first, second):
+        "Return the parity of two variants of SGD with momentum."
+        return optimizer_parity(
+            lambda p: SGD(p, 0.01, momentum=0.9, **first),
+            lambda p: SGD(p, 0.01, momentum=0.9, **second),
             dtype=dtype,
         )
-        < tol
-    )
-    assert (
-        parity(
-            lambda p: SGD(p, 0.01, momentum=0.9),
-            lambda p: SGD(p, 0.01, momentum=0.9, dampening=0.01),
-            dtype=dtype,
-        )
-        > 100 * tol
-    )
+
+    assert path_distance(dict(foreach=True), dict(foreach=False)) < tol
+    assert path_distance({}, dict(dampening=0.01)) > 100 * tol
+
+
+def test_optimizer_path_is_gradient_descent_from_a_seeded_start():
+    path = optimizer_path(lambda p: SGD(p, 0.01), steps=3, seed=2)
+    assert path.shape == (3, 20)
+    assert not torch.equal(path, optimizer_path(lambda p: SGD(p, 0.01), steps=3, seed=3))
+    p = path[0]
+    gradient = p.cos() * p + p.sin() + 4 * (p - 1) ** 3 / 50
+    assert torch.allclose(path[1], p - 0.01 * gradient, rtol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -119,13 +157,11 @@ def test_linear_gaussian_obeys_bayes_everywhere(seed):
     model = LinearGaussian(randn(5, 2, seed=seed), randn(5, seed=seed + 1), sigma=0.6)
     x, z = randn(3, 5, seed=seed + 2), 3 * randn(7, 3, 2, seed=seed + 3)
     log_prior = -(z**2).sum(-1) / 2 - math.log(2 * math.pi)
-    assert torch.allclose(
-        model.log_likelihood(x, z) + log_prior,
-        model.posterior(x).log_prob(z) + model.marginal.log_prob(x),
-        rtol=1e-10,
-    )
-    assert torch.allclose(model.encoder(x)[0], model.posterior(x).mean)
-    mean_field = 1 / torch.linalg.inv(model.posterior(x).covariance_matrix).diagonal(
-        dim1=-2, dim2=-1
-    )
-    assert torch.allclose(model.encoder(x)[1].exp(), mean_field)
+    log_joint = model.log_likelihood(x, z) + log_prior
+    posterior = model.posterior(x)
+    expected = posterior.log_prob(z) + model.marginal.log_prob(x)
+    assert torch.allclose(log_joint, expected, rtol=1e-10)
+    mean, log_var = model.encoder(x)
+    assert torch.allclose(mean, posterior.mean)
+    precision = torch.linalg.inv(posterior.covariance_matrix)
+    assert torch.allclose(log_var.exp(), 1 / precision.diagonal(dim1=-2, dim2=-1))

@@ -11,11 +11,11 @@ __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'A
 from functools import partial
 
 import torch
-from .classifier import random_shift
 
 from .. import controllers
 from ..data.images import Batch, Images, fashion_mnist, mnist
 from ..data.loading import Loader, balanced_indices, split_holdout
+from .classifier import random_shift
 from optgen.evidence.reproduce import (
     Experiment,
     constant_then_linear_decay,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ..training.loop import TrainingLoop, add_losses
 from torch import Tensor
 
 from ..data.images import Batch, DataError, Images
@@ -19,6 +18,7 @@ from ..data.loading import Loader
 from ..games import Game, Player
 from ..models.classifier import Classifier, predict_classes
 from ..optim import Adam
+from ..training.loop import TrainingLoop, add_losses
 
 # %% ../../nbs/90_evidence/96_classifier.ipynb #96c00006
 def warmup_linear_decay(t: int, steps: int) -> float:

@@ -11,6 +11,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from ..sample_quality import feature_stats, fid, frechet_floor
 from schedulefree import AdamWScheduleFree  # its authors' own
 
 from ..averaging import Average, Power, evaluating
@@ -22,7 +23,6 @@ from optgen.evidence.reproduce import (
     load_results,
     train_watched,
 )
-from ..metrics import feature_stats, fid, frechet_floor
 from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, PowerSchedule, UNet
 from ..muon import Muon, muon_groups

@@ -16,6 +16,7 @@ from itertools import pairwise, product
 from statistics import mean
 
 import torch
+from ..sample_quality import feature_stats, fid, label_coverage, mode_coverage
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -26,7 +27,6 @@ from ..data.loading import Loader
 from ..data.toy import grid_centers, grid_mixture, ring_centers, ring_mixture, stacked_digits
 from .reproduce import Experiment, load_results
 from ..games import Game
-from ..metrics import feature_stats, fid, label_coverage, mode_coverage
 from ..models.classifier import mnist_classifier, predict_classes
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from ..sample_quality import feature_stats, fid, frechet_floor
 from scipy.optimize import linear_sum_assignment  # torch has no exact assignment
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_count, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import bits_per_dim, eval_mode, feature_stats, fid, frechet_floor
+from ..metrics import bits_per_dim, eval_mode
 from optgen.models.diffusion import (
     SAMPLERS,
     CosineSchedule,

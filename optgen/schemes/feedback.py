@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 import click
 import torch
+from ..sample_quality import feature_stats, fid, frechet_floor
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Optimizer
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import eval_mode, feature_stats, fid, frechet_floor
+from ..metrics import eval_mode
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
     GAN_LOSSES,

@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .loop import TrainingLoop
 from tqdm import TqdmExperimentalWarning, TqdmWarning
 
 from ..averaging import Average, evaluating
 from ..games import Game
+from .loop import TrainingLoop
 from ..viz import plot_curves, save_image_grid
 
 # %% ../../nbs/40_training/40b_callbacks.ipynb #40b00004

@@ -22,15 +22,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from optgen.training.callbacks import (
-    PROGRESS,
-    EpochCheckpoints,
-    MetricsLog,
-    Pictures,
-    losses_by_player,
-    progress_callbacks,
-)
-from .loop import TrainingLoop, add_losses, scale_learning_rates
 from torch import Tensor
 
 import optgen
@@ -41,6 +32,15 @@ from ..data.images import Images
 from ..data.loading import Loader
 from ..games import Game
 from . import checkpoint
+from optgen.training.callbacks import (
+    PROGRESS,
+    EpochCheckpoints,
+    MetricsLog,
+    Pictures,
+    losses_by_player,
+    progress_callbacks,
+)
+from .loop import TrainingLoop, add_losses, scale_learning_rates
 from .parallel import Ranks, abort_all_on_error, exit_quietly, init_ranks
 from ..viz import read_log
 
