@@ -29,12 +29,14 @@ from optgen.models.flow import Logit, maf
 from optgen.models.pixels import MADE
 from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import Adam, Momentum
-from optgen.schemes.assisted import Agreement, Assisted, Balanced, Reconstruction
+from optgen.schemes.assisted import Assisted, Balanced
+from optgen.schemes.couplings import Agreement, Reconstruction
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
 from optgen.training.callbacks import Pictures
+from optgen.training.guards import Interrupted
 from optgen.training.parallel import abort_all_on_error, init_ranks
-from optgen.training.trainer import Interrupted, fit
+from optgen.training.trainer import fit
 
 RULES = {
     "simultaneous": Simultaneous,
@@ -76,6 +78,7 @@ class Noisy(NamedTuple):
 
 
 def net(*sizes, g, dtype):
+    """Return a network of these sizes, its weights drawn in float64."""
     layers = [
         layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o, dtype=dtype), nn.Tanh())
     ][:-1]
@@ -207,6 +210,7 @@ def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
 
 
 def elbos(ranks=None):
+    """{(name, dtype): what `vae` returns}"""
     return {
         (name, dtype): vae(name, getattr(torch, dtype), ranks=ranks)
         for name, dtype in some(
@@ -291,7 +295,7 @@ def assisted(name, ranks=None, steps=20):
 LIKELIHOODS = {
     "binary": lambda: MADE((1, 2, 3), (8,)),
     "levels": lambda: MADE((1, 2, 3), (8,), 4),
-    "dequantised": lambda: maf(6, 2, (8,), before=[Logit(0.05)]),
+    "dequantized": lambda: maf(6, 2, (8,), preprocessing=[Logit(0.05)]),
 }
 
 
@@ -336,6 +340,7 @@ def own_norms(ranks=None):
 
 
 def follow_one(out):
+    """Take the steps of every rule and scheme, and leave the results."""
     ranks = init_ranks()
     with abort_all_on_error(ranks):
         torch.save(
@@ -351,10 +356,12 @@ def follow_one(out):
 
 
 def few(n=190):
+    """Return the first digits."""
     return Images(digits("train").images[:n])
 
 
 def scheme(seed=0, hidden=16):
+    """Return a small VAE that is trained."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VAE(784, hidden, 8, 2)
@@ -395,11 +402,52 @@ def run(out, name, game=None, epochs=3, **kwargs):
     torch.save({"state": game.state_dict(), "records": records}, out / f"{name}-{rank}.pt")
 
 
+class CallNotes:
+    """Callback that notes every call: its name, the finished epochs and the steps."""
+
+    def __init__(self):
+        self.calls = []
+
+    def note(self, name, run):
+        """Note a call."""
+        self.calls.append([name, run.epoch, run.step])
+
+    def on_train_begin(self, run):
+        """Note the beginning."""
+        self.note("on_train_begin", run)
+
+    def on_step(self, run, batch, losses):
+        """Note the step."""
+        self.note("on_step", run)
+
+    def on_epoch(self, run, record):
+        """Note the epoch."""
+        self.note("on_epoch", run)
+
+    def on_checkpoint(self, run, path):
+        """Note the checkpoint."""
+        self.note("on_checkpoint", run)
+
+    def on_train_end(self, run):
+        """Note the end."""
+        self.note("on_train_end", run)
+
+
+def noted(out, name):
+    """Fit a small run, and leave the calls of its callback by rank."""
+    notes = CallNotes()
+    run(out, name, callbacks=[notes])
+    rank = init_ranks().rank if init_ranks() else 0
+    (out / f"{name}-{rank}-calls.json").write_text(json.dumps(notes.calls))
+
+
 def mine(rank, do):
+    """Return `do` on that rank, and nothing to do on others."""
     return do if init_ranks() and init_ranks().rank == rank else lambda: None
 
 
 def fault(out, how):
+    """Fit a small run in which something goes wrong on one rank."""
     game = scheme()
     if how == "raise":
         at_step(game, 13, mine(1, lambda: 1 / 0))
@@ -450,14 +498,17 @@ FAULTS = [
 
 
 def moved(out, epochs):
+    """Begin a run, or resume it on other ranks."""
     run(out, "moved", epochs=epochs, resume=epochs > 1)
 
 
 def resume(out, how):
+    """Resume a run that was stopped."""
     run(out, how, scheme(seed=9), resume=True, checkpoint_steps=5)
 
 
 def stop_early(out, name):
+    """Fit a run that ends by its patience."""
     game = scheme()
     game.evaluate = lambda batches, losses=iter([3.0, 2.0, 4.0, 5.0, 1.0]): {"bits": next(losses)}
     game.criterion = "bits"
@@ -465,6 +516,7 @@ def stop_early(out, name):
 
 
 def mistake(out, *args):
+    """Call the command line with a mistake."""
     from optgen.cli.main import main
 
     main(["train", "beta-vae", *args, "--out", str(out / "mistake")])
@@ -488,6 +540,7 @@ def host_store():
 
 
 def leave_after(work):
+    """Do the work and end this process with its exit code."""
     "As the interpreter ends, but without taking a forked PyTorch apart, which takes seconds."
     try:
         work()
@@ -527,19 +580,19 @@ def launch(out, world, work, *args):
 
 
 if __name__ == "__main__":
-    out, told = Path(sys.argv[1]), {}
+    out, outcomes = Path(sys.argv[1]), {}
     for world in (1, 2, 3):
-        told[f"rules {world}"] = launch(out, world, follow_one)
-    told["whole"] = launch(out, 1, run, "whole")
-    told["spread"] = launch(out, 3, run, "spread")
+        outcomes[f"rules {world}"] = launch(out, world, follow_one)
+    outcomes["whole"] = launch(out, 1, noted, "whole")
+    outcomes["spread"] = launch(out, 3, noted, "spread")
     del Pictures.on_epoch  # to save time
     for how in FAULTS:
-        told[how] = launch(out, 2, fault, how)
+        outcomes[how] = launch(out, 2, fault, how)
     for world, epochs in ((2, 1), (3, 2), (1, 3)):
-        told[f"moved {world}"] = launch(out, world, moved, epochs)
+        outcomes[f"moved {world}"] = launch(out, world, moved, epochs)
     for how, world in (("signal", 3), ("kill 1", 2)):
-        told[f"{how} resumed"] = launch(out, world, resume, how)
-    told["early"] = launch(out, 2, stop_early, "early")
-    told["usage"] = launch(out, 2, mistake, "--epochs", "0")
-    told["missing"] = launch(out, 2, mistake, "--data", "nowhere")
-    (out / "told.json").write_text(json.dumps(told))
+        outcomes[f"{how} resumed"] = launch(out, world, resume, how)
+    outcomes["early"] = launch(out, 2, stop_early, "early")
+    outcomes["usage"] = launch(out, 2, mistake, "--epochs", "0")
+    outcomes["missing"] = launch(out, 2, mistake, "--data", "nowhere")
+    (out / "outcomes.json").write_text(json.dumps(outcomes))

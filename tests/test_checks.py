@@ -51,7 +51,7 @@ def test_counts_are_integers_from_their_least():
 
 def test_choices_are_listed():
     check_choice("f", ("a", "b"), kind="a", other="b")
-    check_choice("f", (name for name in "ab"), kind="a", other="b")
+    check_choice("f", (name for name in "ab"), kind="b", other="a")
     for value in ("c", "", None, 1, ["a"]):
         message = f"f: kind must be one of 'a', 'b'; got {value!r}"
         with pytest.raises(ValueError, match=re.escape(message)):

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from optgen.sample_quality import feature_stats, fid
 
 from optgen.data.images import DataError, Images, digits, mnist
 from optgen.data.loading import Loader
 from optgen.evidence.classifier import random_shift, train_classifier, warmup_linear_decay
 from optgen.models import classifier
 from optgen.models.classifier import WEIGHTS, Classifier, mnist_classifier, predict_classes
+from optgen.sample_quality import feature_stats, fid
 
 
 def test_shipped_weights_read_digits():

@@ -23,8 +23,9 @@ from optgen.data.loading import load
 from optgen.models.gan import GAN_LOSSES, GANLoss
 from optgen.registry import Entry
 from optgen.rules import RULES
-from optgen.schemes.assisted import METHODS, split_labeled
+from optgen.schemes.assisted import split_labeled
 from optgen.schemes.elbo import INFERENCE
+from optgen.schemes.networks import METHODS
 
 GRID_SIZE = (22, 22)  # pixels of a grid of four images of 8 x 8
 

@@ -1,10 +1,12 @@
-"DenoisingDiffusion of the installed package with every weight, target and way to draw: training by `fit`, resumption, devices and dtypes, torch.compile, spreading over ranks."
+"""`DenoisingDiffusion` of the installed package with every weight, target and choice of levels.
+
+Training by `fit`, resumption, devices and dtypes, torch.compile, shards.
+"""
 
 import math
 
 import pytest
 import torch
-from conftest import rng
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +14,7 @@ from optgen.data.images import Batch, Images, digits
 from optgen.models.diffusion import CosineSchedule, Denoiser, LinearSchedule, StraightSchedule, UNet
 from optgen.rules import Extragradient
 from optgen.schemes.denoising import WEIGHTS, AdaptiveLevels, DenoisingDiffusion, Uncertainty
+from optgen.testing import generator
 from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit
 
@@ -19,85 +22,108 @@ DIGITS = digits("train")
 IMAGES = Images(
     DIGITS.images[:200, :, 2:26:3, 2:26:3].contiguous(), DIGITS.labels[:200], classes=DIGITS.classes
 )
-PARTS = {
-    "ddpm": lambda: dict(target="eps", weight="eps", schedule=LinearSchedule()),
-    "improved": lambda: dict(target="eps", weight="min-snr", schedule=CosineSchedule()),
+SETTINGS = {  # name: makes the settings anew for each scheme
+    "ddpm": lambda: {"target": "eps", "weight": "eps", "schedule": LinearSchedule()},
+    "improved": lambda: {"target": "eps", "weight": "min-snr", "schedule": CosineSchedule()},
     "edm": dict,
-    "flow matching": lambda: dict(
-        target="flow", weight="flow", schedule=StraightSchedule(), coupling=True
-    ),
-    "x0, p2": lambda: dict(target="x0", weight="p2"),
-    "elbo, adaptive": lambda: dict(weight="elbo", levels=AdaptiveLevels(5)),
-    "uncertainty": lambda: dict(uncertainty=Uncertainty()),
-    "conditional": lambda: dict(classes=10, coupling=True),
-    "all, looking ahead": lambda: dict(
-        weight="min-snr",
-        uncertainty=Uncertainty(),
-        levels=AdaptiveLevels(5),
-        classes=10,
-        rule=Extragradient(),
-    ),
+    "flow matching": lambda: {
+        "target": "flow",
+        "weight": "flow",
+        "schedule": StraightSchedule(),
+        "coupling": True,
+    },
+    "x0, p2": lambda: {"target": "x0", "weight": "p2"},
+    "elbo, adaptive": lambda: {"weight": "elbo", "levels": AdaptiveLevels(5)},
+    "uncertainty": lambda: {"uncertainty": Uncertainty()},
+    "conditional": lambda: {"classes": 10, "coupling": True},
+    "all, looking ahead": lambda: {
+        "weight": "min-snr",
+        "uncertainty": Uncertainty(),
+        "levels": AdaptiveLevels(5),
+        "classes": 10,
+        "rule": Extragradient(),
+    },
 }
-everyone = pytest.mark.parametrize("name", PARTS)
+every_setting = pytest.mark.parametrize("name", SETTINGS)
 
 
 def tiny(name, seed=0, device="cpu"):
+    """Return the scheme of a small U-Net with the settings of a name."""
     with torch.device(device):
-        parts = PARTS[name]()
-    target, classes = parts.pop("target", "v"), parts.pop("classes", 0)
+        settings = SETTINGS[name]()
+    target, classes = settings.pop("target", "v"), settings.pop("classes", 0)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = Denoiser(
-            UNet((1, 8, 8), 4, (1, 2), attention=False, classes=classes), (1, 8, 8), target
-        )
-    return DenoisingDiffusion(model, conditional=bool(classes), **parts)
+        unet = UNet((1, 8, 8), 4, (1, 2), attention=False, classes=classes)
+        model = Denoiser(unet, (1, 8, 8), target)
+    return DenoisingDiffusion(model, conditional=bool(classes), **settings)
 
 
-def batch(seed, n=20, like=torch.zeros(())):
-    rows = torch.randint(200, (n,), generator=rng(seed))
+def make_batch(seed, n=20, like=torch.zeros(())):
+    """Return n digits with labels, of the dtype and on the device of `like`."""
+    rows = torch.randint(200, (n,), generator=generator(seed))
     return Batch((IMAGES.images[rows] / 255).to(like), IMAGES.labels[rows].to(like.device))
 
 
+def map_tensors(batch, function):
+    """Return the batch with the function applied to each of its tensors."""
+    return type(batch)(*[function(t) if torch.is_tensor(t) else t for t in batch])
+
+
 def train(scheme, steps, seed=0):
-    like = next(scheme.model.parameters())
+    """Return the losses of some steps on seeded batches."""
+    like, losses = next(scheme.model.parameters()), []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return torch.stack([scheme.step(batch(seed + t, like=like))["model"] for t in range(steps)])
+        for t in range(steps):
+            losses.append(scheme.step(make_batch(seed + t, like=like))["model"])
+    return torch.stack(losses)
 
 
 @pytest.mark.parametrize("name", ["flow matching", "elbo, adaptive", "all, looking ahead"])
 def test_a_run_resumes_bit_for_bit(name, tmp_path):
-    more = dict(
-        batch_size=50, valid=IMAGES.subset(torch.arange(20)), progress="none", ema=0.9, samples=0
-    )
+    images, valid = IMAGES.subset(torch.arange(100)), IMAGES.subset(torch.arange(20))
+    settings = {"batch_size": 50, "valid": valid, "progress": "none", "ema": 0.9, "samples": 0}
     whole, parts = tiny(name), tiny(name, 1)
-    some = IMAGES.subset(torch.arange(100))
-    records = fit(whole, some, epochs=2, out=tmp_path / "whole", **more)
-    fit(tiny(name), some, epochs=1, out=tmp_path / "parts", **more)
-    fit(parts, some, epochs=2, out=tmp_path / "parts", resume=True, **more)
-    assert all(
-        torch.equal(p, q) for n in whole.players for p, q in zip(whole.params(n), parts.params(n))
-    )
-    assert all(
-        torch.equal(a, parts.levels.state_dict()[k]) for k, a in whole.levels.state_dict().items()
-    ) and math.isfinite(records[-1]["valid"]["loss"])
+    records = fit(whole, images, epochs=2, out=tmp_path / "whole", **settings)
+    fit(tiny(name), images, epochs=1, out=tmp_path / "parts", **settings)
+    fit(parts, images, epochs=2, out=tmp_path / "parts", resume=True, **settings)
+    for player in whole.players:
+        assert all(map(torch.equal, whole.params(player), parts.params(player)))
+    levels = parts.levels.state_dict()
+    for key, value in whole.levels.state_dict().items():
+        assert torch.equal(value, levels[key])
+    assert math.isfinite(records[-1]["valid"]["loss"])
 
 
-@everyone
+class NoHostReads(TorchDispatchMode):
+    """Error where a number is read on the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a number is read on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@every_setting
 def test_nothing_waits_for_the_device(name):
-    class Waits(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func is torch.ops.aten._local_scalar_dense.default:
-                raise AssertionError("a number is read on the host")
-            return func(*args, **(kwargs or {}))
-
     scheme = tiny(name)
     if not scheme.coupling:
-        scheme.draw(batch(1))  # the first is checked, which waits
-        with Waits():
-            scheme.loss(scheme.draw(batch(0))).backward()
+        scheme.draw(make_batch(1))  # the check of the first batch waits
+        with NoHostReads():
+            scheme.loss(scheme.draw(make_batch(0))).backward()
             scheme.levels.update(*scheme.last_levels)
-    tiny(name, device="meta").step(batch(0, like=torch.empty((), device="meta")))
+
+
+@every_setting
+def test_a_step_on_meta(name):
+    meta = torch.empty((), device="meta")
+    assert tiny(name, device="meta").step(make_batch(0, like=meta))["model"].is_meta
+
+
+def to_double(tensor):
+    """Return a floating-point tensor in float64, and any other as it is."""
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 @pytest.mark.parametrize("name", ["ddpm", "all, looking ahead"])
@@ -105,87 +131,76 @@ def test_dtypes(name):
     single, double = tiny(name), tiny(name)
     double.model.double()
     double.to(torch.float64)
-    same = single.draw_noise(batch(3), rng(1))
-    wide = type(same)(
-        *[t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in same]
-    )
-    assert torch.allclose(single.loss(same).double(), double.loss(wide), rtol=1e-4)
+    batch = single.draw_noise(make_batch(3), generator(1))
+    in_double = double.loss(map_tensors(batch, to_double))
+    assert torch.allclose(single.loss(batch).double(), in_double, rtol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):
-        low = single.loss(same)
-    assert low.dtype == torch.float32 and torch.allclose(low, single.loss(same), rtol=0.05)
+        low = single.loss(batch)
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, single.loss(batch), rtol=0.05)
 
 
 def test_compiled_once_it_is_the_eager_one():
-    scheme, eager, counter = (
-        tiny("all, looking ahead"),
-        tiny("all, looking ahead"),
-        CompileCounter(),
-    )
+    name, counter = "all, looking ahead", CompileCounter()
+    scheme, eager = tiny(name), tiny(name)
     compiled = torch.compile(scheme.loss, backend=counter)
     for player in scheme.players.values():
         player.loss = compiled
-    assert torch.allclose(train(scheme, 3), train(eager, 3), rtol=1e-5) and counter.frame_count == 1
+    assert torch.allclose(train(scheme, 3), train(eager, 3), rtol=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("name", ["edm", "conditional", "elbo, adaptive"])
 def test_shards_make_the_whole(name):
     scheme = tiny(name).to(torch.float64)
     scheme.model.double()
-    b = scheme.draw_noise(batch(2, like=torch.zeros((), dtype=torch.float64)), rng(1))
+    like = torch.zeros((), dtype=torch.float64)
+    b = scheme.draw_noise(make_batch(2, like=like), generator(1))
     assert {len(t) for t in batch_tensors(b)} == {20}
     halves = [slice_batch(b, slice(10 * r, 10 * r + 10)) for r in range(2)]
     assert torch.allclose(sum(map(scheme.loss, halves)) / 2, scheme.loss(b))
-    one, two = AdaptiveLevels(5), AdaptiveLevels(5)
+
+    whole, sharded = AdaptiveLevels(5), AdaptiveLevels(5)
     losses = scheme.errors(b).detach()
-    sums = []
-    for levels in (one, two):
+    for levels in (whole, sharded):
         levels.draw(1, losses)
+    sums_of_ranks = []
 
-    def mean(tensors):
-        sums.append(tensors)
-        return [sum(t) / len(sums) for t in zip(*sums)]
+    def average(tensors):
+        """Return the mean over the ranks that have called so far."""
+        sums_of_ranks.append(tensors)
+        return [sum(t) / len(sums_of_ranks) for t in zip(*sums_of_ranks)]
 
-    AdaptiveLevels.update(AdaptiveLevels(5), b.u[:10], losses[:10], mean)
-    two.update(b.u[10:], losses[10:], mean)
-    one.update(b.u, losses)
-    assert torch.allclose(one.square.double(), two.square.double())
+    AdaptiveLevels(5).update(b.u[:10], losses[:10], average)
+    sharded.update(b.u[10:], losses[10:], average)
+    whole.update(b.u, losses)
+    assert torch.allclose(whole.square.double(), sharded.square.double())
 
 
-def test_evaluates_and_samples():
+def test_evaluates():
     scheme = tiny("conditional")
     train(scheme, 3)
-    batches = [batch(t) for t in range(3)]
-    found = scheme.evaluate(batches, k=2, ode=2, fid_steps=2)
-    assert (
-        found
-        == scheme.evaluate(batches, k=2, ode=2, fid_steps=2)
-        != scheme.evaluate(batches, seed=1, k=2, ode=2, fid_steps=2)
+    batches = [make_batch(t) for t in range(3)]
+    steps = {"k": 2, "ode_steps": 2, "fid_steps": 2}
+    found = scheme.evaluate(batches, **steps)
+    assert found == scheme.evaluate(batches, **steps)
+    assert found != scheme.evaluate(batches, seed=1, **steps)
+    assert scheme.model.training
+    assert found["n"] == 60 and all(map(math.isfinite, found.values()))
+    likelihoods = {name + end for name in ("bound", "nll") for end in ("", "_se", "_bits_per_dim")}
+    assert found.keys() == {"n", "loss", "fid", "fid_floor"} | likelihoods
+
+
+def test_samples_are_seeded_and_conditioned():
+    scheme = tiny("conditional")
+    train(scheme, 3)
+    labels = torch.arange(5)
+    drawn, again, of_others = (
+        scheme.sample(5, "heun", 3, labels=classes, generator=generator(1))
+        for classes in (labels, labels, labels + 1)
     )
-    assert (
-        found["n"] == 60
-        and found.keys()
-        == {
-            "n",
-            "loss",
-            "bound",
-            "bound_se",
-            "bound_bits_per_dim",
-            "nll",
-            "nll_se",
-            "nll_bits_per_dim",
-            "fid",
-            "fid_floor",
-        }
-        and all(map(math.isfinite, found.values()))
-        and scheme.model.training
-    )
-    drawn = scheme.sample(5, "heun", 3, labels=torch.arange(5), generator=rng(1))
     assert drawn.shape == (5, 1, 8, 8) and 0 <= drawn.min() and drawn.max() <= 1
-    assert torch.equal(
-        drawn, scheme.sample(5, "heun", 3, labels=torch.arange(5), generator=rng(1))
-    ) and not torch.equal(
-        drawn, scheme.sample(5, "heun", 3, labels=torch.arange(5) + 1, generator=rng(1))
-    )
+    assert torch.equal(drawn, again) and not torch.equal(drawn, of_others)
 
 
 def test_weights_have_names():
@@ -193,13 +208,10 @@ def test_weights_have_names():
 
 
 @pytest.mark.cuda
-@everyone
+@every_setting
 def test_cuda_as_on_the_cpu(name):
     here, there = tiny(name), tiny(name).to("cuda")
-    b = here.draw_noise(batch(1), rng(1))
-    assert torch.allclose(
-        here.loss(b),
-        there.loss(type(b)(*[t.cuda() if torch.is_tensor(t) else t for t in b])).cpu(),
-        rtol=1e-3,
-    )
+    b = here.draw_noise(make_batch(1), generator(1))
+    on_cuda = there.loss(map_tensors(b, torch.Tensor.cuda)).cpu()
+    assert torch.allclose(here.loss(b), on_cuda, rtol=1e-3)
     train(there, 2)

@@ -1,8 +1,7 @@
-"Diffusion models of the installed package: they learn, are sampled and measured, and are moved between dtypes and devices."
+"""Diffusion models of the installed package: training, draws, likelihoods, dtypes and devices."""
 
 import pytest
 import torch
-from conftest import rng
 
 from optgen.data.images import digits
 from optgen.models.diffusion import (
@@ -14,118 +13,130 @@ from optgen.models.diffusion import (
     PerceptronDenoiser,
     PowerSchedule,
     UNet,
+    expand_like,
     ode_log_prob,
     training_target,
     variational_bound,
 )
 from optgen.optim import Adam
+from optgen.testing import generator
 from optgen.training import checkpoint
 
-KINDS = {
+BUILDERS = {
     "perceptron": lambda target: Denoiser(PerceptronDenoiser(49, 64, 1), (49,), target),
     "unet": lambda target: Denoiser(UNet((1, 8, 8), 8, (1, 2)), (1, 8, 8), target),
 }
-GREY = digits("train").images[:2000]
-everyone = pytest.mark.parametrize("name", KINDS)
+STEPS = {"perceptron": 150, "unet": 40}
+PIXELS = digits("train").images[:2000]
+every_network = pytest.mark.parametrize("name", BUILDERS)
 
 
-def make(name, seed=0, target="v"):
+def build_denoiser(name, seed=0, target="v"):
+    """Return the denoiser of a name with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KINDS[name](target)
+        return BUILDERS[name](target)
 
 
-def batch(name, seed, n=60):
-    grey = GREY[torch.randint(2000, (n,), generator=rng(seed))] / 127.5 - 1
-    return (
-        grey[:, :, ::4, ::4].reshape(n, 49) if name == "perceptron" else grey[:, :, 2:26:3, 2:26:3]
-    )
+def sample_batch(name, seed, n=60):
+    """Return n digits in [-1, 1]: flat 7 x 7 for the perceptron, 8 x 8 for the U-Net."""
+    images = PIXELS[torch.randint(2000, (n,), generator=generator(seed))] / 127.5 - 1
+    if name == "perceptron":
+        return images[:, :, ::4, ::4].reshape(n, 49)
+    return images[:, :, 2:26:3, 2:26:3]
 
 
-def learn(model, name, steps=None, bfloat16=False):
-    steps = steps or (150 if name == "perceptron" else 40)
-    optimizer, seen = Adam(model.parameters(), lr=3e-3), []
-    for t in range(steps):
-        x = batch(name, t).to(next(model.parameters()))
-        noise = torch.randn(x.shape, generator=rng(t)).to(x)
-        sigma = LogNormalSchedule()(torch.rand(len(x), generator=rng(t + 1000))).to(x)
+def train(model, name, steps=None, bfloat16=False):
+    """Train a denoiser by Adam on the unweighted loss, and return the loss of each step."""
+    optimizer = Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for t in range(steps or STEPS[name]):
+        x = sample_batch(name, t).to(next(model.parameters()))
+        noise = torch.randn(x.shape, generator=generator(t)).to(x)
+        sigma = LogNormalSchedule()(torch.rand(len(x), generator=generator(t + 1000))).to(x)
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            out = model.output(x + sigma.view(-1, *[1] * (x.ndim - 1)) * noise, sigma)
-        loss = ((out - training_target(x, noise, sigma, model.target)) ** 2).mean()
+            output = model.output(x + expand_like(sigma, x) * noise, sigma)
+        loss = ((output - training_target(x, noise, sigma, model.target)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(loss.detach())
-    return torch.stack(seen)
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
-@everyone
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("target", ["eps", "v", "flow"])
-def test_it_learns_and_is_sampled(name, target, tmp_path):
-    for seed in (0, 1):
-        model = make(name, seed, target)
-        losses = learn(model, name)
-        assert losses[-8:].mean() < 0.8 * losses[:3].mean()
+@every_network
+def test_training_lowers_the_loss_for_every_target(name, target, seed):
+    losses = train(build_denoiser(name, seed, target), name)
+    assert losses[-8:].mean() < 0.8 * losses[:3].mean()
+
+
+@pytest.mark.parametrize("target", ["eps", "v", "flow"])
+@every_network
+def test_every_sampler_draws_and_a_saved_model_gives_the_same_images(name, target, tmp_path):
+    model = build_denoiser(name, 1, target)
+    train(model, name)
     steps = PowerSchedule().steps(5)
     for sampler in SAMPLERS.values():
-        drawn = sampler(model, steps[0] * torch.randn(3, *model.shape, generator=rng(2)), steps)
-        assert drawn.shape == (3, *model.shape) and drawn.isfinite().all()
+        start = steps[0] * torch.randn(3, *model.shape, generator=generator(2))
+        draws = sampler(model, start, steps)
+        assert draws.shape == (3, *model.shape)
+        assert draws.isfinite().all()
     checkpoint.save(tmp_path / "model.pt", model.state_dict())
-    other = make(name, 5, target)
-    other.load_state_dict(checkpoint.load(tmp_path / "model.pt"))
-    y, sigma = batch(name, 1), torch.full((60,), 0.5)
-    assert torch.equal(other(y, sigma), model(y, sigma))
+    loaded = build_denoiser(name, 5, target)
+    loaded.load_state_dict(checkpoint.load(tmp_path / "model.pt"))
+    y, sigma = sample_batch(name, 1), torch.full((60,), 0.5)
+    assert torch.equal(loaded(y, sigma), model(y, sigma))
 
 
-@everyone
-def test_float32_follows_float64(name):
-    assert torch.allclose(
-        learn(make(name), name, 20).double(), learn(make(name).double(), name, 20), rtol=2e-3
-    )
+@every_network
+def test_training_in_float32_follows_float64(name):
+    single = train(build_denoiser(name), name, 20)
+    double = train(build_denoiser(name).double(), name, 20)
+    assert torch.allclose(single.double(), double, rtol=2e-3)
 
 
-@everyone
-def test_bfloat16_autocast_trains(name):
-    losses = learn(make(name), name, bfloat16=True)
-    assert (
-        losses.dtype == torch.float32
-        and losses.isfinite().all()
-        and losses[-8:].mean() < 0.8 * losses[:3].mean()
-    )
+@every_network
+def test_training_under_bfloat16_autocast(name):
+    losses = train(build_denoiser(name), name, bfloat16=True)
+    assert losses.dtype == torch.float32
+    assert losses.isfinite().all()
+    assert losses[-8:].mean() < 0.8 * losses[:3].mean()
 
 
-@everyone
-def test_nothing_waits_for_the_device(name):
-    model = make(name).to("meta")
+@every_network
+def test_nothing_reads_values_from_the_device(name):
+    model = build_denoiser(name).to("meta")
     y = torch.empty(4, *model.shape, device="meta")
     sigma = CosineSchedule()(torch.rand(4, device="meta"))
     for target in TARGETS:
         model.target = target
-        ((model.output(y, sigma) - training_target(y, y, sigma, target)) ** 2).mean().backward()
+        error = model.output(y, sigma) - training_target(y, y, sigma, target)
+        (error**2).mean().backward()
     for sampler in SAMPLERS.values():
         assert sampler(model, y, PowerSchedule().steps(3)).is_meta
-    assert (
-        variational_bound(model, y, k=2).is_meta
-        and ode_log_prob(model, y, steps=1, probes=1).is_meta
-    )
+    assert variational_bound(model, y, n_levels=2).is_meta
+    assert ode_log_prob(model, y, steps=1, probes=1).is_meta
 
 
-def test_a_trained_model_explains_the_data_better():
-    model = make("perceptron")
-    x = batch("perceptron", 9) + 0.02 * torch.randn(60, 49, generator=rng(3))
-    before = variational_bound(model, x, 0.01, k=50, generator=rng(1)).mean()
-    learn(model, "perceptron", 300)
-    after = variational_bound(model, x, 0.01, k=50, generator=rng(1)).mean()
+def test_training_lowers_the_variational_bound():
+    model = build_denoiser("perceptron")
+    x = sample_batch("perceptron", 9) + 0.02 * torch.randn(60, 49, generator=generator(3))
+    before = variational_bound(model, x, 0.01, n_levels=50, generator=generator(1)).mean()
+    train(model, "perceptron", 300)
+    after = variational_bound(model, x, 0.01, n_levels=50, generator=generator(1)).mean()
     assert after < before - 20
 
 
 @pytest.mark.cuda
-@everyone
-def test_cuda_as_on_the_cpu(name):
-    here, there, y, sigma = make(name), make(name).cuda(), batch(name, 3), torch.logspace(-1, 1, 60)
-    learn(here, name, 3)
-    there.load_state_dict(here.state_dict())
-    assert torch.allclose(here(y, sigma), there(y.cuda(), sigma.cuda()).cpu(), rtol=1e-3, atol=1e-4)
-    assert SAMPLERS["heun"](
-        there, 80 * torch.randn(3, *there.shape).cuda(), PowerSchedule().steps(3)
-    ).is_cuda
+@every_network
+def test_cuda_agrees_with_the_cpu(name):
+    on_cpu, on_cuda = build_denoiser(name), build_denoiser(name).cuda()
+    y, sigma = sample_batch(name, 3), torch.logspace(-1, 1, 60)
+    train(on_cpu, name, 3)
+    on_cuda.load_state_dict(on_cpu.state_dict())
+    images = on_cuda(y.cuda(), sigma.cuda()).cpu()
+    assert torch.allclose(on_cpu(y, sigma), images, rtol=1e-3, atol=1e-4)
+    start = 80 * torch.randn(3, *on_cuda.shape).cuda()
+    assert SAMPLERS["heun"](on_cuda, start, PowerSchedule().steps(3)).is_cuda

@@ -1,16 +1,20 @@
-"BetaVAE of the installed package with every controller, estimator, inner optimizer and its two players: resumption, devices and dtypes, torch.compile, training by `fit`."
+"""BetaVAE with every controller, estimator and inference: resumption, devices, compile, `fit`."""
 
 import copy
+import inspect
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optgen import controllers
 from optgen.controllers import (
     Capacity,
     Constant,
+    Controller,
     ControlVAE,
     Cyclical,
     FreeBits,
@@ -28,6 +32,7 @@ from optgen.models.vae import VAE, GaussianVAE
 from optgen.optim import SGD, Adam
 from optgen.rules import Alternating
 from optgen.schemes.elbo import Aggressive, BetaVAE
+from optgen.testing import flat_weights, generator
 from optgen.training import checkpoint
 from optgen.training.trainer import fit
 
@@ -35,99 +40,105 @@ F64 = torch.float64
 IMAGES = digits("train").images[:200, :, 4:28:3, 4:28:3].contiguous()
 
 CONTROLLERS = {
-    "constant": lambda: Constant(0.5),
-    "warmup": lambda: LinearWarmup(7, 0.8),
-    "cyclical": lambda: Cyclical(11, cycles=2),
-    "capacity": lambda: Capacity(1.0, 9, 2.0),
-    "free-bits": lambda: FreeBits(0.05),
-    "free-bits-groups": lambda: FreeBits(0.1, groups=1),
-    "geco": lambda: Geco(40.0, rate=0.01, smoothing=0.8),
-    "control": lambda: ControlVAE(1.0, kp=0.1, ki=0.05),
-    "sigma": lambda: SigmaVAE(64),
+    "constant": partial(Constant, 0.5),
+    "warmup": partial(LinearWarmup, 7, 0.8),
+    "cyclical": partial(Cyclical, 11, cycles=2),
+    "capacity": partial(Capacity, 1.0, 9, 2.0),
+    "free-bits": partial(FreeBits, 0.05),
+    "free-bits-groups": partial(FreeBits, 0.1, groups=1),
+    "geco": partial(Geco, 40.0, rate=0.01, smoothing=0.8),
+    "control": partial(ControlVAE, 1.0, kp=0.1, ki=0.05),
+    "sigma": partial(SigmaVAE, 64),
 }
-ESTIMATES = {
-    "stl": dict(estimator="stl", k=2),
-    "elbo-k": dict(k=3),
-    **{
-        f"{name}{' sampled' * sampled}": dict(estimator=name, k=3, sampled=sampled)
-        for name in ("iwae", "dreg")
-        for sampled in (False, True)
+# Arguments of BetaVAE by name of the variant. Classes and partials are called for each scheme,
+# since it owns its controller, rule and inner optimizer. `optimizer` counts the optimizers.
+VARIANTS = {
+    **{name: {"beta": make} for name, make in CONTROLLERS.items()},
+    "stl": {"estimator": "stl", "k": 2},
+    "elbo-k": {"k": 3},
+    "iwae": {"estimator": "iwae", "k": 3, "sampled": False},
+    "iwae sampled": {"estimator": "iwae", "k": 3, "sampled": True},
+    "dreg": {"estimator": "dreg", "k": 3, "sampled": False},
+    "dreg sampled": {"estimator": "dreg", "k": 3, "sampled": True},
+    **{f"semi {mode}": {"inner": partial(Refinement, 2, mode=mode)} for mode in DECODER_PASSES},
+    "two players": {"optimizer": 2},
+    "alternating": {"optimizer": 2, "rule": Alternating},
+    "aggressive": {"optimizer": 2, "rule": partial(Aggressive, 2, 3, 4)},
+    "sigma, alternating": {"beta": CONTROLLERS["sigma"], "optimizer": 2, "rule": Alternating},
+    "sigma, semi": {"beta": CONTROLLERS["sigma"], "inner": partial(Refinement, 2)},
+    "geco, alternating, dreg": {
+        "beta": partial(Geco, 40.0, rate=0.01),
+        "optimizer": 2,
+        "rule": Alternating,
+        "estimator": "dreg",
+        "k": 2,
+    },
+    "free bits, aggressive, semi, iwae sampled": {
+        "beta": partial(FreeBits, 0.05),
+        "optimizer": 2,
+        "rule": partial(Aggressive, 2, 3, 4),
+        "inner": partial(Refinement, 1),
+        "estimator": "iwae",
+        "k": 2,
+        "sampled": True,
     },
 }
-PARTS = {  # what a BetaVAE is made of, by name
-    **{name: lambda make=make: dict(beta=make()) for name, make in CONTROLLERS.items()},
-    **{name: lambda kw=kw: kw for name, kw in ESTIMATES.items()},
-    **{
-        f"semi {mode}": lambda mode=mode: dict(inner=Refinement(2, mode=mode))
-        for mode in DECODER_PASSES
-    },
-    "together": lambda: dict(optimizer=2),
-    "alternating": lambda: dict(optimizer=2, rule=Alternating()),
-    "aggressive": lambda: dict(optimizer=2, rule=Aggressive(2, 3, 4)),
-    "sigma, alternating": lambda: dict(beta=SigmaVAE(64), optimizer=2, rule=Alternating()),
-    "sigma, semi": lambda: dict(beta=SigmaVAE(64), inner=Refinement(2)),
-    "geco, alternating, dreg": lambda: dict(
-        beta=Geco(40.0, rate=0.01), optimizer=2, rule=Alternating(), estimator="dreg", k=2
-    ),
-    "free bits, aggressive, semi, iwae sampled": lambda: dict(
-        beta=FreeBits(0.05),
-        optimizer=2,
-        rule=Aggressive(2, 3, 4),
-        inner=Refinement(1),
-        estimator="iwae",
-        k=2,
-        sampled=True,
-    ),
-}
-everyone = pytest.mark.parametrize("name", PARTS)
-calm = pytest.mark.parametrize(
-    "name", [name for name in PARTS if "aggressive" not in name]
-)  # those that read nothing on the host
+READING_NOTHING = [name for name in VARIANTS if "aggressive" not in name]
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+variants_reading_nothing = pytest.mark.parametrize("name", READING_NOTHING)
 
 
-def tiny(
-    name,
-    seed=0,
-    dtype=torch.float32,
-    device="cpu",
-    make=lambda params: Adam(params, lr=3e-3),
-    **more,
-):
-    parts = PARTS[name]() | more
+def adam(params):
+    """Return the optimizer of most tests."""
+    return Adam(params, lr=3e-3)
+
+
+def plain_descent(params):
+    """Return an optimizer that reads nothing on the host; Adam counts its steps there."""
+    return SGD(params, lr=0.01)
+
+
+def build_arguments(name):
+    """Return the arguments of a variant, with its parts built anew."""
+    return {
+        key: value() if isinstance(value, (partial, type)) else value
+        for key, value in VARIANTS[name].items()
+    }
+
+
+def tiny(name, seed=0, dtype=torch.float32, device="cpu", make_optimizer=adam, **changes):
+    """Return a small BetaVAE of a variant for 8 x 8 images, seeded."""
+    arguments = build_arguments(name) | changes
+    kind = GaussianVAE if isinstance(arguments.get("beta"), SigmaVAE) else VAE
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        model = (GaussianVAE if isinstance(parts.get("beta"), SigmaVAE) else VAE)(64, 12, 8, 3).to(
-            dtype
-        )
-    two = parts.pop("optimizer", 1) == 2
-    return BetaVAE(
-        model,
-        optimizer=tuple(make(net.parameters()) for net in (model.q_net, model.p_net))
-        if two
-        else make(model.parameters()),
-        **parts,
-    )
+        model = kind(64, 12, 8, 3).to(dtype)
+    if arguments.pop("optimizer", 1) == 2:
+        optimizer = tuple(make_optimizer(net.parameters()) for net in (model.q_net, model.p_net))
+    else:
+        optimizer = make_optimizer(model.parameters())
+    return BetaVAE(model, optimizer=optimizer, **arguments)
 
 
-def batches(steps, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    return [IMAGES[torch.randperm(200, generator=g)[:16]] / 255 for _ in range(steps)]
+def random_batches(steps, seed=0):
+    """Return batches of 16 images, the same for the same seed."""
+    rng = generator(seed)
+    return [IMAGES[torch.randperm(200, generator=rng)[:16]] / 255 for _ in range(steps)]
 
 
 def train(scheme, steps, seed=0):
+    """Train on random batches and return the first player's losses."""
     like = next(scheme.model.parameters())
+    losses = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        losses = [next(iter(scheme.step(Batch(x.to(like))).values())) for x in batches(steps, seed)]
+        for x in random_batches(steps, seed):
+            losses.append(next(iter(scheme.step(Batch(x.to(like))).values())))
     return torch.stack(losses)
 
 
-def weights(scheme):
-    return torch.cat([p.detach().flatten() for p in scheme.model.parameters()])
-
-
 def same(a, b):
-    "Are two states alike to the last bit?"
+    """Return whether two states are equal to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and torch.equal(a, b)
     if isinstance(a, dict):
@@ -137,25 +148,36 @@ def same(a, b):
     return a == b
 
 
+def copy_through_file(source, target, folder):
+    """Load the state of one scheme into another through a checkpoint."""
+    checkpoint.save(folder / "state.pt", source.state_dict())
+    target.load_state_dict(checkpoint.load(folder / "state.pt"))
+
+
+def record_movers(game):
+    """Return a list that receives the names of the players of every step."""
+    movers, step_optimizers = [], game.step_optimizers
+
+    def recording_step(u):
+        """Record the players and step their optimizers."""
+        movers.append(tuple(u))
+        step_optimizers(u)
+
+    game.step_optimizers = recording_step
+    return movers
+
+
 def test_every_part_is_tried():
-    import inspect
-
-    from optgen import controllers
-
-    offered = {
-        c
-        for _, c in inspect.getmembers(controllers, inspect.isclass)
-        if issubclass(c, controllers.Controller)
-    } - {controllers.Controller}
+    classes = {kind for _, kind in inspect.getmembers(controllers, inspect.isclass)}
+    offered = {kind for kind in classes if issubclass(kind, Controller)} - {Controller}
     assert {type(make()) for make in CONTROLLERS.values()} == offered
-    assert {tiny(name).estimator for name in PARTS} == set(ESTIMATORS) and {
-        s.inner.mode for name in PARTS if (s := tiny(name)).inner
-    } == set(DECODER_PASSES)
+    schemes = [tiny(name) for name in VARIANTS]
+    assert {scheme.estimator for scheme in schemes} == set(ESTIMATORS)
+    assert {scheme.inner.mode for scheme in schemes if scheme.inner} == set(DECODER_PASSES)
 
 
-@everyone
-def test_the_controller_is_told_once_a_step(name):
-    "However often the loss is evaluated."
+@every_variant
+def test_the_controller_is_updated_once_a_step(name):
     scheme = tiny(name)
     for steps in (1, 2, 3):
         train(scheme, 1, seed=steps)
@@ -164,311 +186,317 @@ def test_the_controller_is_told_once_a_step(name):
 
 # State
 @pytest.mark.parametrize("steps", [4, 9])
-@everyone
+@every_variant
 def test_resumes_bit_for_bit_through_a_file(name, steps, tmp_path):
     one, other = tiny(name), tiny(name, seed=5)
     train(one, steps)
-    checkpoint.save(tmp_path / "state.pt", one.state_dict())
-    other.load_state_dict(checkpoint.load(tmp_path / "state.pt"))
+    copy_through_file(one, other, tmp_path)
     x = IMAGES[:20] / 255
-    assert torch.equal(one.reconstruct(x), other.reconstruct(x)) and one.evaluate(
-        [Batch(x)]
-    ) == other.evaluate([Batch(x)])
-    assert torch.equal(train(one, 7, seed=1), train(other, 7, seed=1)) and same(
-        one.state_dict(), other.state_dict()
-    )
+    assert torch.equal(one.reconstruct(x), other.reconstruct(x))
+    assert one.evaluate([Batch(x)]) == other.evaluate([Batch(x)])
+    assert torch.equal(train(one, 7, seed=1), train(other, 7, seed=1))
+    assert same(one.state_dict(), other.state_dict())
+
+
+def seed_noise_by_batch(scheme):
+    """Make the noise of a scheme a function of the batch."""
+    draw = scheme.draw
+
+    def seeded_draw(batch):
+        """Draw the noise with a seed that the images give."""
+        torch.manual_seed(int(batch.x.sum()))
+        return draw(batch)
+
+    scheme.draw = seeded_draw
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 7, 8, 13, 18, 19, 23])
 def test_aggressive_resumes_from_anywhere(steps, tmp_path):
-    "In a window, after one, and after it has ended."
-    name = "aggressive"
-    whole, one, other = (tiny(name, seed=seed) for seed in (0, 0, 5))
-    data = [Batch(x) for x in batches(24)]
-
-    def go(scheme, part):
-        for batch in part:
-            scheme.step(batch)
-
-    for scheme in (whole, one):
-        scheme.draw = lambda b, draw=scheme.draw: (torch.manual_seed(int(b.x.sum())), draw(b))[1]
-    other.draw = lambda b, draw=other.draw: (torch.manual_seed(int(b.x.sum())), draw(b))[1]
+    # Within a window, after one, and after the phase has ended.
+    whole, one, other = (tiny("aggressive", seed=seed) for seed in (0, 0, 5))
+    batches = [Batch(x) for x in random_batches(24)]
+    for scheme in (whole, one, other):
+        seed_noise_by_batch(scheme)
     with torch.random.fork_rng():
-        go(whole, data)
-        go(one, data[:steps])
-        checkpoint.save(tmp_path / "state.pt", one.state_dict())
-        other.load_state_dict(checkpoint.load(tmp_path / "state.pt"))
-        go(other, data[steps:])
+        for batch in batches:
+            whole.step(batch)
+        for batch in batches[:steps]:
+            one.step(batch)
+        copy_through_file(one, other, tmp_path)
+        for batch in batches[steps:]:
+            other.step(batch)
     assert same(whole.state_dict(), other.state_dict())
 
 
-def test_the_variance_comes_back(tmp_path):
+def test_the_variance_is_restored(tmp_path):
     one, other = tiny("sigma"), tiny("sigma", seed=5)
     train(one, 5)
     assert 0 < one.beta.value < 0.3
-    checkpoint.save(tmp_path / "state.pt", one.state_dict())
-    other.load_state_dict(checkpoint.load(tmp_path / "state.pt"))
+    copy_through_file(one, other, tmp_path)
     assert other.model.variance == one.beta.value
 
 
-@pytest.mark.parametrize("gone", [("beta",), ("beta", "rule")], ids=["0.2", "0.1"])
-def test_states_of_earlier_versions_load(gone):
+@pytest.mark.parametrize("missing", [("beta",), ("beta", "rule")], ids=["0.2", "0.1"])
+def test_states_of_earlier_versions_load(missing):
     one = tiny("constant")
     train(one, 3)
-    old = copy.deepcopy({k: v for k, v in one.state_dict().items() if k not in gone})
+    old = {key: value for key, value in one.state_dict().items() if key not in missing}
     other = tiny("constant", seed=5)
-    other.load_state_dict(old)
-    assert old.keys() == one.state_dict().keys() - set(gone)
-    assert torch.equal(train(one, 3, seed=1), train(other, 3, seed=1)) and torch.equal(
-        weights(one), weights(other)
-    )
+    other.load_state_dict(copy.deepcopy(old))
+    assert old.keys() == one.state_dict().keys() - set(missing)
+    assert torch.equal(train(one, 3, seed=1), train(other, 3, seed=1))
+    assert torch.equal(flat_weights(one.model), flat_weights(other.model))
 
 
-@pytest.mark.parametrize("mine", CONTROLLERS)
-def test_another_controllers_state_is_refused_and_nothing_changes(mine):
-    scheme = tiny(mine)
+@pytest.mark.parametrize("own", CONTROLLERS)
+def test_the_state_of_another_controller_is_refused_and_nothing_changes(own):
+    scheme = tiny(own)
     train(scheme, 2)
-    for theirs in CONTROLLERS:
-        if type(CONTROLLERS[theirs]()) is type(scheme.beta):
+    for foreign in CONTROLLERS:
+        other = tiny(foreign, seed=5)
+        if type(other.beta) is type(scheme.beta):
             continue
-        other = tiny(theirs, seed=5)
         train(other, 3)
         before = copy.deepcopy(scheme.state_dict())
-        with pytest.raises(
-            ValueError,
-            match=f"the controller {type(other.beta).__name__} .* this is {type(scheme.beta).__name__}",
-        ):
+        theirs, ours = type(other.beta).__name__, type(scheme.beta).__name__
+        with pytest.raises(ValueError, match=f"the controller {theirs} .* this is {ours}"):
             scheme.load_state_dict(other.state_dict())
         assert same(before, scheme.state_dict())
 
 
+def with_other_player(state):
+    """Return a state with a player that the scheme does not have."""
+    return state | {"encoder": state["model"]}
+
+
+def with_other_rule(state):
+    """Return a state of another rule."""
+    return state | {"rule": state["rule"] | {"name": "Aggressive"}}
+
+
+def with_other_shapes(state):
+    """Return a state whose weights have other shapes."""
+    weights = {name: w[:1] for name, w in state["model"]["weights"].items()}
+    return state | {"model": state["model"] | {"weights": weights}}
+
+
 @pytest.mark.parametrize(
-    "spoil, word",
+    "change, word",
     [
-        (lambda s: s | {"encoder": s["model"]}, "players"),
-        (lambda s: s | {"rule": s["rule"] | {"name": "Aggressive"}}, "the rule Aggressive"),
-        (
-            lambda s: (
-                s
-                | {
-                    "model": {
-                        **s["model"],
-                        "weights": {k: w[:1] for k, w in s["model"]["weights"].items()},
-                    }
-                }
-            ),
-            "shape",
-        ),
+        (with_other_player, "players"),
+        (with_other_rule, "the rule Aggressive"),
+        (with_other_shapes, "shape"),
     ],
 )
-def test_what_is_refused_leaves_the_controller(spoil, word):
+def test_a_refused_state_leaves_the_controller(change, word):
     scheme, other = tiny("geco"), tiny("geco", seed=5)
     train(scheme, 2)
     train(other, 5)
     before = copy.deepcopy(scheme.state_dict())
     with pytest.raises(ValueError, match=word):
-        scheme.load_state_dict(spoil(other.state_dict()))
+        scheme.load_state_dict(change(other.state_dict()))
     assert same(before, scheme.state_dict())
 
 
 # Devices and dtypes
-class Ops(TorchDispatchMode):
+class RecordedOperations(TorchDispatchMode):
+    """Records the names of all operations, and counts those that read a number on the host."""
+
+    READS = ("_local_scalar_dense", "item", "is_nonzero", "equal")
+
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(func.overloadpacket.__name__)
+        self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
     @property
     def reads(self):
-        return sum(op in ("_local_scalar_dense", "item", "is_nonzero", "equal") for op in self.seen)
+        """Number of operations that read a number on the host."""
+        return sum(name in self.READS for name in self.names)
 
 
-@everyone
+@every_variant
 def test_runs_on_meta(name):
     scheme = tiny(name, device="meta")
     x = torch.ones(16, 1, 8, 8, device="meta")
     for _ in range(2):
         losses = scheme.step(Batch(x))
-    assert losses.keys() == scheme.players.keys() and all(
-        loss.is_meta and not loss.dim() for loss in losses.values()
-    )
-    assert (
-        scheme.beta.value.is_meta
-        and scheme.sample(3).is_meta
-        and scheme.reconstruct(x).shape == x.shape
-    )
+    assert losses.keys() == scheme.players.keys()
+    assert all(loss.is_meta and not loss.dim() for loss in losses.values())
+    assert scheme.beta.value.is_meta and scheme.sample(3).is_meta
+    assert scheme.reconstruct(x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", ["sigma", "sigma, semi", "sigma, alternating"])
 @pytest.mark.parametrize(
     "where",
-    [dict(dtype=F64), pytest.param(dict(device="cuda"), marks=pytest.mark.cuda)],
+    [{"dtype": F64}, pytest.param({"device": "cuda"}, marks=pytest.mark.cuda)],
     ids=["float64", "cuda"],
 )
-def test_the_variance_goes_where_the_model_goes(name, where):
+def test_the_variance_moves_with_the_model(name, where):
     scheme = tiny(name)
     train(scheme, 2)
     scheme.to(**where)
-    assert all(
-        t.device.type == where.get("device", "cpu") and t.dtype == where.get("dtype", torch.float32)
-        for t in (scheme.model.variance, *scheme.model.parameters())
-    )
+    for tensor in (scheme.model.variance, *scheme.model.parameters()):
+        assert tensor.device.type == where.get("device", "cpu")
+        assert tensor.dtype == where.get("dtype", torch.float32)
     scheme.step(Batch((IMAGES[:16] / 255).to(**where)))
 
 
-@everyone
+def draw_in_double_precision(scheme, dtype):
+    """Draw the noise of a scheme in float64, seeded by the batch, and round it to `dtype`."""
+    draw, functions = scheme.draw, (torch.randn, torch.rand, torch.randn)
+
+    def rounded_draw(batch):
+        """Draw noise that depends on the images and, but for rounding, not on `dtype`."""
+        noisy, rng = draw(batch), generator(int(batch.x.sum()))
+        noise = [
+            function(like.shape, generator=rng, dtype=F64).to(dtype)
+            for function, like in zip(functions, noisy[1:])
+        ]
+        return type(noisy)(noisy.x, *noise)
+
+    scheme.draw = rounded_draw
+
+
+@every_variant
 def test_precision(name):
-    "The same noise to all: double precision tells how far the others are off."
-    found = {}
-    for dtype, low in ((F64, False), (torch.float32, False), (torch.float32, True)):
+    # All have the same noise; float64 shows the errors of the others.
+    found = []
+    for dtype, autocast in ((F64, False), (torch.float32, False), (torch.float32, True)):
         scheme = tiny(name).to(dtype)
-        draw = scheme.draw
-
-        def drawn(batch, draw=draw, dtype=dtype):
-            noisy, g = draw(batch), torch.Generator().manual_seed(int(batch.x.sum()))
-            return type(noisy)(
-                noisy.x,
-                *(
-                    f(t.shape, generator=g, dtype=F64).to(dtype)
-                    for f, t in zip((torch.randn, torch.rand, torch.randn), noisy[1:])
-                ),
-            )
-
-        scheme.draw = drawn
-        scheme.autocast = lambda low=low: torch.autocast("cpu", torch.bfloat16, enabled=low)
-        found[dtype, low] = train(scheme, 5), scheme.beta.value
-        assert weights(scheme).dtype == dtype and weights(scheme).isfinite().all()
-    (exact, beta), (single, near), (half, far) = found.values()
-    assert (
-        exact.dtype == F64 == beta.dtype
-        and single.dtype == half.dtype == near.dtype == far.dtype == torch.float32
-    )
-    assert torch.allclose(
-        single.double(), exact, rtol=1e-4 if "difference" in name else 1e-5
-    )  # a difference of losses has half the digits
-    if name != "capacity":
-        assert torch.allclose(half.double(), exact, rtol=2e-3)  # rounding may tip a sign
-    assert torch.allclose(near.double(), beta, rtol=1e-4)
+        draw_in_double_precision(scheme, dtype)
+        scheme.autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
+        found.append((train(scheme, 5), scheme.beta.value))
+        weights = flat_weights(scheme.model)
+        assert weights.dtype == dtype and weights.isfinite().all()
+    (exact, exact_beta), (single, single_beta), (half, half_beta) = found
+    assert exact.dtype == exact_beta.dtype == F64
+    assert single.dtype == half.dtype == torch.float32
+    assert single_beta.dtype == half_beta.dtype == torch.float32
+    assert torch.allclose(single.double(), exact, rtol=1e-5)
+    if name != "capacity":  # Rounding may change the sign of a difference there.
+        assert torch.allclose(half.double(), exact, rtol=2e-3)
+    assert torch.allclose(single_beta.double(), exact_beta, rtol=1e-4)
 
 
-def plain(params):
-    return SGD(params, lr=0.01)  # Adam counts its steps on the host
-
-
-@calm
+@variants_reading_nothing
 def test_a_step_reads_nothing_on_the_host(name):
-    scheme = tiny(name, make=plain)
+    scheme = tiny(name, make_optimizer=plain_descent)
     train(scheme, 2)
-    with Ops() as ops:
+    with RecordedOperations() as operations:
         train(scheme, 3)
-    assert len(ops.seen) > 100 and ops.reads == 0
+    assert len(operations.names) > 100 and operations.reads == 0
+
+
+class PrescribedGame(Game):
+    """Encoder and decoder with prescribed losses and information."""
+
+    def __init__(self, losses, information, rule):
+        weights = {name: torch.nn.Parameter(torch.zeros(())) for name in ("encoder", "decoder")}
+        losses = iter(losses)
+
+        def loss(batch):
+            """Return the batch, which is a loss, as a function of both weights."""
+            return batch + 0 * sum(weights.values())
+
+        players = {name: Player([w], loss, SGD([w], lr=1.0)) for name, w in weights.items()}
+        super().__init__(**players, draw=lambda batch: next(losses), rule=rule)
+        self.prescribed_information = iter(information)
+
+    def information(self, batch):
+        """Return the next prescribed information."""
+        return torch.tensor(next(self.prescribed_information))
 
 
 @pytest.mark.parametrize(
-    "losses, information, moved",
+    "losses, information, expected",
     [
         ([2.0, 2.0, 9.0], [1.0], "eed"),
         ([2.0, 3.0, 9.0], [1.0], "eed"),
         ([4.0, 3.0, 2.0, 9.0], [1.0], "eeed"),
-        (
-            [4.0, 3.0, 2.0, 9.0, 5.0, 5.0, 9.0],
-            [1.0, 2.0],
-            "eeedeed",
-        ),  # three moves at most; a tie is no fall
-        (
-            [1.0, 1.0, 9.0, 1.0, 1.0, 9.0, 7.0, 7.0],
-            [1.0, 1.0],
-            "eedeed**",
-        ),  # information that stays is no climb
+        # At most three steps; an equal loss does not fall.
+        ([4.0, 3.0, 2.0, 9.0, 5.0, 5.0, 9.0], [1.0, 2.0], "eeedeed"),
+        # Equal information does not rise.
+        ([1.0, 1.0, 9.0, 1.0, 1.0, 9.0, 7.0, 7.0], [1.0, 1.0], "eedeed**"),
         ([1.0, 1.0, 9.0, 1.0, 1.0, 9.0, 1.0, 1.0, 9.0, 7.0], [1.0, 2.0, 1.5], "eedeedeed*"),
     ],
 )
-def test_aggressive_moves_as_written(losses, information, moved):
-    "Windows of one batch; `*` is a step of both, once the information no longer climbs."
-    who = {name: torch.nn.Parameter(torch.zeros(())) for name in ("encoder", "decoder")}
-    losses, told = iter(losses), iter(information)
-
-    class Script(Game):
-        def information(self, batch):
-            return torch.tensor(next(told))
-
-    game = Script(
-        **{
-            name: Player([p], lambda batch: batch + 0 * sum(who.values()), SGD([p], lr=1.0))
-            for name, p in who.items()
-        },
-        draw=lambda b: next(losses),
-        rule=Aggressive(check=1, most=3, window=1),
-    )
-    seen, apply = [], game.step_optimizers
-    game.step_optimizers = lambda u: (
-        seen.append("*" if len(u) == 2 else next(iter(u))[0]),
-        apply(u),
-    )
-    for _ in moved:
+def test_aggressive_moves_the_prescribed_player(losses, information, expected):
+    # Windows of one batch; `*` is a step of both, once the information no longer rises.
+    game = PrescribedGame(losses, information, Aggressive(check=1, most=3, window=1))
+    movers = record_movers(game)
+    for _ in expected:
         game.step(None)
-    assert "".join(seen) == moved
+    assert "".join("*" if len(names) == 2 else names[0][0] for names in movers) == expected
 
 
 def test_aggressive_reads_seldom():
-    "One number every `check` batches and one every `window` moves of the decoder, until it ends; then none."
-    scheme = tiny("constant", make=plain, optimizer=2, rule=Aggressive(check=5, most=10, window=2))
-    moved = []
-    apply = scheme.step_optimizers
-    scheme.step_optimizers = lambda u: (moved.append(tuple(u)), apply(u))
-    with Ops() as ops:
+    # One number every `check` batches and one every `window` steps of the decoder; later none.
+    rule = Aggressive(check=5, most=10, window=2)
+    scheme = tiny("constant", make_optimizer=plain_descent, optimizer=2, rule=rule)
+    movers = record_movers(scheme)
+    with RecordedOperations() as operations:
         train(scheme, 60)
-    decoder = moved.count(("decoder",))
-    together = moved.count(("encoder", "decoder"))
-    assert decoder >= 2 and ops.reads <= moved.count(("encoder",)) // 5 + decoder // 2 + 1
+    encoder, decoder = movers.count(("encoder",)), movers.count(("decoder",))
+    both = movers.count(("encoder", "decoder"))
+    assert decoder >= 2 and operations.reads <= encoder // 5 + decoder // 2 + 1
     scheme.rule.memory["waiting"] = False
-    with Ops() as ops:
+    with RecordedOperations() as operations:
         train(scheme, 5)
-    assert ops.reads == 0 and moved.count(("encoder", "decoder")) == together + 5
+    assert operations.reads == 0 and movers.count(("encoder", "decoder")) == both + 5
+
+
+def share_noise(source, target, device):
+    """Make one scheme repeat the noise of another, which must be stepped first."""
+    drawn, draw = [], source.draw
+
+    def recording_draw(batch):
+        """Draw and record the noise."""
+        drawn.append(draw(batch))
+        return drawn[-1]
+
+    def repeating_draw(batch):
+        """Return the recorded noise on the device."""
+        target.draw_noise(batch)
+        noisy = drawn.pop(0)
+        return type(noisy)(batch.x, *(noise.to(device) for noise in noisy[1:]))
+
+    source.draw, target.draw = recording_draw, repeating_draw
 
 
 @pytest.mark.cuda
-@everyone
-def test_cuda_as_on_the_cpu_without_a_sync(name):
+@every_variant
+def test_cuda_agrees_with_the_cpu_without_a_sync(name):
     here, there = tiny(name, dtype=F64), tiny(name, dtype=F64).to("cuda")
-    noise = []
-    here.draw = lambda b, draw=here.draw: (noise.append(draw(b)), noise[-1])[1]
-
-    def again(b):
-        there.draw_noise(b)
-        n = noise.pop(0)
-        return type(n)(b.x, *(t.cuda() for t in n[1:]))
-
-    there.draw = again
+    share_noise(here, there, "cuda")
     a, b = train(here, 4), train(there, 4)
-    assert (
-        b.is_cuda
-        and torch.allclose(a, b.cpu(), rtol=1e-9)
-        and torch.allclose(weights(here), weights(there).cpu(), rtol=1e-6, atol=1e-9)
-        and there.beta.value.is_cuda
-    )
+    assert b.is_cuda and there.beta.value.is_cuda
+    assert torch.allclose(a, b.cpu(), rtol=1e-9)
+    weights = flat_weights(there.model).cpu()
+    assert torch.allclose(flat_weights(here.model), weights, rtol=1e-6, atol=1e-9)
     if "aggressive" in name:
         return
     there.draw = there.draw_noise
-    x = [Batch(x.cuda().double()) for x in batches(3)]
-    there.step(x[0])
+    batches = [Batch(x.cuda().double()) for x in random_batches(3)]
+    there.step(batches[0])
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in x:
+        for batch in batches:
             there.step(batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     low = tiny(name).to("cuda")
-    low.autocast = lambda: torch.autocast("cuda", torch.bfloat16)
+    low.autocast = partial(torch.autocast, "cuda", torch.bfloat16)
     assert train(low, 3).isfinite().all()
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", ["geco", "sigma", "aggressive", "semi adjoint"])
-def test_a_state_of_the_cpu_goes_on_there(name, tmp_path):
+def test_a_state_moves_between_cpu_and_cuda(name, tmp_path):
     one, other = tiny(name, dtype=F64), tiny(name, dtype=F64, seed=5).to("cuda")
     train(one, 5)
     checkpoint.save(tmp_path / "state.pt", one.state_dict())
@@ -480,94 +508,95 @@ def test_a_state_of_the_cpu_goes_on_there(name, tmp_path):
 
 
 # torch.compile
-@calm
-def test_compiles_once_and_trains_alike(name, monkeypatch):
-    eager, scheme, counter, real = (
-        tiny(name, dtype=F64),
-        tiny(name, dtype=F64),
-        CompileCounter(),
-        torch.compile,
-    )
+@variants_reading_nothing
+def test_compiles_once_and_trains_as_in_eager_mode(name, monkeypatch):
+    eager, scheme = tiny(name, dtype=F64), tiny(name, dtype=F64)
     if eager.inner:
         with pytest.raises(ValueError, match="train without compile"):
             scheme.compile()
         return
+    counter, compile_function = CompileCounter(), torch.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda loss, mode: real(loss, backend=counter))
+    monkeypatch.setattr(
+        torch, "compile", lambda loss, mode: compile_function(loss, backend=counter)
+    )
     scheme.compile()
-    a, b = train(eager, 3), train(scheme, 3)
-    once = counter.frame_count
-    a, b = torch.cat([a, train(eager, 8, seed=1)]), torch.cat([b, train(scheme, 8, seed=1)])
-    assert once and counter.frame_count == once
-    assert torch.allclose(a, b, rtol=1e-9) and torch.allclose(
-        weights(eager), weights(scheme), rtol=1e-6, atol=1e-9
-    )
-    assert (
-        torch.allclose(eager.beta.value, scheme.beta.value, rtol=1e-9)
-        and eager.beta.t == scheme.beta.t
-    )
+    eager_losses, losses = train(eager, 3), train(scheme, 3)
+    compiled_frames = counter.frame_count
+    eager_losses = torch.cat([eager_losses, train(eager, 8, seed=1)])
+    losses = torch.cat([losses, train(scheme, 8, seed=1)])
+    assert compiled_frames and counter.frame_count == compiled_frames
+    assert torch.allclose(eager_losses, losses, rtol=1e-9)
+    weights = flat_weights(scheme.model)
+    assert torch.allclose(flat_weights(eager.model), weights, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(eager.beta.value, scheme.beta.value, rtol=1e-9)
+    assert eager.beta.t == scheme.beta.t
 
 
-# By fit
-def run(scheme, data, epochs, out, **more):
-    return fit(
-        scheme,
-        data,
-        epochs=epochs,
-        out=out,
-        batch_size=20,
-        seed=3,
-        progress="none",
-        samples=4,
-        **more,
-    )
+# Training by `fit`
+def fit_tiny(scheme, data, epochs, out, **more):
+    """Fit with the settings that the tests share and return the records."""
+    settings = {"batch_size": 20, "seed": 3, "progress": "none", "samples": 4}
+    return fit(scheme, data, epochs=epochs, out=out, **settings, **more)
 
 
-def resumed(make, data, tmp_path, **more):
-    whole, parts = make(), make()
-    records = run(whole, data, 2, tmp_path / "whole", **more)
-    run(parts, data, 1, tmp_path / "parts", **more)
-    run(parts := make(), data, 2, tmp_path / "parts", resume=True, **more)
-    assert same(whole.state_dict(), parts.state_dict())
+def fit_with_and_without_a_break(make, data, tmp_path, **more):
+    """Check that an interrupted fit equals a whole one; return that scheme and its records."""
+    whole, interrupted = make(), make()
+    records = fit_tiny(whole, data, 2, tmp_path / "whole", **more)
+    fit_tiny(interrupted, data, 1, tmp_path / "interrupted", **more)
+    resumed = make()
+    fit_tiny(resumed, data, 2, tmp_path / "interrupted", resume=True, **more)
+    assert same(whole.state_dict(), resumed.state_dict())
     return whole, records
+
+
+def make_seeded(make):
+    """Return what a function makes, with torch's own generator at 0."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return make()
 
 
 @pytest.mark.parametrize("name", ["geco", "sigma", "free bits, aggressive, semi, iwae sampled"])
 def test_fits_and_resumes(name, tmp_path):
     data = Images(IMAGES)
-    binarize = None if "sigma" in name else "dynamic"
-    whole, records = resumed(
-        lambda: tiny(name),
-        data,
-        tmp_path,
-        valid=data.subset(torch.arange(60)),
-        binarize=binarize,
-        ema=0.9,
-    )
-    valid = records[-1]["valid"]
-    assert {
-        "loss",
-        "beta",
-        "elbo",
-        "rate",
-        "distortion",
-        "mutual_information",
-        "active_units",
-    } <= valid.keys() and all(math.isfinite(v) for v in valid.values())
-    assert set(records[-1]["train"]) == (
-        {"encoder", "decoder"} if "aggressive" in name else {"loss"}
-    )
+    settings = {
+        "valid": data.subset(torch.arange(60)),
+        "binarize": None if "sigma" in name else "dynamic",
+        "ema": 0.9,
+    }
+    _, records = fit_with_and_without_a_break(partial(tiny, name), data, tmp_path, **settings)
+    valid, train_losses = records[-1]["valid"], records[-1]["train"]
+    parts = {"elbo", "rate", "distortion", "mutual_information", "active_units"}
+    assert {"loss", "beta", *parts} <= valid.keys()
+    assert all(math.isfinite(value) for value in valid.values())
+    expected = {"encoder", "decoder"} if "aggressive" in name else {"loss"}
+    assert set(train_losses) == expected
+
+
+def make_sequence_scheme():
+    """Return a BetaVAE on sequences, with free bits."""
+    return BetaVAE(SequenceVAE(1000, 10, 2, 8, 16), beta=FreeBits(0.1))
+
+
+def make_sequence_players():
+    """Return a BetaVAE on sequences whose encoder and decoder are two players."""
+    model = SequenceVAE(1000, 10, 2, 8, 16)
+    optimizers = Adam(model.q_net.parameters()), Adam(model.p_net.parameters())
+    return BetaVAE(model, optimizer=optimizers, rule=Aggressive(2, 3, 4), estimator="iwae", k=2)
+
+
+def make_autoregressive_scheme():
+    """Return a BetaVAE whose decoder is autoregressive, for 8 x 8 images."""
+    model = AutoregressiveVAE((1, 8, 8), 2, hidden=16, width=8, radius=2)
+    return BetaVAE(model, beta=ControlVAE(2.0))
 
 
 def test_sequences(tmp_path):
     data = synthetic_sequences("test").subset(torch.arange(200))
-
-    def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return BetaVAE(SequenceVAE(1000, 10, 2, 8, 16), beta=FreeBits(0.1))
-
-    scheme, records = resumed(make, data, tmp_path, valid=data.subset(torch.arange(60)))
+    make, valid = partial(make_seeded, make_sequence_scheme), data.subset(torch.arange(60))
+    scheme, records = fit_with_and_without_a_break(make, data, tmp_path, valid=valid)
     assert records[1]["valid"]["elbo"] > records[0]["valid"]["elbo"]
     x = scheme.sample(5)
     assert x.shape == (5, 10) and x.dtype == torch.int64 and 0 <= x.min() and x.max() < 1000
@@ -575,38 +604,15 @@ def test_sequences(tmp_path):
 
 def test_sequences_of_two_players(tmp_path):
     data = synthetic_sequences("test").subset(torch.arange(200))
-
-    def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = SequenceVAE(1000, 10, 2, 8, 16)
-            return BetaVAE(
-                model,
-                optimizer=(Adam(model.q_net.parameters()), Adam(model.p_net.parameters())),
-                rule=Aggressive(2, 3, 4),
-                estimator="iwae",
-                k=2,
-            )
-
-    resumed(make, data, tmp_path)
+    fit_with_and_without_a_break(partial(make_seeded, make_sequence_players), data, tmp_path)
 
 
 def test_autoregressive_images(tmp_path):
-    data = Images(IMAGES)
-
-    def make():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return BetaVAE(
-                AutoregressiveVAE((1, 8, 8), 2, hidden=16, width=8, radius=2), beta=ControlVAE(2.0)
-            )
-
-    scheme, records = resumed(make, data, tmp_path, valid=data, binarize="dynamic", ema=0.9)
+    data, make = Images(IMAGES), partial(make_seeded, make_autoregressive_scheme)
+    settings = {"valid": data, "binarize": "dynamic", "ema": 0.9}
+    scheme, records = fit_with_and_without_a_break(make, data, tmp_path, **settings)
     assert records[1]["valid"]["elbo"] > records[0]["valid"]["elbo"]
     x = scheme.sample(5)
-    assert (
-        x.shape[0] == 5
-        and x.numel() == 5 * 64
-        and set(x.unique().tolist()) == {0.0, 1.0}
-        and (tmp_path / "whole/samples/epoch-0002.png").is_file()
-    )
+    assert x.shape[0] == 5 and x.numel() == 5 * 64
+    assert set(x.unique().tolist()) == {0.0, 1.0}
+    assert (tmp_path / "whole/samples/epoch-0002.png").is_file()

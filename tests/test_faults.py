@@ -25,10 +25,12 @@ KILLER = Path(__file__).with_name("killer.py")
 
 
 def weights(run):
+    """Return the weights in the checkpoint of a run folder."""
     return checkpoint.load(run / "checkpoint.pt")["scheme"]["model"]["weights"]
 
 
 def log(run):
+    """Return the records of a run folder, without what depends on the clock."""
     return [
         {k: v for k, v in json.loads(line).items() if "second" not in k}
         for line in (run / "metrics.jsonl").read_text().splitlines()
@@ -36,6 +38,7 @@ def log(run):
 
 
 def assert_same(a, b):
+    """Assert that two run folders hold the same records and the same weights."""
     assert log(a) == log(b)
     assert all(
         torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True)
@@ -116,6 +119,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
 
 
 def damage(run, how):
+    """Damage the checkpoint of a run folder."""
     path = run / "checkpoint.pt"
     whole = path.read_bytes()
     if how == "truncated":

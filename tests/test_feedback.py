@@ -1,7 +1,8 @@
-"FeedbackGAN of the installed package: its losses, its rules, resumption, evaluation, and a training from end to end."
+"""FeedbackGAN: its losses, rules, resumption and evaluation, and a training from end to end."""
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -28,57 +29,77 @@ from optgen.rules import (
     Unrolled,
 )
 from optgen.schemes.feedback import FeedbackGAN, GANBatch, downsampled_pixels
-from optgen.testing import finite_difference
+from optgen.testing import finite_difference, flat_weights, raises
 from optgen.training.checkpoint import load, save
 from optgen.training.trainer import fit
 
+
+def feedback_and_consensus():
+    """Return a list of two corrections."""
+    return [Feedback("G", "D", "D", 0.2), Consensus(0.1)]
+
+
+def lookahead():
+    """Return a lookahead around another rule."""
+    return Lookahead(Alternating(), every=3)
+
+
 RULES = {
-    "simultaneous": lambda: Simultaneous(),
-    "alternating": lambda: Alternating(repeats={"D": 2}),
-    "extragradient": lambda: Extragradient(past=True),
-    "optimistic": lambda: Optimistic(),
-    "literal": lambda: Feedback("G", "D", "G", 0.5),
-    "nagarajan-kolter": lambda: Feedback("G", "D", "D", 0.5),
-    "smoothing": lambda: Feedback("D", "D", "G", 0.5),
-    "list": lambda: [Feedback("G", "D", "D", 0.2), Consensus(0.1)],
-    "consensus": lambda: Consensus(1.0),
-    "symplectic": lambda: SymplecticAdjustment(1.0),
-    "lookahead": lambda: Lookahead(Alternating(), every=3),
-    "unrolled": lambda: Unrolled("D", 2),
-    "competitive": lambda: CompetitiveGradient(),
+    "simultaneous": Simultaneous,
+    "alternating": partial(Alternating, repeats={"D": 2}),
+    "extragradient": partial(Extragradient, past=True),
+    "optimistic": Optimistic,
+    "article": partial(Feedback, "G", "D", "G", 0.5),
+    "nagarajan-kolter": partial(Feedback, "G", "D", "D", 0.5),
+    "smoothing": partial(Feedback, "D", "D", "G", 0.5),
+    "list": feedback_and_consensus,
+    "consensus": partial(Consensus, 1.0),
+    "symplectic": partial(SymplecticAdjustment, 1.0),
+    "lookahead": lookahead,
+    "unrolled": partial(Unrolled, "D", 2),
+    "competitive": CompetitiveGradient,
 }
-every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+every_rule = pytest.mark.parametrize("make_rule", RULES.values(), ids=RULES.keys())
 IMAGES = digits("train").images[:200, :, 4:28:3, 4:28:3].contiguous()
 
 
-def tiny(rule=None, seed=0, **kw):
+def conv_gan(rule=None, seed=0, **kwargs):
+    """Return a convolutional GAN on 8 x 8 images, seeded."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return FeedbackGAN(
-            ConvGenerator((1, 8, 8), 3, 4), ConvDiscriminator((1, 8, 8), 4), rule=rule, **kw
-        )
+        networks = ConvGenerator((1, 8, 8), 3, 4), ConvDiscriminator((1, 8, 8), 4)
+        return FeedbackGAN(*networks, rule=rule, **kwargs)
+
+
+def all_params(scheme):
+    """Return the parameters of both players, G's before D's."""
+    return [*scheme.params("G"), *scheme.params("D")]
 
 
 def train(scheme, steps, seed=0):
+    """Train on random batches and return all weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(steps):
             scheme.step(Batch(IMAGES[torch.randperm(200)[:16]] / 255))
-    return torch.cat([p.detach().flatten() for name in ("G", "D") for p in scheme.params(name)])
+    return flat_weights(all_params(scheme))
 
 
-def small(seed=0, **kw):
+def mlp_gan(seed=0, **kwargs):
+    """Return a small GAN in float64 with plain gradient descent, and a batch with its noise."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        G, D = MLPGenerator(2, (5,)).double(), MLPDiscriminator((2,), (6,)).double()
-        return FeedbackGAN(
-            G, D, optimizers=[SGD(m.parameters(), lr=0.1) for m in (G, D)], **kw
-        ), GANBatch(torch.randn(7, 2, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64))
+        networks = MLPGenerator(2, (5,)).double(), MLPDiscriminator((2,), (6,)).double()
+        optimizers = [SGD(net.parameters(), lr=0.1) for net in networks]
+        scheme = FeedbackGAN(*networks, optimizers=optimizers, **kwargs)
+        x, z = (torch.randn(7, 2, dtype=torch.float64) for _ in range(2))
+        return scheme, GANBatch(x, z)
 
 
 @every_rule
-def test_resumes_bit_for_bit_through_a_file(rule, tmp_path):
-    one, other = tiny(rule(), loss="relativistic"), tiny(rule(), seed=5, loss="relativistic")
+def test_resumes_bit_for_bit_through_a_file(make_rule, tmp_path):
+    one = conv_gan(make_rule(), loss="relativistic")
+    other = conv_gan(make_rule(), seed=5, loss="relativistic")
     train(one, 4)
     save(tmp_path / "state.pt", one.state_dict())
     other.load_state_dict(load(tmp_path / "state.pt"))
@@ -90,151 +111,130 @@ def test_resumes_bit_for_bit_through_a_file(rule, tmp_path):
     [("G", "D", "G"), ("G", "D", "D"), ("D", "D", "G"), ("D", "G", "D"), ("G", "G", "G")],
 )
 def test_weight_zero_is_no_feedback_bit_for_bit(to, loss, wrt):
-    assert torch.equal(train(tiny(Feedback(to, loss, wrt, 0.0)), 4), train(tiny(), 4))
+    without_feedback = train(conv_gan(), 4)
+    assert torch.equal(train(conv_gan(Feedback(to, loss, wrt, 0.0)), 4), without_feedback)
 
 
 @pytest.mark.parametrize(
     "to, loss, wrt", [("G", "D", "G"), ("G", "D", "D"), ("D", "D", "G"), ("D", "G", "D")]
 )
-def test_feedback_is_the_gradient_of_the_penalised_loss(to, loss, wrt):
-    scheme, b = small(rule=Feedback(to, loss, wrt, 0.7), loss="saturating")
+def test_feedback_is_the_gradient_of_the_penalized_loss(to, loss, wrt):
+    scheme, batch = mlp_gan(rule=Feedback(to, loss, wrt, 0.7), loss="saturating")
     losses = {"G": scheme.g_loss, "D": scheme.d_loss}
-    penalty = sum(
-        g.square().sum()
-        for g in torch.autograd.grad(losses[loss](b), scheme.params(wrt), create_graph=True)
-    )
-    u = scheme.rule.direction(scheme.at(b, graph=True))
+    grads = torch.autograd.grad(losses[loss](batch), scheme.params(wrt), create_graph=True)
+    penalty = sum(g.square().sum() for g in grads)
+    u = scheme.rule.direction(scheme.at(batch, graph=True))
     for name in ("G", "D"):
-        expected = torch.autograd.grad(
-            losses[name](b) + 0.7 * penalty * (name == to), scheme.params(name), retain_graph=True
-        )
-        assert all(torch.allclose(a, c, rtol=1e-10, atol=1e-14) for a, c in zip(u[name], expected))
+        penalized = losses[name](batch) + 0.7 * penalty * (name == to)
+        expected = torch.autograd.grad(penalized, scheme.params(name), retain_graph=True)
+        assert all(torch.allclose(a, g, rtol=1e-10, atol=1e-14) for a, g in zip(u[name], expected))
+
+
+def mean_squared_slope(D, x):
+    """Return the mean squared input gradient of the logits, by finite differences."""
+    slopes = finite_difference(lambda x: D(x).sum(), x.detach())
+    return slopes.square().sum(1).mean()
 
 
 @pytest.mark.parametrize("loss", GAN_LOSSES)
-def test_input_penalties_are_those_of_finite_differences(loss):
-    scheme, b = small(loss=loss, r1=0.8, r2=0.4)
-    plain, _ = small(loss=loss)
-    norm = lambda x: (
-        finite_difference(lambda x: scheme.discriminator(x).sum(), x.detach())
-        .square()
-        .sum(1)
-        .mean()
-    )
-    assert (
-        abs(
-            scheme.d_loss(b) - plain.d_loss(b) - 0.4 * norm(b.x) - 0.2 * norm(scheme.generator(b.z))
-        )
-        < 1e-8
-    )
+def test_input_penalties_agree_with_finite_differences(loss):
+    scheme, batch = mlp_gan(loss=loss, r1=0.8, r2=0.4)
+    plain, _ = mlp_gan(loss=loss)
+    D, fake = scheme.discriminator, scheme.generator(batch.z)
+    expected = 0.4 * mean_squared_slope(D, batch.x) + 0.2 * mean_squared_slope(D, fake)
+    assert abs(scheme.d_loss(batch) - plain.d_loss(batch) - expected) < 1e-8
 
 
 def test_simultaneous_is_the_loop_by_hand():
-    scheme, b = small()
-    twin = copy.deepcopy((scheme.generator, scheme.discriminator))
-    scheme.draw = lambda batch: b
+    scheme, batch = mlp_gan()
+    G, D = copy.deepcopy((scheme.generator, scheme.discriminator))
+    params = [*G.parameters(), *D.parameters()]
+    scheme.draw = lambda _: batch
     for _ in range(20):
-        scheme.step(Batch(b.x))
+        scheme.step(Batch(batch.x))
     for _ in range(20):
-        G, D = twin
-        g = torch.autograd.grad(-D(G(b.z)).sigmoid().log().mean(), list(G.parameters()))
-        d = torch.autograd.grad(
-            -D(b.x).sigmoid().log().mean() - (1 - D(G(b.z)).sigmoid()).log().mean(),
-            list(D.parameters()),
-        )
+        g_loss = -D(G(batch.z)).sigmoid().log().mean()
+        d_loss = -D(batch.x).sigmoid().log().mean() - (1 - D(G(batch.z)).sigmoid()).log().mean()
+        g_grads = torch.autograd.grad(g_loss, list(G.parameters()))
+        d_grads = torch.autograd.grad(d_loss, list(D.parameters()))
         with torch.no_grad():
-            for p, grad in zip((*G.parameters(), *D.parameters()), (*g, *d)):
+            for p, grad in zip(params, (*g_grads, *d_grads)):
                 p -= 0.1 * grad
-    assert all(
-        torch.allclose(p, q, rtol=1e-10)
-        for a, b in zip((scheme.generator, scheme.discriminator), twin)
-        for p, q in zip(a.parameters(), b.parameters())
-    )
+    assert all(torch.allclose(p, q, rtol=1e-10) for p, q in zip(all_params(scheme), params))
 
 
 @every_rule
 @pytest.mark.parametrize(
-    "where", [dict(device="meta"), dict(dtype=torch.float64)], ids=["meta", "float64"]
+    "where", [{"device": "meta"}, {"dtype": torch.float64}], ids=["meta", "float64"]
 )
-def test_any_device_and_dtype(rule, where):
-    with torch.device(where.get("device", "cpu")):
-        scheme = tiny(rule(), r1=1.0)
+def test_any_device_and_dtype(make_rule, where):
+    device, dtype = where.get("device", "cpu"), where.get("dtype", torch.float32)
+    with torch.device(device):
+        scheme = conv_gan(make_rule(), r1=1.0)
     scheme.to(**where)
     losses = scheme.step(Batch((IMAGES[:8] / 255).to(**where)))
-    assert set(losses) == {"G", "D"} and all(
-        l.dim() == 0 and l.device.type == where.get("device", "cpu") for l in losses.values()
-    )
-    assert scheme.sample(3).shape == (3, 1, 8, 8) and scheme.sample(3).dtype == where.get(
-        "dtype", torch.float32
-    )
+    assert set(losses) == {"G", "D"}
+    assert all(loss.dim() == 0 and loss.device.type == device for loss in losses.values())
+    sample = scheme.sample(3)
+    assert sample.shape == (3, 1, 8, 8) and sample.dtype == dtype
 
 
 @pytest.mark.cuda
 @every_rule
-def test_on_a_gpu_as_on_the_cpu(rule):
-    here, there = (
-        tiny(rule(), r1=1.0, optimizers=None).to(torch.float64),
-        tiny(rule(), r1=1.0).to(torch.float64).to("cuda"),
-    )
+def test_cuda_agrees_with_the_cpu(make_rule):
     x, z = (IMAGES[:8] / 255).double(), torch.randn(8, 3, dtype=torch.float64)
-    for scheme, device in ((here, "cpu"), (there, "cuda")):
-        scheme.draw = lambda batch, device=device: GANBatch(batch.x, z.to(device))
+    schemes = []
+    for device in ("cpu", "cuda"):
+        scheme = conv_gan(make_rule(), r1=1.0).to(torch.float64).to(device)
+        noise = z.to(device)
+        scheme.draw = lambda batch: GANBatch(batch.x, noise)
         for _ in range(2):
             scheme.step(Batch(x.to(device)))
-    assert all(
-        torch.allclose(p, q.cpu(), rtol=1e-6, atol=1e-9)
-        for n in "GD"
-        for p, q in zip(here.params(n), there.params(n))
-    )
+        schemes.append(scheme)
+    for p, q in zip(*map(all_params, schemes)):
+        assert torch.allclose(p, q.cpu(), rtol=1e-6, atol=1e-9)
 
 
 def test_fits_resumes_samples_and_evaluates(tmp_path):
     data = Images(IMAGES)
-    make = lambda: tiny(Feedback("G", "D", "D", 0.5), r1=0.1, features=downsampled_pixels)
-    kwargs = dict(
-        batch_size=50, valid=data.subset(torch.arange(100)), progress="none", ema=0.9, samples=4
+    valid = data.subset(torch.arange(100))
+    settings = {"batch_size": 50, "valid": valid, "progress": "none", "ema": 0.9, "samples": 4}
+    whole, interrupted = (
+        conv_gan(Feedback("G", "D", "D", 0.5), r1=0.1, features=downsampled_pixels)
+        for _ in range(2)
     )
-    whole, parts = make(), make()
-    records = fit(whole, data, epochs=2, out=tmp_path / "whole", **kwargs)
-    fit(parts, data, epochs=1, out=tmp_path / "parts", **kwargs)
-    fit(parts, data, epochs=2, out=tmp_path / "parts", resume=True, **kwargs)
-    assert all(torch.equal(p, q) for n in "GD" for p, q in zip(whole.params(n), parts.params(n)))
-    assert {"G", "D", whole.criterion} <= set(records[-1]["valid"]) and all(
-        math.isfinite(v) for v in records[-1]["valid"].values()
-    )
-    assert set(records[-1]["train"]) == {"G", "D"} and (tmp_path / "whole" / "samples").is_dir()
+    records = fit(whole, data, epochs=2, out=tmp_path / "whole", **settings)
+    fit(interrupted, data, epochs=1, out=tmp_path / "interrupted", **settings)
+    fit(interrupted, data, epochs=2, out=tmp_path / "interrupted", resume=True, **settings)
+    assert all(torch.equal(p, q) for p, q in zip(all_params(whole), all_params(interrupted)))
+    measured = records[-1]["valid"]
+    assert {"G", "D", whole.criterion} <= set(measured)
+    assert all(math.isfinite(value) for value in measured.values())
+    assert set(records[-1]["train"]) == {"G", "D"}
+    assert (tmp_path / "whole" / "samples").is_dir()
 
 
 def test_evaluation_repeats_with_its_seed_and_leaves_modes():
-    scheme = tiny(features=downsampled_pixels)
+    scheme = conv_gan(features=downsampled_pixels)
     batches = [Batch(x / 255) for x in IMAGES.split(60)]
     scheme.discriminator.eval()
-    a, b, c = (
-        scheme.evaluate(batches, seed=1),
-        scheme.evaluate(batches, seed=1),
-        scheme.evaluate(batches, seed=2),
-    )
-    assert a == b != c and scheme.generator.training and not scheme.discriminator.training
+    first, again, other = (scheme.evaluate(batches, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert scheme.generator.training and not scheme.discriminator.training
 
 
-def test_training_a_toy_mixture_moves_towards_it():
-    "A line of three points and nothing tuned: the Fréchet distance falls a long way."
+def test_training_approaches_a_toy_mixture():
+    # Three points on a line and no tuning: the Fréchet distance falls to less than a fifth.
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        G, D = MLPGenerator(2, (32,)), MLPDiscriminator((2,), (32,))
-        scheme = FeedbackGAN(
-            G,
-            D,
-            rule=Feedback("G", "D", "D", 0.5),
-            optimizers=[Momentum(m.parameters(), lr=0.05, momentum=0.0) for m in (G, D)],
-            r1=0.3,
-        )
-        data = [
-            Batch(
-                torch.randint(3, (200, 1)) * torch.tensor([2.0, -1.0]) + 0.1 * torch.randn(200, 2)
-            )
-            for _ in range(10)
-        ]
+        networks = MLPGenerator(2, (32,)), MLPDiscriminator((2,), (32,))
+        optimizers = [Momentum(net.parameters(), lr=0.05, momentum=0.0) for net in networks]
+        rule = Feedback("G", "D", "D", 0.5)
+        scheme = FeedbackGAN(*networks, rule=rule, optimizers=optimizers, r1=0.3)
+        data = []
+        for _ in range(10):
+            points = torch.randint(3, (200, 1)) * torch.tensor([2.0, -1.0])
+            data.append(Batch(points + 0.1 * torch.randn(200, 2)))
         before = scheme.evaluate(data, seed=0)["fid"]
         for _ in range(40):
             for batch in data:
@@ -243,22 +243,35 @@ def test_training_a_toy_mixture_moves_towards_it():
 
 
 @pytest.mark.parametrize(
-    "call, word",
+    "kwargs, word",
     [
-        (lambda: tiny(loss="ls"), "'hinge'"),
-        (lambda: tiny(r1=-1.0), "r1"),
-        (lambda: tiny(r2=math.inf), "r2"),
-        (lambda: tiny(Feedback("G", "D", "E", 1.0)), "'E'"),
-        (
-            lambda: FeedbackGAN(ConvGenerator((1, 9, 9), 3, 2), ConvDiscriminator((1, 8, 8), 2)),
-            "(1, 9, 9)",
-        ),
-        (lambda: tiny().evaluate([]), "two examples"),
-        (lambda: tiny(r2=1.0).compile(), "R2"),
-        (lambda: tiny(Consensus(1.0)).compile(), "Consensus"),
+        ({"loss": "ls"}, "'hinge'"),
+        ({"r1": -1.0}, "r1"),
+        ({"r2": math.inf}, "r2"),
+        ({"rule": Feedback("G", "D", "E", 1.0)}, "'E'"),
     ],
+    ids=["loss", "r1", "r2", "rule"],
 )
-def test_bad_input_is_told(call, word):
-    with pytest.raises(ValueError) as e:
-        call()
-    assert word in str(e.value)
+def test_invalid_arguments_raise(kwargs, word):
+    with raises(ValueError, word):
+        conv_gan(**kwargs)
+
+
+def test_networks_of_different_shapes_raise():
+    with raises(ValueError, "(1, 9, 9)"):
+        FeedbackGAN(ConvGenerator((1, 9, 9), 3, 2), ConvDiscriminator((1, 8, 8), 2))
+
+
+def test_an_evaluation_without_examples_raises():
+    with raises(ValueError, "two examples"):
+        conv_gan().evaluate([])
+
+
+@pytest.mark.parametrize(
+    "kwargs, word",
+    [({"r2": 1.0}, "R2"), ({"rule": Consensus(1.0)}, "Consensus")],
+    ids=["r2", "rule"],
+)
+def test_what_differentiates_twice_is_not_compiled(kwargs, word):
+    with raises(ValueError, word):
+        conv_gan(**kwargs).compile()

@@ -40,11 +40,13 @@ def job(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def told(job):
-    return json.loads((job / "told.json").read_text())
+def outcomes(job):
+    """Exit codes and output of every launch."""
+    return json.loads((job / "outcomes.json").read_text())
 
 
 def result(job, rank, world):
+    """Return what one of `world` ranks left."""
     return torch.load(job / f"{rank}-of-{world}.pt")
 
 
@@ -60,7 +62,10 @@ def test_every_rule_is_tried():
     assert offered - kinds <= {rules.DirectionWrapper, rules.Correction}
 
 
-def test_two_ranks_do_all_and_three_a_third(job):
+def test_two_ranks_do_all_and_three_a_third(job, outcomes):
+    for world in (1, 2, 3):
+        launched = outcomes[f"rules {world}"]
+        assert launched["codes"] == [0] * world, launched["said"]
     for half in ("every", "elbos"):
         one, two, three = (result(job, 0, world)[half] for world in (1, 2, 3))
         assert two.keys() == one.keys() and len(three) == math.ceil(len(one) / 3)
@@ -136,8 +141,8 @@ def test_the_mean_of_the_ranks_own_penalties_is_another_rule(job, world):
     assert wrong > 0.01
 
 
-def test_fit_follows_one_process(job, told):
-    assert told["whole"]["codes"] == [0] and told["spread"]["codes"] == [0] * 3
+def test_fit_follows_one_process(job, outcomes):
+    assert outcomes["whole"]["codes"] == [0] and outcomes["spread"]["codes"] == [0] * 3
     one, ranks = (
         torch.load(job / "whole-0.pt"),
         [torch.load(job / f"spread-{r}.pt") for r in range(3)],
@@ -149,17 +154,31 @@ def test_fit_follows_one_process(job, told):
     assert {p.name for p in (job / "spread").iterdir()} == {
         p.name for p in (job / "whole").iterdir()
     }
-    assert len(told["spread"]["said"][0].splitlines()) == 3 and told["spread"]["said"][1:] == [
+    assert len(outcomes["spread"]["said"][0].splitlines()) == 3 and outcomes["spread"]["said"][
+        1:
+    ] == [
         "",
         "",
     ]
 
 
+def test_only_the_first_rank_calls_callbacks(job, outcomes):
+    assert outcomes["whole"]["codes"] == [0] and outcomes["spread"]["codes"] == [0] * 3
+    whole = json.loads((job / "whole-0-calls.json").read_text())
+    ranks = [json.loads((job / f"spread-{rank}-calls.json").read_text()) for rank in range(3)]
+    assert ranks == [whole, [], []]
+    names = [name for name, _, _ in whole]
+    assert names[0] == "on_train_begin" and names[-1] == "on_train_end"
+    assert names.count("on_step") == 30 and names.count("on_epoch") == 3
+
+
 def flat(run):
+    """Return the weights of a run."""
     return list(run["state"]["model"]["weights"].values())
 
 
 def assert_same_run(a, b):
+    """Assert that two runs agree to rounding."""
     assert all(
         torch.allclose(x, y, rtol=1e-5, atol=2e-6) for x, y in zip(flat(a), flat(b), strict=True)
     )
@@ -169,20 +188,20 @@ def assert_same_run(a, b):
             assert x[split] == pytest.approx(y[split], rel=1e-4)
 
 
-def test_a_checkpoint_moves_from_two_to_three_to_one(job, told):
-    assert [told[f"moved {w}"]["codes"] for w in (2, 3, 1)] == [[0] * 2, [0] * 3, [0]]
+def test_a_checkpoint_moves_from_two_to_three_to_one(job, outcomes):
+    assert [outcomes[f"moved {w}"]["codes"] for w in (2, 3, 1)] == [[0] * 2, [0] * 3, [0]]
     assert_same_run(torch.load(job / "whole-0.pt"), torch.load(job / "moved-0.pt"))
 
 
 @pytest.mark.parametrize("how", [how for how in FAULTS if how != "signal"])
-def test_one_ranks_fault_ends_all_and_is_told_once(told, how):
-    said = "".join(told[how]["said"])
+def test_one_ranks_fault_ends_all_and_is_reported_once(outcomes, how):
+    said = "".join(outcomes[how]["said"])
     assert said.count("Traceback (most recent call last)") == 1
-    assert told[how]["codes"] == {
+    assert outcomes[how]["codes"] == {
         "kill 1": [1, -signal.SIGKILL],
         "kill 0": [-signal.SIGKILL, 1],
     }.get(how, [1, 1])
-    last = next(s for s in told[how]["said"] if "Traceback" in s)
+    last = next(s for s in outcomes[how]["said"] if "Traceback" in s)
     word = {
         "raise": "ZeroDivisionError",
         "kill 1": "RankError: another rank",
@@ -197,22 +216,22 @@ def test_one_ranks_fault_ends_all_and_is_told_once(told, how):
     assert word in last[last.index("Traceback") :]
 
 
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, told):
-    assert told["signal"]["codes"] == [143, 143]
-    first, second = told["signal"]["said"]
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, outcomes):
+    assert outcomes["signal"]["codes"] == [143, 143]
+    first, second = outcomes["signal"]["said"]
     assert "stopped: SIGTERM after step" in first and "resume=True" in first and second == ""
     step = int(first.split("after step ")[1].split(":")[0])
     assert 13 <= step < 30
 
 
 @pytest.mark.parametrize("how", ["signal", "kill 1"])
-def test_what_was_stopped_goes_on(job, told, how):
-    assert set(told[f"{how} resumed"]["codes"]) == {0}
+def test_what_was_stopped_goes_on(job, outcomes, how):
+    assert set(outcomes[f"{how} resumed"]["codes"]) == {0}
     assert_same_run(torch.load(job / "whole-0.pt"), torch.load(job / f"{how}-0.pt"))
 
 
-def test_patience_ends_all_ranks_and_gives_all_the_best(job, told):
-    assert told["early"]["codes"] == [0, 0]
+def test_patience_ends_all_ranks_and_gives_all_the_best(job, outcomes):
+    assert outcomes["early"]["codes"] == [0, 0]
     ranks = [torch.load(job / f"early-{r}.pt") for r in range(2)]
     best = checkpoint.load(job / "early/best.pt")
     assert [[r["valid"]["bits"] for r in rank["records"]] for rank in ranks] == [
@@ -263,6 +282,7 @@ def test_batches_that_cannot_be_spread_say_so():
 
 
 def torchrun(world, *args, **kwargs):
+    """Start the command line on so many ranks."""
     command = [
         sys.executable,
         "-m",
@@ -280,6 +300,7 @@ def torchrun(world, *args, **kwargs):
 
 
 def log(run):
+    """Return the records of a run folder."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -319,10 +340,10 @@ def test_torchrun_on_the_command_line(tmp_path, tiny_run):
 @pytest.mark.parametrize(
     "what, code, word", [("usage", 2, "'--epochs'"), ("missing", 1, "nowhere")]
 )
-def test_a_mistake_on_the_command_line_is_told_once(told, what, code, word):
-    said = "".join(told[what]["said"])
+def test_a_mistake_on_the_command_line_is_reported_once(outcomes, what, code, word):
+    said = "".join(outcomes[what]["said"])
     assert len(said.splitlines()) == 1 and said.startswith("optgen: ") and word in said
-    assert sorted(told[what]["codes"]) == sorted([1, code])
+    assert sorted(outcomes[what]["codes"]) == sorted([1, code])
 
 
 def test_a_lone_process_has_no_ranks(monkeypatch):

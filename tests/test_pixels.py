@@ -1,84 +1,86 @@
-"Images pixel after pixel, of the installed package: they learn, draw and are moved between dtypes and devices."
+"""Pixel models of the installed package: training, draws, dtypes and devices."""
 
 import pytest
 import torch
-from conftest import rng
 
 from optgen.data.images import digits
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
 from optgen.optim import Adam
+from optgen.testing import generator
 
-SHAPE, GREY = (1, 7, 7), digits("train").images[:600, :, ::4, ::4] / 255
-KINDS = {
+SHAPE = (1, 7, 7)
+PIXELS = digits("train").images[:600, :, ::4, ::4] / 255
+BUILDERS = {
     "made": lambda levels: MADE(SHAPE, (60,), levels),
     "lstm": lambda levels: PixelLSTM(SHAPE, 24, levels=levels),
     "pixelcnn": lambda levels: PixelCNN(SHAPE, 8, 3, levels=levels),
 }
-everyone = pytest.mark.parametrize(
-    ("name", "levels"), [(name, levels) for name in KINDS for levels in (2, 4)]
-)
+CASES = [(name, levels) for name in BUILDERS for levels in (2, 4)]
+every_model = pytest.mark.parametrize(("name", "levels"), CASES)
 
 
-def make(name, levels, seed=0):
+def build_model(name, levels, seed=0):
+    """Return the model of a name with seeded weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KINDS[name](levels)
+        return BUILDERS[name](levels)
 
 
-def images(levels):
-    return (GREY * (levels - 1)).round() / (levels - 1)
+def quantized_images(levels):
+    """Return the digits rounded to `levels` gray levels in [0, 1]."""
+    return (PIXELS * (levels - 1)).round() / (levels - 1)
 
 
-def learn(model, levels, steps=60, bfloat16=False):
-    x, optimizer, seen = (
-        images(levels).to(next(model.parameters())),
-        Adam(model.parameters(), lr=1e-2),
-        [],
-    )
+def train(model, levels, steps=60, bfloat16=False):
+    """Train a model by Adam and return the loss of each step."""
+    images = quantized_images(levels).to(next(model.parameters()))
+    optimizer = Adam(model.parameters(), lr=1e-2)
+    losses = []
     for t in range(steps):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
-            loss = -model.log_prob(
-                x[torch.randint(len(x), (50,), generator=rng(t)).to(x.device)]
-            ).mean()
+        chosen = torch.randint(len(images), (50,), generator=generator(t)).to(images.device)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=bfloat16):
+            loss = -model.log_prob(images[chosen]).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        seen.append(loss.detach())
-    return torch.stack(seen)
+        losses.append(loss.detach())
+    return torch.stack(losses)
 
 
-@everyone
-def test_it_learns_and_what_it_draws_is_likelier_than_noise(name, levels):
-    for seed in (0, 1):
-        model = make(name, levels, seed)
-        losses = learn(model, levels)
-        assert losses[-10:].mean() < 0.8 * losses[:3].mean()
-        drawn = model.sample(64, rng(seed))
-        noise = torch.randint(levels, (64, *SHAPE), generator=rng(seed)) / (levels - 1)
-        assert drawn.shape == (64, *SHAPE) and set(
-            ((levels - 1) * drawn).round().unique().tolist()
-        ) <= set(range(levels))
-        assert model.log_prob(drawn).mean() > model.log_prob(noise).mean() + 10
+@pytest.mark.parametrize("seed", [0, 1])
+@every_model
+def test_training_lowers_the_loss_and_draws_are_likelier_than_noise(name, levels, seed):
+    model = build_model(name, levels, seed)
+    losses = train(model, levels)
+    assert losses[-10:].mean() < 0.8 * losses[:3].mean()
+    draws = model.sample(64, generator(seed))
+    noise = torch.randint(levels, (64, *SHAPE), generator=generator(seed)) / (levels - 1)
+    assert draws.shape == (64, *SHAPE)
+    assert set(((levels - 1) * draws).round().unique().tolist()) <= set(range(levels))
+    assert model.log_prob(draws).mean() > model.log_prob(noise).mean() + 10
 
 
-@everyone
-def test_float32_follows_float64(name, levels):
-    single, double = make(name, levels), make(name, levels).double()
-    assert torch.allclose(learn(single, levels, 20).double(), learn(double, levels, 20), rtol=1e-3)
+@every_model
+def test_training_in_float32_follows_float64(name, levels):
+    single = train(build_model(name, levels), levels, 20)
+    double = train(build_model(name, levels).double(), levels, 20)
+    assert torch.allclose(single.double(), double, rtol=1e-3)
 
 
-@everyone
-def test_bfloat16_autocast_trains(name, levels):
-    losses = learn(make(name, levels), levels, 20, bfloat16=True)
-    assert losses.dtype == torch.float32 and losses.isfinite().all() and losses[-1] < losses[0]
+@every_model
+def test_training_under_bfloat16_autocast(name, levels):
+    losses = train(build_model(name, levels), levels, 20, bfloat16=True)
+    assert losses.dtype == torch.float32
+    assert losses.isfinite().all()
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.cuda
-@everyone
-def test_cuda_as_on_the_cpu(name, levels):
-    here, there, x = make(name, levels), make(name, levels).cuda(), images(levels)[:50]
-    assert (
-        torch.allclose(here.log_prob(x), there.log_prob(x.cuda()).cpu(), rtol=1e-4)
-        and there.sample(3).is_cuda
-    )
-    assert learn(there, levels, 20).isfinite().all()
+@every_model
+def test_cuda_agrees_with_the_cpu(name, levels):
+    on_cpu, on_cuda = build_model(name, levels), build_model(name, levels).cuda()
+    x = quantized_images(levels)[:50]
+    log_prob = on_cuda.log_prob(x.cuda()).cpu()
+    assert torch.allclose(on_cpu.log_prob(x), log_prob, rtol=1e-4)
+    assert on_cuda.sample(3).is_cuda
+    assert train(on_cuda, levels, 20).isfinite().all()

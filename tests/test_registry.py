@@ -1,5 +1,7 @@
 "Registries: a specification builds the thing that it names, or the error says what is known."
 
+from dataclasses import FrozenInstanceError
+
 import pytest
 
 from optgen.registry import Registry, parse_spec, read_json
@@ -75,6 +77,7 @@ def test_entries_are_found_by_name(powers):
         ("square:b=3", "square takes no argument 'b'; its arguments are: base, exponent"),
         ("nothing:b=3", "nothing takes no argument 'b'; its arguments are: none"),
         ("square:base=-1", "square cannot be built with base=-1: base must not be negative"),
+        ("cube:base=-1", "cube cannot be built with base=-1: base must not be negative"),
         ("square:base=true,exponent=null", "cannot be built with base=True, exponent=None"),
     ],
 )
@@ -92,6 +95,16 @@ def test_an_entry_without_arguments_that_fails(powers):
     powers.add("broken", broken, "fails")
     with pytest.raises(ValueError, match="broken cannot be built with no arguments: broken"):
         powers.build("broken")
+
+
+def test_a_default_can_give_a_required_argument(powers):
+    powers.add("eight", power, "two to the third", base=2, exponent=3)
+    assert powers.build("eight") == 8
+
+
+def test_entries_do_not_change(powers):
+    with pytest.raises(FrozenInstanceError):
+        powers.find("cube").summary = "another"
 
 
 def test_a_name_is_registered_once(powers):

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+from optgen.data.images import digits
+from optgen.data.toy import grid_centers, grid_mixture
 from optgen.sample_quality import (
     feature_stats,
     fid,
@@ -13,9 +16,6 @@ from optgen.sample_quality import (
     label_floor,
     mode_coverage,
 )
-
-from optgen.data.images import digits
-from optgen.data.toy import grid_centers, grid_mixture
 from optgen.testing import generator, randn
 
 

@@ -8,58 +8,64 @@ from torch import nn
 from optgen.controllers import Geco
 from optgen.data.folders import ImageFiles, image_folder
 from optgen.data.images import Batch, Images, digits
+from optgen.data.loading import Loader
 from optgen.games import Game, Player
 from optgen.models.vae import VAE, ConvVAE
 from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
 from optgen.training import checkpoint
-from optgen.training.trainer import NonFiniteWatch, fit
+from optgen.training.guards import NonFiniteWatch
+from optgen.training.trainer import fit
 
 
 def few(n=400):
+    """Return the first digits."""
     return Images(digits("train").images[:n])
 
 
-def scheme(seed=0, make=lambda: VAE(784, 32, 16, 4), device=None, beta=lambda: 1.0):
+def small_vae():
+    """Return a small VAE."""
+    return VAE(784, 32, 16, 4)
+
+
+def small_conv_vae():
+    """Return a small convolutional VAE."""
+    return ConvVAE((1, 28, 28), 4, width=8)
+
+
+def scheme(seed=0, make=small_vae, device=None, beta=1.0):
+    """Return a scheme whose first weights follow from `seed`."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().to(device)
-    return BetaVAE(model, beta(), optimizer=Adam(model.parameters(), lr=1e-3))
+    return BetaVAE(model, beta, optimizer=Adam(model.parameters(), lr=1e-3))
 
 
 def weights(s):
+    """Return the weights of a scheme as one vector on the CPU."""
     return torch.cat([p.detach().cpu().flatten() for p in s.model.parameters()])
 
 
 def test_compiled_is_eager():
-    eager, compiled = (scheme(beta=lambda: Geco(200.0, smoothing=0.9)) for _ in range(2))
+    eager, compiled = (scheme(beta=Geco(200.0, smoothing=0.9)) for _ in range(2))
     for s, c in ((eager, False), (compiled, True)):
         fit(s, few(), epochs=2, binarize="dynamic", compile=c, progress="none")
     assert torch.allclose(weights(eager), weights(compiled), rtol=1e-3, atol=1e-5)
     assert (
         torch.allclose(eager.beta.value, compiled.beta.value, rtol=1e-3) and eager.beta.value < 0.9
     )
-    assert (weights(eager) - weights(scheme())).norm() > 100 * (
-        weights(eager) - weights(compiled)
-    ).norm()
+    walked = (weights(eager) - weights(scheme())).norm()
+    assert walked > 100 * (weights(eager) - weights(compiled)).norm()
 
 
 def test_bfloat16_learns_as_much():
-    full, half = (
-        fit(
-            scheme(),
-            few(2000),
-            valid=few(),
-            epochs=4,
-            binarize="static",
-            precision=p,
-            progress="none",
-        )[-1]["valid"]["loss"]
-        for p in ("float32", "bfloat16")
-    )
-    first = fit(scheme(), few(2000), valid=few(), epochs=1, binarize="static", progress="none")[-1][
-        "valid"
-    ]["loss"]
+    def final_loss(epochs, precision="float32"):
+        """Return the loss on validation data after so many epochs."""
+        options = {"valid": few(), "binarize": "static", "progress": "none"}
+        records = fit(scheme(), few(2000), epochs=epochs, precision=precision, **options)
+        return records[-1]["valid"]["loss"]
+
+    full, half, first = final_loss(4), final_loss(4, "bfloat16"), final_loss(1)
     assert abs(half - full) < 0.1 * (first - full)
 
 
@@ -76,8 +82,6 @@ def test_a_stream_from_disk_trains_as_the_same_images_in_memory(tmp_path):
 
 @pytest.mark.parametrize("drop_last, steps", [(False, 5), (True, 4)])
 def test_a_last_batch_that_is_smaller(drop_last, steps):
-    from optgen.data.loading import Loader
-
     loader = Loader(few(450), 100, drop_last=drop_last)
     records = fit(scheme(), loader, epochs=2, progress="none")
     assert [r["step"] for r in records] == [steps, 2 * steps]
@@ -85,6 +89,7 @@ def test_a_last_batch_that_is_smaller(drop_last, steps):
 
 def test_any_optimizer_resumes(tmp_path):
     def new():
+        """Return a game with an optimizer of PyTorch."""
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = nn.Linear(784, 1)
@@ -100,23 +105,11 @@ def test_any_optimizer_resumes(tmp_path):
 
 
 def test_the_average_is_what_is_validated_and_sampled(tmp_path):
+    options = {"valid": few(), "epochs": 2, "batch_size": 10, "binarize": "static"}
     plain, averaged = (
-        [
-            r["valid"]["loss"]
-            for r in fit(
-                scheme(),
-                few(),
-                valid=few(),
-                epochs=2,
-                batch_size=10,
-                binarize="static",
-                ema=ema,
-                progress="none",
-            )
-        ]
-        for ema in (None, 0.9)
+        fit(scheme(), few(), ema=ema, progress="none", **options) for ema in (None, 0.9)
     )
-    assert averaged[0] > plain[0] + 1
+    assert averaged[0]["valid"]["loss"] > plain[0]["valid"]["loss"] + 1
 
 
 def test_a_scheme_without_evaluation_or_samples_still_trains(tmp_path):
@@ -132,6 +125,19 @@ def test_a_scheme_without_evaluation_or_samples_still_trains(tmp_path):
     assert [set(r) for r in records] == [
         {"epoch", "step", "seconds", "images_per_second", "train"}
     ] * 2
+    assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples").exists()
+
+
+def test_a_scheme_that_draws_no_samples_has_no_grid(tmp_path):
+    game, asked = scheme(), []
+
+    def sample(n):
+        """Return no samples, as `Assisted` without a generator of images does."""
+        asked.append(n)
+
+    game.sample = sample
+    records = fit(game, few(), epochs=2, samples=9, out=tmp_path / "run", progress="none")
+    assert asked == [9, 9] and len(records) == 2
     assert (tmp_path / "run/curves.png").exists() and not (tmp_path / "run/samples").exists()
 
 
@@ -154,34 +160,13 @@ def test_the_bar_on_a_terminal_shows_losses_and_speed(capsys):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize(
-    "make", [lambda: VAE(784, 32, 16, 4), lambda: ConvVAE((1, 28, 28), 4, width=8)]
-)
+@pytest.mark.parametrize("make", [small_vae, small_conv_vae])
 def test_on_a_gpu(tmp_path, make):
     whole, second = scheme(make=make, device="cuda"), scheme(seed=1, make=make, device="cuda")
-    fit(
-        whole, few(), valid=few(), epochs=2, binarize="dynamic", out=tmp_path / "a", progress="none"
-    )
-    fit(
-        scheme(make=make),
-        few(),
-        valid=few(),
-        epochs=1,
-        binarize="dynamic",
-        out=tmp_path / "b",
-        device="cuda",
-        progress="none",
-    )
-    fit(
-        second,
-        few(),
-        valid=few(),
-        epochs=2,
-        binarize="dynamic",
-        out=tmp_path / "b",
-        resume=True,
-        progress="none",
-    )
+    options = {"valid": few(), "binarize": "dynamic", "progress": "none"}
+    fit(whole, few(), epochs=2, out=tmp_path / "a", **options)
+    fit(scheme(make=make), few(), epochs=1, out=tmp_path / "b", device="cuda", **options)
+    fit(second, few(), epochs=2, out=tmp_path / "b", resume=True, **options)
     assert torch.allclose(weights(whole), weights(second), rtol=1e-4, atol=1e-6)
     state = checkpoint.load(tmp_path / "a/checkpoint.pt", map_location="cpu")
     assert all(w.device.type == "cpu" for w in state["scheme"]["model"]["weights"].values())

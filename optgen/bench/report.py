@@ -15,7 +15,7 @@ from typing import Any
 
 import optgen.bench
 from .timing import Part
-from ..training.trainer import environment
+from ..training.folder import environment
 
 # %% ../../nbs/40_training/44c_report.ipynb #12986f2d
 @functools.cache
@@ -34,7 +34,7 @@ def run_bench(
 
     Args:
         repeats: scales the number of runs of every part.
-        data: name of the data set of the epochs; None for the largest that is found.
+        data: name of a data set; None for each part's own, of the epochs the largest one found.
         only: names of the parts to run; empty for all.
 
     Returns:
@@ -54,6 +54,6 @@ def run_bench(
 
 
 def format_bench(result: dict[str, Any]) -> str:
-    """Return what `run_bench` measured as tables."""
+    """Return the tables of what `run_bench` measured, separated by blank lines."""
     tables = [part.format(result[name]) for name, part in load_parts().items() if name in result]
     return "\n\n".join("\n".join(lines) for lines in tables)

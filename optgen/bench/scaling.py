@@ -26,13 +26,13 @@ from ..training.parallel import init_ranks
 
 # %% ../../nbs/40_training/48a_scaling.ipynb #e6f55a12
 def measure_steps(batch_size: int, steps: int) -> float:
-    """Return the images per second of a convolutional GAN on the digits.
+    """Return the images per second at which a convolutional GAN trains on the digits.
 
-    In a lone process it is the speed of that process, under torchrun the speed of all together.
+    In a single process this is its own speed; under torchrun it is the speed of all ranks together.
 
     Args:
         batch_size: images of all ranks together.
-        steps: that count; two more are not counted.
+        steps: timed steps; two more are warm-up.
     """
     torch.manual_seed(0)
     game = FeedbackGAN(ConvGenerator(width=16), ConvDiscriminator(width=16))
@@ -45,9 +45,9 @@ def measure_steps(batch_size: int, steps: int) -> float:
             seconds.append(time.perf_counter() - start)
     return batch_size / statistics.median(seconds[2 : steps + 2])
 
-
+# %% ../../nbs/40_training/48a_scaling.ipynb #f1a8b364
 def launch_steps(ranks: int, batch_size: int, steps: int) -> float:
-    """Return what `measure_steps` measures on a number of ranks of one thread."""
+    """Run `measure_steps` on a number of ranks of one thread each and return its result."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     module = ["-m", "optgen.bench.scaling", str(batch_size), str(steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -64,8 +64,8 @@ def bench_scaling(
     Args:
         ranks: numbers of processes.
         batch_size: images of all ranks together.
-        steps: of each run.
-        repeats: runs of each number of ranks, whose median counts.
+        steps: timed steps of each run.
+        repeats: runs of each number of ranks; their median is reported.
 
     Returns:
         The speeds, and the speed-up over the first number of ranks.
@@ -83,7 +83,7 @@ def bench_scaling(
         "runs": speed,
     }
 
-
+# %% ../../nbs/40_training/48a_scaling.ipynb #6e5d30fa
 def format_scaling(result: dict[str, Any]) -> list[str]:
     """Return the lines of a table of what `bench_scaling` measured."""
     head = f"ranks of one thread, a convolutional GAN, batch {result['batch_size']}"
@@ -95,7 +95,8 @@ def format_scaling(result: dict[str, Any]) -> list[str]:
 
 PARTS = (Part("scaling", lambda repeats, _: bench_scaling(repeats=repeats), format_scaling),)
 
-if __name__ == "__main__":
-    speed = measure_steps(*map(int, sys.argv[1:]))
+# %% ../../nbs/40_training/48a_scaling.ipynb #04d9e7a1
+if __name__ == "__main__" and "__file__" in globals():
+    images_per_second = measure_steps(*map(int, sys.argv[1:]))
     if os.environ.get("RANK", "0") == "0":
-        print(json.dumps(speed))
+        print(json.dumps(images_per_second))

@@ -160,8 +160,8 @@ def is_for_the_user(error: Exception) -> bool:
     """Return whether an error is one that a user can mend: its message is enough."""
     from optgen.data.images import DataError
     from optgen.training.checkpoint import CheckpointError
+    from optgen.training.guards import NonFinite
     from optgen.training.parallel import RankError
-    from optgen.training.trainer import NonFinite
 
     return isinstance(error, (CheckpointError, DataError, NonFinite, OSError, RankError))
 

@@ -284,7 +284,8 @@ def train_run(
             the number of the signal.
     """
     from optgen.data.loading import load
-    from optgen.training.trainer import Interrupted, fit
+    from optgen.training.guards import Interrupted
+    from optgen.training.trainer import fit
 
     command, options = find_command(config["scheme"]), config["options"]
     split = command.split(options, load(options["data"], "train", size=options["image_size"]))

@@ -119,7 +119,7 @@ def balanced_indices(data: ImageSet, n: int, seed: int = 0) -> Tensor:
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #23a2fcf4-13
 def binarize_pixels(pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw each pixel as 0 or 1 with its gray value as the probability, Eq. (binarise).
+    """Draw each pixel as 0 or 1 with its gray value as the probability, Eq. (binarize).
 
     Args:
         pixels: uint8, any shape.
@@ -272,7 +272,7 @@ class BatchSource:
     Args:
         data: the set.
         device: where batches are made; None for where the images are.
-        binarize: None (gray), "static" or "dynamic", Eq. (binarise).
+        binarize: None (gray), "static" or "dynamic", Eq. (binarize).
         seed: of the dynamic binarization.
         static_seed: of the static binarization.
         workers: processes that read a streamed set.
@@ -348,7 +348,7 @@ class Loader:
         batch_size: images a batch.
         device: where batches are made; None for where the images are.
         shuffle: whether each epoch has an order of its own.
-        binarize: None (gray), "static" or "dynamic", Eq. (binarise).
+        binarize: None (gray), "static" or "dynamic", Eq. (binarize).
         seed: of the order and of the dynamic binarization.
         drop_last: whether to leave out the smaller last batch.
         static_seed: of the static binarization. It is not `seed`, so that runs with other seeds

@@ -97,10 +97,9 @@ def train_classifier(
         DataError: if the images have no labels.
     """
     if data.labels is None:
-        raise DataError(
-            f"{data.name}: has no labels, a classifier learns from them. "
-            "To mend it: put the images of each class in a folder of its own"
-        )
+        problem = "has no labels, a classifier learns from them"
+        fix = "put the images of each class in a folder of its own"
+        raise DataError.with_fix(data.name, problem, fix)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = Classifier(data.shape, int(data.labels.max()) + 1, **sizes).to(data.images.device)

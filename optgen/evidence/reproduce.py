@@ -38,7 +38,7 @@ from ..checks import check_count
 from ..games import Game
 from ..training.callbacks import watch_training
 from ..training.checkpoint import write_atomically
-from ..training.trainer import environment
+from ..training.folder import environment
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-2
 class ReproduceError(RuntimeError):

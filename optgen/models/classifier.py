@@ -164,17 +164,15 @@ def mnist_classifier(device: torch.device | str | None = None) -> Classifier:
     Raises:
         DataError: if the file of the weights is missing or altered.
     """
-    fix = "To mend it: reinstall the package, pip install --force-reinstall --no-deps optgen"
+    fix = "reinstall the package, pip install --force-reinstall --no-deps optgen"
     try:
         raw = WEIGHTS.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{WEIGHTS}: no such file. {fix}") from None
+        raise DataError.with_fix(WEIGHTS, "no such file", fix) from None
     found = sha256(raw).hexdigest()
     if found != WEIGHTS_SHA256:
-        raise DataError(
-            f"{WEIGHTS}: altered: its SHA-256 is {found[:8]}..., "
-            f"expected {WEIGHTS_SHA256[:8]}.... {fix}"
-        )
+        problem = f"altered: its SHA-256 is {found[:8]}..., expected {WEIGHTS_SHA256[:8]}..."
+        raise DataError.with_fix(WEIGHTS, problem, fix)
     model = Classifier()
     model.load_state_dict(torch.load(BytesIO(raw), map_location="cpu", weights_only=True))
     return model.requires_grad_(False).eval().to(device)
