@@ -146,7 +146,7 @@ def test_fit_resumes_bit_for_bit(name, tmp_path, monkeypatch):
     def draw_nothing(*args):
         """Draw no pictures, to save time."""
 
-    monkeypatch.setattr("optgen.training.folder.RunFolder.draw", draw_nothing)
+    monkeypatch.setattr("optgen.training.callbacks.Pictures.on_epoch", draw_nothing)
     whole = tiny(name)
     records = fit_tiny(whole, name, 2, tmp_path / "whole")
     fit_tiny(tiny(name), name, 1, tmp_path / "parts")

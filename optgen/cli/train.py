@@ -147,7 +147,8 @@ class TrainGroup(click.Group):
             name = error.option_name
             message = f"options follow the scheme: optgen train SCHEME {name} …"
             if "--resume" in args:
-                message = f"{name} can't be changed in a resumed run: its arguments are in its config.json"
+                message = f"{name} can't be changed in a resumed run: "
+                message += "its arguments are in its config.json"
             raise click.UsageError(message, ctx) from None
 
 # %% ../../nbs/40_training/43b_train.ipynb #af826859
