@@ -30,13 +30,12 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 import optgen
 from ..averaging import Average
 from ..checks import check_count
 from ..games import Game
-from ..training.callbacks import watch_training
+from ..training.callbacks import tqdm, watch_training
 from ..training.checkpoint import write_atomically
 from ..training.folder import environment
 
