@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import assert_one_line, edit_config, read_state, resume, run, train_args
 from conftest import TINY, optgen
 from PIL import Image
 
+from cli_helpers import assert_one_line, edit_config, read_state, resume, run, train_args
 from optgen import __version__, viz
 from optgen.cli.main import main
 from optgen.cli.runs import load_claims, load_commands

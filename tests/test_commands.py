@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+from PIL import Image
+
 from cli_helpers import (
     assert_one_line,
     edit_config,
@@ -14,8 +16,6 @@ from cli_helpers import (
     run,
     train_args,
 )
-from PIL import Image
-
 from optgen.cli.runs import open_run
 from optgen.controllers import CONTROLLERS, Controller
 from optgen.data.images import Images
@@ -24,6 +24,7 @@ from optgen.models.gan import GAN_LOSSES, GANLoss
 from optgen.registry import Entry
 from optgen.rules import RULES
 from optgen.schemes.assisted import split_labeled
+from optgen.schemes.command import OPTIMIZERS, build_optimizer
 from optgen.schemes.elbo import INFERENCE
 from optgen.schemes.networks import METHODS
 
@@ -627,6 +628,17 @@ class Halving(Controller):
     def multiplier(self, rate, distortion):
         """Return half of β."""
         return self.value / 2
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_is_built_with_its_rate_and_adam_with_its_betas(name):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    options = {"optimizer": name, "lr": 0.02}
+    (group,) = build_optimizer(options, [weight], betas=(0.5, 0.99)).param_groups
+    assert group["lr"] == 0.02 and group["params"] == [weight]
+    if name.startswith("adam"):
+        assert tuple(group["betas"]) == (0.5, 0.99)
+    assert build_optimizer(options | {"lr": None}, [weight]).param_groups[0]["lr"] != 0.02
 
 
 def test_a_registered_controller_and_loss_are_offered(

@@ -145,6 +145,12 @@ def test_input_penalties_agree_with_finite_differences(loss):
     assert abs(scheme.d_loss(batch) - plain.d_loss(batch) - expected) < 1e-8
 
 
+def test_the_default_optimizers_are_those_of_dcgan():
+    for player in conv_gan().players.values():
+        group = player.optimizer.param_groups[0]
+        assert group["lr"] == 2e-4 and tuple(group["betas"]) == (0.5, 0.999)
+
+
 def test_simultaneous_is_the_loop_by_hand():
     scheme, batch = mlp_gan()
     G, D = copy.deepcopy((scheme.generator, scheme.discriminator))

@@ -1,8 +1,8 @@
 "Folders of a user's own images: classes, splits, and what is refused."
 
 import pytest
-from data_helpers import refuses, write_folder
 
+from data_helpers import refuses, write_folder
 from optgen.data.folders import image_folder
 
 

@@ -7,8 +7,8 @@ from importlib.resources import files
 
 import pytest
 import torch
-from data_helpers import refuses
 
+from data_helpers import refuses
 from optgen.data import images as image_sets
 from optgen.data.images import DATASETS, DataError, digits, fashion_mnist, mnist
 from optgen.testing import generator

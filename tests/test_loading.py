@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-from data_helpers import refuses, same_batches, write_folder
 
+from data_helpers import refuses, same_batches, write_folder
 from optgen.data import images as image_sets
 from optgen.data.folders import ImageFiles, image_folder
 from optgen.data.images import DataError, Images, digits

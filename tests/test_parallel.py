@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 from conftest import TINY, optgen
-from spread import ASSISTED, ELBOS, FAULTS, LIKELIHOODS, RULES, gan
 
 from optgen import rules
 from optgen.games import Rule
 from optgen.training import checkpoint
 from optgen.training.parallel import Ranks, init_ranks, rank_slice, slice_batch
+from spread import ASSISTED, ELBOS, FAULTS, LIKELIHOODS, RULES, gan
 
 pytestmark = pytest.mark.skipif(
     os.name != "posix", reason="ranks are forked and killed as POSIX does"

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from data_helpers import refuses
 
+from data_helpers import refuses
 from optgen.data.loading import Loader, split_holdout
 from optgen.data.sequences import Sequences
 from optgen.games import Game, Player

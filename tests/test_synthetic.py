@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from data_helpers import refuses
 
+from data_helpers import refuses
 from optgen.data.loading import Loader
 from optgen.models.synthetic import SyntheticSequences, synthetic_sequences
 from optgen.testing import assert_mean, generator

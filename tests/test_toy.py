@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from data_helpers import refuses
 
+from data_helpers import refuses
 from optgen.data.images import Images, digits
 from optgen.data.loading import Loader
 from optgen.data.toy import stacked_digits

@@ -7,6 +7,7 @@ from typing import Any
 import nbformat
 import yaml
 from nbformat import NotebookNode
+
 from symbols import symbols
 
 OPTION = re.compile(r"^#\|\s*(.*?)\s*$")

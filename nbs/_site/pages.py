@@ -11,6 +11,7 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
 from notebooks import LITERAL, Page, figure_count, is_hidden, notebook_files
 from prose import Prose
 from symbols import Symbol, is_check, only_imports

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from build import repo, settings
 from nbconvert import MarkdownExporter
 from nbformat import NotebookNode
-from notebooks import directives, figure_count, is_hidden
 from traitlets.config import Config
+
+from build import repo, settings
+from notebooks import directives, figure_count, is_hidden
 
 
 def relink(text: str, folder: str) -> str:
