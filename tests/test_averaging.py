@@ -333,6 +333,15 @@ def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_a_folder_that_is_refused_leaves_the_learning_rates(tmp_path):
+    scheme = Scheme()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileExistsError):
+        fit(scheme, FEW, schedule=lambda t: t, out=tmp_path, progress="none")
+    (group,) = scheme.players["net"].optimizer.param_groups
+    assert group["lr"] > 0 and "initial_lr" not in group
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inner", [None, lambda: Consensus(0.1)])
 def test_clipped(dtype, inner):

@@ -115,18 +115,22 @@ OPTIMIZERS.add("sgd", optim.SGD, "gradient descent", lr=1e-2)
 
 
 def build_optimizer(
-    options: Mapping[str, Any], params: Iterable[torch.Tensor], **adam: Any
+    options: Mapping[str, Any], params: Iterable[torch.Tensor], **adam_arguments: Any
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the options `optimizer` and `lr` describe.
 
     Args:
         options: options of the command; `lr` None is the optimizer's default.
         params: parameters that it steps.
-        **adam: arguments that only the Adam family takes, such as `betas`.
+        **adam_arguments: arguments that only the Adam family takes, such as `betas`.
     """
     name, lr = options["optimizer"], options["lr"]
-    given = {"params": params} | ({} if lr is None else {"lr": lr})
-    return OPTIMIZERS[name].build(name, given | (adam if name.startswith("adam") else {}))
+    given = {"params": params}
+    if lr is not None:
+        given["lr"] = lr
+    if OPTIMIZERS[name].make is optim.Adam:
+        given |= adam_arguments
+    return OPTIMIZERS[name].build(name, given)
 
 # %% ../../nbs/30_schemes/35_command.ipynb #5a4d8237
 class DataSplit(NamedTuple):
@@ -152,8 +156,8 @@ class EvaluationContext:
         options: options of its training.
         images: the data set that is measured.
         split: "train" or "test".
-        load_batches: function (data, split, holdout) that returns a function making batches of
-            another data set; the images are checked to have the run's shape.
+        load_batches: (name of a data set, "train" or "test", held-out share) -> a function that
+            returns new batches of that set; images of another shape than the run's are refused.
     """
 
     folder: Path

@@ -12,7 +12,7 @@ import contextlib
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..averaging import Profile, averages_of, collect_evaluation_weights, evaluating
+from ..averaging import Average, Profile, averages_of, collect_evaluation_weights, evaluating
 from ..checks import check_choice
 from ..data.folders import ImageFiles
 from ..data.images import Images
@@ -44,7 +44,7 @@ from optgen.training.guards import (
     seeded,
     temporary_attributes,
 )
-from .loop import TrainingLoop, add_losses, scale_learning_rates
+from .loop import TrainingLoop, add_losses, check_learning_rates
 from .parallel import Ranks, abort_all_on_error, exit_quietly, init_ranks
 from ..viz import read_log
 
@@ -125,7 +125,7 @@ def foreign_state_reported() -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        message = f"the run to resume is of another scheme: {error}"
+        message = f"the run to resume is of another scheme, or of other averages: {error}"
         raise checkpoint.CheckpointError(message) from None
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-9
@@ -208,14 +208,14 @@ class Run(TrainingLoop):
             CheckpointError: if it belongs to another scheme or to other averages.
         """
         averages, theirs = self.scheme.averages, state["ema"] or ()
-        with foreign_state_reported():
-            self.scheme.load_state_dict(state["scheme"])
-        self.loader.load_state_dict(state["loader"])
         if len(theirs) != len(averages):
             raise checkpoint.CheckpointError(
                 f"the run to resume kept {len(theirs)} averages of the weights, this one has "
                 f"{len(averages)}: go on with the same ema="
             )
+        with foreign_state_reported():
+            self.scheme.load_state_dict(state["scheme"])
+        self.loader.load_state_dict(state["loader"])
         with foreign_state_reported():
             for average, average_state in zip(averages, theirs):
                 average.load_state_dict(average_state)
@@ -224,10 +224,10 @@ class Run(TrainingLoop):
         checkpoint.set_rng_state(state["rng"])
 
     def begin(self, resume: bool, device: torch.device) -> None:
-        """Begin anew, or where the run in the folder stopped; the same on all ranks.
+        """Start a new run, or load the checkpoint of the folder; all ranks get rank 0's state.
 
         Args:
-            resume: whether there is a run in the folder.
+            resume: whether to continue the run in the folder.
             device: where the states go.
         """
         if resume and self.folder:
@@ -268,7 +268,7 @@ class Run(TrainingLoop):
 
         Args:
             settings: attributes of the scheme while it is trained.
-            resume: whether there is a run in the folder.
+            resume: whether to continue the run in the folder.
             seed: of the random numbers of a new run.
             device: where the states go.
 
@@ -321,14 +321,14 @@ class Run(TrainingLoop):
             self.interrupt(request)
 
     def stop(self) -> None:
-        """End the training after this step, on all ranks a few steps later at most.
+        """Ask the run to end after this step; it is saved and can be resumed.
 
-        The run is saved and can be resumed.
+        Several ranks agree on it about every 0.1 s, so they may take some more steps.
         """
         self.stop_requested = True
 
     def count_time(self) -> None:
-        """Count the time since the last call as training."""
+        """Add the time since the epoch began, or since the last call, to that of the epoch."""
         now = time.monotonic()
         self.seconds += now - self.resumed_time
         self.resumed_time = now
@@ -359,7 +359,7 @@ class Run(TrainingLoop):
         return record
 
     def check_losses(self) -> None:
-        """Wait for the device.
+        """Raise if a loss so far was not finite; this waits for the device.
 
         Raises:
             NonFinite: if a loss or gradient so far was not finite.
@@ -367,7 +367,7 @@ class Run(TrainingLoop):
         self.watch.check(self.scheme)
 
     def check(self) -> None:
-        """Wait for the device.
+        """Raise if a loss, gradient or parameter is not finite; this waits for the device.
 
         Raises:
             NonFinite: if a loss or gradient so far was not finite, or a parameter is not.
@@ -395,7 +395,7 @@ class Run(TrainingLoop):
         )
 
     def is_checkpoint_due(self) -> bool:
-        """Return whether to save between two epochs."""
+        """Return whether a checkpoint is due after this step, by steps or by seconds."""
         if not self.folder:
             return False
         if self.plan.checkpoint_steps and self.step % self.plan.checkpoint_steps == 0:
@@ -403,7 +403,7 @@ class Run(TrainingLoop):
         return time.monotonic() - self.saved_time > self.plan.checkpoint_seconds
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        """Check all numbers, and write a checkpoint where the run has a folder.
+        """Check that all numbers are finite, and write a checkpoint if the run has a folder.
 
         Args:
             name: of the file.
@@ -416,7 +416,7 @@ class Run(TrainingLoop):
             self.call("on_checkpoint", path)
 
     def save_epoch(self) -> None:
-        """Write the checkpoint after an epoch, and `best.pt` if no epoch was better."""
+        """Write the checkpoint after an epoch, and `best.pt` first if this epoch is the best."""
         if self.plan.patience and self.best_epoch == self.epoch:
             self.save("best.pt")
         self.save()
@@ -436,7 +436,7 @@ class Run(TrainingLoop):
             self.scheme.load_state_dict(best)
 
     def interrupt(self, signum: int) -> None:
-        """End the run because of a signal, once it is saved.
+        """Raise for a signal, after `end_step` has saved the run if it has a folder.
 
         Args:
             signum: number of the signal.
@@ -445,8 +445,10 @@ class Run(TrainingLoop):
             Interrupted: on rank 0; it says how to resume.
             ReportedByOtherRank: on the others.
         """
-        if self.ranks and self.ranks.broadcast(signum) and self.ranks.rank:
-            raise exit_quietly(self.ranks, 128 + signum)
+        if self.ranks:
+            self.ranks.broadcast(signum)  # the other ranks wait here until rank 0 has saved
+            if self.ranks.rank:
+                raise exit_quietly(self.ranks, 128 + signum)
         name = signal.Signals(signum).name
         raise Interrupted(f"{name} after step {self.step}: {self.how_to_resume()}", signum)
 
@@ -497,7 +499,7 @@ def check_fit_arguments(
     if valid is not None and not hasattr(scheme, "evaluate"):
         raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
     if schedule is not None:
-        scale_learning_rates(scheme, schedule(0.0))
+        check_learning_rates(scheme)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00006
 def first_parameter(scheme: Game) -> Tensor:
@@ -567,7 +569,7 @@ def build_loaders(
     return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00009
-def choose_averages(scheme: Game, ema: float | Profile | None) -> Any:
+def choose_averages(scheme: Game, ema: float | Profile | None) -> Sequence[Average]:
     """Return the averages of weights that a run keeps.
 
     Args:
@@ -579,14 +581,14 @@ def choose_averages(scheme: Game, ema: float | Profile | None) -> Any:
     """
     averages = averages_of(scheme, ema) if ema else scheme.averages
     with temporary_attributes(scheme, averages=averages):
-        collect_evaluation_weights(scheme)
+        collect_evaluation_weights(scheme)  # raises if two averages would set the same weights
     return averages
 
 
 def loss_context(
     scheme: Game, device: torch.device, precision: str
 ) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return what makes the context in which losses are evaluated.
+    """Return a function that makes the context manager in which losses are evaluated.
 
     Args:
         scheme: its own context is used in single precision.
@@ -617,11 +619,10 @@ def training_settings(
     Raises:
         ValueError: if a parameter would have two averages to evaluate.
     """
-    averages = choose_averages(scheme, ema)
     return {
         "ranks": ranks,
         "autocast": loss_context(scheme, device, precision),
-        "averages": averages,
+        "averages": choose_averages(scheme, ema),
     }
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t0000a
@@ -683,7 +684,7 @@ def fit(
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
-        binarize: None, "static" or "dynamic", as in `Loader`; validation data only once.
+        binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
         ema: decay or profile of an average of the weights, which is evaluated, sampled and saved.
         schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
