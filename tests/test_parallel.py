@@ -307,11 +307,9 @@ def log(run):
 def test_torchrun_on_the_command_line(tmp_path, tiny_run):
     "Two epochs are those of one process; a third is stopped by a signal and finished alone."
     first = torchrun(2, *TINY[:-1], "lines", "--epochs", 2, "--out", tmp_path / "run")
-    said, _ = first.communicate()
-    assert (
-        first.returncode == 0
-        and said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
-    )
+    said, errors = first.communicate()
+    assert first.returncode == 0, errors
+    assert said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
     for a, b in zip(log(tmp_path / "run"), log(tiny_run), strict=True):
         for split in ("train", "valid"):
             assert a[split] == pytest.approx(b[split], rel=1e-4)
