@@ -43,6 +43,13 @@ def evaluated(capsys, *args: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+def assert_refused(scheme, images, args, word, out, capsys, code=2):
+    """Assert that a training is refused with one line that has a word, and leaves nothing."""
+    assert run(*train_args(scheme, images, f"{args} --out"), out) == code
+    assert_one_line(capsys.readouterr().err, word)
+    assert not out.exists()
+
+
 # feedback-gan
 
 GAN = "--width 4 --hidden 8 --z-dim 3"
@@ -122,10 +129,7 @@ def test_a_gan_resumes_and_averages(few_images, tmp_path, no_pictures):
 def test_mistakes_with_a_gan_are_one_line_and_leave_nothing(
     args, word, few_images, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert run(*train_args("feedback-gan", few_images, f"{GAN} {args} --out"), out) == 2
-    assert_one_line(capsys.readouterr().err, word)
-    assert not out.exists()
+    assert_refused("feedback-gan", few_images, f"{GAN} {args}", word, tmp_path / "run", capsys)
 
 
 # beta-vae
@@ -282,10 +286,7 @@ def test_another_controller_in_the_config_is_refused(few_images, tmp_path, capsy
 def test_mistakes_with_a_vae_are_one_line_and_leave_nothing(
     args, word, few_images, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert run(*train_args("beta-vae", few_images, f"{VAE} {args} --out"), out) == 2
-    assert_one_line(capsys.readouterr().err, word)
-    assert not out.exists()
+    assert_refused("beta-vae", few_images, f"{VAE} {args}", word, tmp_path / "run", capsys)
 
 
 # lstm, pixelcnn, made, realnvp, maf
@@ -358,10 +359,7 @@ def test_a_flow_resumes_bit_for_bit_with_the_statistics_of_its_first_batch(
 def test_mistakes_with_a_likelihood_are_one_line_and_leave_nothing(
     scheme, args, word, few_images, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert run(*train_args(scheme, few_images, f"--epochs 1 {args} --out"), out) == 2
-    assert_one_line(capsys.readouterr().err, word)
-    assert not out.exists()
+    assert_refused(scheme, few_images, f"--epochs 1 {args}", word, tmp_path / "run", capsys)
 
 
 def test_options_and_states_of_other_schemes_are_refused(few_images, tmp_path, capsys, no_pictures):
@@ -439,10 +437,7 @@ def test_a_diffusion_every_way(way, few_images, tmp_path, capsys, no_pictures):
 def test_mistakes_with_a_diffusion_are_one_line_and_leave_nothing(
     scheme, args, word, few_images, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert run(*train_args(scheme, few_images, f"--epochs 1 {args} --out"), out) == 2
-    assert_one_line(capsys.readouterr().err, word)
-    assert not out.exists()
+    assert_refused(scheme, few_images, f"--epochs 1 {args}", word, tmp_path / "run", capsys)
 
 
 def test_pairs_of_noise_and_image_forbid_the_ancestral_sampler(
@@ -595,10 +590,8 @@ def test_rare_classes_are_not_lost_to_validation():
 def test_mistakes_with_a_classifier_are_one_line_and_leave_nothing(
     args, code, word, few_labeled, tmp_path, capsys
 ):
-    out = tmp_path / "run"
-    assert run(*train_args("assisted", few_labeled, f"{ASSISTED} {args} --out"), out) == code
-    assert_one_line(capsys.readouterr().err, word)
-    assert not out.exists()
+    args = f"{ASSISTED} {args}"
+    assert_refused("assisted", few_labeled, args, word, tmp_path / "run", capsys, code)
 
 
 def test_images_without_classes_and_of_other_shapes_or_classes_are_refused(
