@@ -58,6 +58,19 @@ def test_compiled_is_eager():
     assert walked > 100 * (weights(eager) - weights(compiled)).norm()
 
 
+@pytest.mark.parametrize("best", [1, 2])
+def test_patience_gives_the_weights_of_the_best_epoch(best, tmp_path, monkeypatch):
+    options = {"binarize": "static", "progress": "none", "samples": 0, "valid": few(50)}
+    shorter = scheme()
+    fit(shorter, few(), epochs=best, **options)
+    losses = iter([5.0, 4.0][2 - best :] + [4.0, 7.0])  # an equal loss is not smaller
+    longer = scheme()
+    monkeypatch.setattr(longer, "evaluate", lambda batches: {"loss": next(losses)})
+    records = fit(longer, few(), epochs=9, patience=2, out=tmp_path / "run", **options)
+    assert len(records) == best + 2
+    assert torch.equal(weights(longer), weights(shorter))
+
+
 def test_bfloat16_learns_as_much():
     def final_loss(epochs, precision="float32"):
         """Return the loss on validation data after so many epochs."""
