@@ -228,6 +228,28 @@ def test_aggressive_resumes_from_anywhere(steps, tmp_path):
     assert same(whole.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize(
+    "beta, weight", [(2.5, 2.5), (LinearWarmup(7, 0.8), 1.0), (Geco(40.0), 1.0)]
+)
+def test_the_reported_loss_weighs_the_rate_by_a_constant_beta_only(beta, weight):
+    model, x = VAE(64, 16, 8, 3).to(F64), (IMAGES.to(F64) / 255).round()
+    (first,) = (m for m in model.modules() if getattr(m, "in_features", None) == 3)
+    torch.nn.init.zeros_(first.weight)  # the decoder ignores z, so that its noise does not matter
+    with torch.no_grad():
+        mean, log_var = model.encoder(x)
+        logits = model.logits(torch.zeros_like(mean))
+    encoder = torch.distributions.Normal(mean, (log_var / 2).exp())
+    prior = torch.distributions.Normal(torch.zeros_like(mean), 1.0)
+    rate = torch.distributions.kl_divergence(encoder, prior).sum(1).mean().item()
+    pixels = torch.distributions.Bernoulli(logits=logits.reshape(len(x), -1))
+    distortion = -pixels.log_prob(x.flatten(1)).sum(1).mean().item()
+    found = BetaVAE(model, beta).evaluate([Batch(x)])
+    assert found["rate"] == pytest.approx(rate) and rate > 0.01
+    assert found["distortion"] == pytest.approx(distortion)
+    assert found["elbo"] == pytest.approx(-distortion - rate)
+    assert found["loss"] == pytest.approx(distortion + weight * rate)
+
+
 def test_the_variance_is_restored(tmp_path):
     one, other = tiny("sigma"), tiny("sigma", seed=5)
     train(one, 5)
