@@ -18,7 +18,8 @@ from torch.autograd import grad
 from torch.optim import Optimizer
 
 from .checks import check_choice, check_count, check_number
-from .optim import SGD, Descent, Momentum, functional_step
+from .optim import SGD, Momentum
+from .stepping import Descent, functional_step
 
 # %% ../nbs/10_optimizers/15_inner.ipynb #inner-05
 State = Sequence[Sequence[Tensor | None]]
