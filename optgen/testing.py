@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['generator', 'randn', 'raises', 'flat_weights', 'finite_difference', 'check_gradient', 'assert_mean', 'jacobian',
-           'spectral_radius', 'decay_rate', 'optimizer_path', 'optimizer_parity', 'LinearGaussian']
+           'spectral_radius', 'decay_rate', 'optimizer_path', 'optimizer_parity', 'LinearGaussian', 'Optimum',
+           'water_filling']
 
 # %% ../nbs/00_foundations/04_testing.ipynb #23a2fcf4
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -341,3 +343,61 @@ class LinearGaussian:
         """Return log p(x | z) in nats, (..., B), of latents (..., B, z_dim)."""
         error = (x - z @ self.W.T - self.b) / self.sigma
         return -(error**2).sum(-1) / 2 - x.shape[-1] * math.log(self.sigma * math.sqrt(2 * math.pi))
+
+# %% ../nbs/00_foundations/04_testing.ipynb #c0071413
+class Optimum(NamedTuple):
+    """Optimum of a linear-Gaussian VAE, Eq. (water-filling).
+
+    Attributes:
+        beta: multiplier of the rate, 0-dim.
+        rate: nats of each latent, (z_dim,), largest first.
+        distortion: nats, 0-dim.
+    """
+
+    beta: Tensor
+    rate: Tensor
+    distortion: Tensor
+
+# %% ../nbs/00_foundations/04_testing.ipynb #c0071414
+def water_filling(
+    variances: Tensor,
+    *,
+    beta: float | Tensor | None = None,
+    rate: float | Tensor | None = None,
+    distortion: float | Tensor | None = None,
+    sigma: float = 1.0,
+    z_dim: int | None = None,
+) -> Optimum:
+    r"""Return the optimum of a linear-Gaussian VAE at one of its coordinates, Eq. (water-filling).
+
+    Args:
+        variances: $s_j$, eigenvalues of the data's covariance, (x_dim,), positive.
+        beta: the multiplier $\beta>0$. Give exactly one of `beta`, `rate` and `distortion`.
+        rate: the rate $C\ge0$ of all latents together, nats.
+        distortion: the distortion $\tau$, nats.
+        sigma: standard deviation $\sigma$ of the decoder.
+        z_dim: number of latents; by default as many as `variances`.
+
+    Raises:
+        ValueError: unless exactly one coordinate is given, and for one that no model reaches.
+    """
+    if sum(x is not None for x in (beta, rate, distortion)) != 1:
+        raise ValueError("water_filling takes one of beta, rate and distortion")
+    a = variances.sort(descending=True).values / sigma**2
+    used = len(a) if z_dim is None else z_dim
+    floor = a[used:].sum() / 2 + len(a) * math.log(sigma * math.sqrt(2 * math.pi))
+    a = a[:used]
+    k = torch.arange(1, len(a) + 1, dtype=a.dtype, device=a.device)
+    if rate is not None:
+        beta = ((a.log().cumsum(0) - 2 * rate) / k).max().exp()
+    if distortion is not None:
+        beta = ((2 * (distortion - floor) - a.sum() + a.cumsum(0)) / k).max()
+    beta = torch.as_tensor(beta, dtype=a.dtype, device=a.device)
+    highest = math.inf if distortion is None else a[0]
+    if not 0 < beta <= highest or (rate is not None and rate < 0):
+        raise ValueError(
+            "water_filling: out of reach; with these variances the rate lies in [0, inf) and the "
+            f"distortion in ({floor:.4g}, {floor + a.sum() / 2:.4g}]"
+        )
+    rates = (a / beta).log().clamp(min=0) / 2
+    return Optimum(beta, rates, floor + torch.minimum(a, beta).sum() / 2)

@@ -26,13 +26,12 @@ from optgen.controllers import (
     build_controller,
     calibrated_nll,
     linear_ramp,
-    water_filling,
 )
 from optgen.games import Game, Player
 from optgen.models.vae import VAE, GaussianVAE, gaussian_kl
 from optgen.optim import SGD
 from optgen.rules import Alternating
-from optgen.testing import check_gradient, generator
+from optgen.testing import check_gradient, generator, water_filling
 from optgen.training import checkpoint
 
 F64 = torch.float64
