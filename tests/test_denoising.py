@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optgen.data.images import Batch, Images, digits
-from optgen.models.diffusion import CosineSchedule, Denoiser, LinearSchedule, StraightSchedule, UNet
+from optgen.models.diffusion import Denoiser, UNet
+from optgen.models.schedules import CosineSchedule, LinearSchedule, StraightSchedule
 from optgen.rules import Extragradient
 from optgen.schemes.denoising import WEIGHTS, AdaptiveLevels, DenoisingDiffusion, Uncertainty
 from optgen.testing import generator

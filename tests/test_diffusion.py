@@ -6,17 +6,19 @@ import torch
 from optgen.data.images import digits
 from optgen.models.diffusion import (
     SAMPLERS,
+    Denoiser,
+    PerceptronDenoiser,
+    UNet,
+    ode_log_prob,
+    variational_bound,
+)
+from optgen.models.schedules import (
     TARGETS,
     CosineSchedule,
-    Denoiser,
     LogNormalSchedule,
-    PerceptronDenoiser,
     PowerSchedule,
-    UNet,
     expand_like,
-    ode_log_prob,
     training_target,
-    variational_bound,
 )
 from optgen.optim import Adam
 from optgen.testing import generator

@@ -21,9 +21,10 @@ from ..averaging import Average, Power
 from .timing import Part, median_ms
 from ..data.images import Batch
 from ..games import Game
-from ..models.diffusion import Denoiser, LinearSchedule, UNet
+from ..models.diffusion import Denoiser, UNet
 from ..models.flow import Logit, image_flow, maf
 from ..models.pixels import MADE, PixelCNN, PixelLSTM, PixelModel
+from ..models.schedules import LinearSchedule
 from ..schemes.denoising import DenoisingDiffusion
 from ..schemes.likelihood import MaximumLikelihood
 

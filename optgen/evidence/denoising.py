@@ -30,7 +30,8 @@ from optgen.evidence.reproduce import (
     train_watched,
 )
 from ..models.classifier import mnist_classifier
-from ..models.diffusion import Denoiser, PowerSchedule, UNet
+from ..models.diffusion import Denoiser, UNet
+from ..models.schedules import PowerSchedule
 from ..muon import Muon, muon_groups
 from ..optim import Adam, CombinedOptimizer
 from ..sample_quality import feature_stats, fid, frechet_floor

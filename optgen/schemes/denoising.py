@@ -23,24 +23,20 @@ from ..checks import check_choice, check_count, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
 from ..metrics import bits_per_dim, eval_mode
-from optgen.models.diffusion import (
-    SAMPLERS,
+from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
+from ..models.flow import dequantize
+from optgen.models.schedules import (
     TARGETS,
     CosineSchedule,
-    Denoiser,
     LinearSchedule,
     LogNormalSchedule,
     PowerSchedule,
     Schedule,
     StraightSchedule,
-    UNet,
     expand_like,
-    ode_log_prob,
     target_weight,
     training_target,
-    variational_bound,
 )
-from ..models.flow import dequantize
 from ..optim import Adam
 from ..sample_quality import feature_stats, fid, frechet_floor
 from optgen.schemes.command import (
@@ -84,7 +80,7 @@ def squared_error_weight(target: str) -> Callable[[Tensor, float], Tensor]:
     r"""Return the weight function whose loss is the unweighted squared error of a target.
 
     Args:
-        target: a name in `optgen.models.diffusion.TARGETS`.
+        target: a name in `optgen.models.schedules.TARGETS`.
 
     Returns:
         Function of $\sigma$ (B,) and the standard deviation of the data, which returns $w$ (B,).
