@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .averaging import schedule_free_optimizers
 from .checks import check_count, check_number
-from .games import Field, Game, GamePoint, Rule, Simultaneous, as_rule
+from .fields import Field, GamePoint
+from .games import Game, Rule, Simultaneous, as_rule
 from .registry import Registry, parse_spec, read_json
 
 _all_ = ["Simultaneous"]

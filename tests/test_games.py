@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from optgen import optim
-from optgen.games import Field, Game, Player, Rule, Simultaneous
+from optgen.fields import Field
+from optgen.games import Game, Player, Rule, Simultaneous
 from optgen.rules import Alternating, Consensus, Lookahead
 from optgen.testing import finite_difference, flat_weights, generator, jacobian, raises
 from optgen.training import checkpoint

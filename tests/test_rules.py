@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from optgen import optim
-from optgen.games import Corrections, Field, Game, Player, Rule
+from optgen.fields import Field
+from optgen.games import Corrections, Game, Player, Rule
 from optgen.rules import (
     RULES,
     Alternating,

@@ -26,7 +26,8 @@ from ..checks import check_choice, check_number
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
 from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import balanced_indices, binarize_pixels
-from ..games import Field, Game, Player, Rule
+from ..fields import Field
+from ..games import Game, Player, Rule
 from optgen.metrics import (
     Calibration,
     auroc,
