@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['RULES', 'check_weights_restorable', 'DirectionWrapper', 'Alternating', 'Extragradient', 'Optimistic', 'Correction',
-           'Feedback', 'Consensus', 'SymplecticAdjustment', 'Lookahead', 'Clipped', 'scale_by_lr',
-           'check_learning_rates', 'Unrolled', 'solve_normal_equations', 'CompetitiveGradient',
-           'input_gradient_penalty', 'alternating_gan', 'build_rule', 'Simultaneous']
+           'Feedback', 'Consensus', 'SymplecticAdjustment', 'Lookahead', 'Clipped', 'input_gradient_penalty',
+           'alternating_gan', 'build_rule', 'Simultaneous']
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from .averaging import schedule_free_optimizers
 from .checks import check_count, check_number
 from .fields import Field, GamePoint
 from .games import Game, Rule, Simultaneous, as_rule
+from .opponents import CompetitiveGradient, Unrolled
 from .registry import Registry, parse_spec, read_json
 
 _all_ = ["Simultaneous"]
@@ -358,201 +358,6 @@ class Clipped(DirectionWrapper):
             scale = (self.max_norm / (norm + 1e-6)).clamp(max=1)
             clipped[name] = torch._foreach_mul(xs, scale)
         return clipped
-
-# %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-11
-def scale_by_lr(game: Game, u: Field, lr: float | None = None) -> Field:
-    r"""Return $\eta u$.
-
-    Args:
-        game: the game; the learning rates are those of its players' optimizers.
-        u: field over any players.
-        lr: $\eta$, in the place of these learning rates.
-    """
-    if lr is not None:
-        return lr * u
-    groups = [group for name in u for group in game.players[name].optimizer.param_groups]
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    return Field({k: [rate[id(p)] * x for p, x in zip(game.params(k), u[k])] for k in u})
-
-
-def check_learning_rates(
-    rule: Rule, game: Game, names: Iterable[str], lr: float | None = None
-) -> None:
-    """Raise unless the step size of each player is known.
-
-    Args:
-        rule: the rule, for the message.
-        game: its game.
-        names: players whose optimizers need a learning rate.
-        lr: step size that the rule uses in its place.
-
-    Raises:
-        ValueError: if `lr` is out of range, or missing and an optimizer has none.
-    """
-    owner = type(rule).__name__
-    if lr is not None:
-        check_number(owner, 0, lr=lr)
-        return
-    groups = [group for name in names for group in game.players[name].optimizer.param_groups]
-    if any("lr" not in group for group in groups):
-        raise ValueError(f"{owner}: an optimizer has no learning rate: give the rule its lr")
-
-# %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-12
-class Unrolled(Rule):
-    r"""The others descend through the next steps of one player, Eq. (unrolled) and Eq. (adjoint).
-
-    Args:
-        player: $p$, whose steps the others look ahead at.
-        steps: $K \ge 0$, plain gradient steps.
-        lr: $\eta \ge 0$ of these steps; the learning rate of the player's optimizer unless given.
-
-    Raises:
-        ValueError: if `steps` is out of range.
-    """
-
-    second_order = True
-
-    def __init__(self, player: str, steps: int, lr: float | None = None) -> None:
-        super().__init__()
-        check_count("Unrolled", 0, steps=steps)
-        self.player = player
-        self.steps = steps
-        self.lr = lr
-
-    def check(self, game: Game) -> None:
-        """Raise unless the game has the player, and its step size is known."""
-        self.require_players(game, self.player)
-        check_learning_rates(self, game, [self.player], self.lr)
-
-    def direction(self, at: GamePoint) -> Field:
-        """Return the others' gradients through the steps; the weights end where they began."""
-        game, p = at.game, self.player
-        others = [name for name in at.movers if name != p]
-        here = game.at(at.batch)
-        u = here.field([p] if p in at.movers else [])
-        at.losses |= here.losses
-        end, path = self.unroll(here, self.steps if others else 0)
-        adjoints = {i: Field(zip((i, p), end.grads([(i, i), (i, p)]))) for i in others}
-        at.losses |= {i: end.losses[i] for i in others}
-        self.pull_back_along(path, at.batch, game, adjoints)
-        return Field(u | {i: g[i] for i, g in adjoints.items()}).select(at.movers)
-
-    def unroll(self, here: GamePoint, steps: int) -> tuple[GamePoint, list[Field]]:
-        """Move the player some plain steps ahead.
-
-        Args:
-            here: the game where the steps begin; its weights are changed.
-            steps: their number.
-
-        Returns:
-            The game after the last step, and the player's weights before each step.
-        """
-        game, p = here.game, self.player
-        weights, path = game.weights().select([p]), []
-        for _ in range(steps):
-            path.append(weights)
-            weights = weights - scale_by_lr(game, here.field([p]), self.lr)
-            game.set_weights(weights)
-            here = game.at(here.batch)
-        return here, path
-
-    def pull_back_along(
-        self, path: list[Field], batch: Any, game: Game, adjoints: dict[str, Field]
-    ) -> None:
-        """Run the recursion of Eq. (adjoint) from the last step to the first.
-
-        Args:
-            path: the player's weights before each step.
-            batch: batch with its noise.
-            game: the game; it ends with the first weights of `path`.
-            adjoints: $(g_K, a_K)$ of each other player, replaced by $(g_0, a_0)$.
-        """
-        p = self.player
-        for weights in reversed(path):
-            game.set_weights(weights)
-            at = game.at(batch, graph=True)
-            for i, adjoint in adjoints.items():
-                step = scale_by_lr(game, adjoint.select([p]), self.lr)
-                adjoints[i] = adjoint - at.pullback([(p, p, step[p])], to=(i, p))
-
-# %% ../nbs/10_optimizers/13_rules.ipynb #9b00002b
-def solve_normal_equations(
-    M: Callable[[Field], Field],
-    M_transposed: Callable[[Field], Field],
-    v: Field,
-    start: Field,
-    iterations: int,
-    tiny: float,
-) -> Field:
-    r"""Solve $Mu = v$ by conjugate gradients on $M^\top Mu = M^\top v$.
-
-    Args:
-        M: product with the matrix.
-        M_transposed: product with its transpose.
-        v: right-hand side.
-        start: first guess of $u$.
-        iterations: their number; the residual is never read.
-        tiny: lower bound of the denominators.
-
-    Returns:
-        The approximate $u$.
-    """
-    u, r = start, v - M(start)
-    d, size = None, None  # search direction, squared norm of M'r
-    for _ in range(iterations):
-        s = M_transposed(r)
-        before, size = size, s @ s
-        d = s if d is None else s + size / before.clamp(min=tiny) * d
-        Md = M(d)
-        a = size / (Md @ Md).clamp(min=tiny)
-        u, r = u + a * d, r - a * Md
-    return u
-
-# %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-13
-class CompetitiveGradient(Rule):
-    r"""The Nash equilibrium of the local game in which players answer moves, Eq. (competitive).
-
-    Args:
-        lr: $\eta \ge 0$; the learning rates of the players' optimizers unless given.
-        iterations: steps of conjugate gradients, at least 1; they begin at the last solution.
-
-    Raises:
-        ValueError: if `iterations` is out of range.
-    """
-
-    second_order = True
-
-    def __init__(self, lr: float | None = None, iterations: int = 5) -> None:
-        super().__init__()
-        check_count("CompetitiveGradient", iterations=iterations)
-        self.lr = lr
-        self.iterations = iterations
-
-    def check(self, game: Game) -> None:
-        """Raise unless the step size of each player is known."""
-        check_learning_rates(self, game, game.players, self.lr)
-
-    def direction(self, at: GamePoint) -> Field:
-        """Return an approximate solution of Eq. (competitive), over `at.movers`."""
-        whole = at.with_movers(*at.game.players)
-
-        def eta(u: Field) -> Field:
-            return scale_by_lr(at.game, u, self.lr)
-
-        def M(u: Field) -> Field:
-            return u + whole.jvp(eta(u), diagonal=False)
-
-        def M_transposed(r: Field) -> Field:
-            return r + eta(whole.vjp(r, diagonal=False))
-
-        at.grads([(i, j) for i in whole.movers for j in whole.movers])  # One pass for each loss.
-        dtype = at.game.params(whole.movers[0])[0].dtype
-        start = self.memory.get("u", whole.v)
-        u = solve_normal_equations(
-            M, M_transposed, whole.v, start, self.iterations, tiny=torch.finfo(dtype).tiny
-        )
-        self.memory = {"u": u.clone()}
-        return u.select(at.movers)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-14
 def input_gradient_penalty(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ from optgen.models.gan import (
     MLPDiscriminator,
     MLPGenerator,
 )
+from optgen.opponents import CompetitiveGradient, Unrolled
 from optgen.optim import SGD, Momentum
 from optgen.rules import (
     Alternating,
-    CompetitiveGradient,
     Consensus,
     Extragradient,
     Feedback,
@@ -26,7 +26,6 @@ from optgen.rules import (
     Optimistic,
     Simultaneous,
     SymplecticAdjustment,
-    Unrolled,
 )
 from optgen.schemes.feedback import FeedbackGAN, GANBatch, downsampled_pixels
 from optgen.testing import finite_difference, flat_weights, raises

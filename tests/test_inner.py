@@ -17,8 +17,9 @@ from optgen.games import Game, Player
 from optgen.inner import DECODER_PASSES, Refinement, clip_rows, unroll
 from optgen.metrics import evaluate_vae
 from optgen.models.vae import VAE, ConvVAE, elbo_terms, gaussian_kl
+from optgen.opponents import Unrolled
 from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp
-from optgen.rules import Consensus, Unrolled
+from optgen.rules import Consensus
 from optgen.testing import LinearGaussian, assert_mean, check_gradient, generator, randn
 
 F64 = torch.float64

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from optgen import optim
 from optgen.fields import Field
 from optgen.games import Corrections, Game, Player, Rule
+from optgen.opponents import CompetitiveGradient, Unrolled
 from optgen.rules import (
     RULES,
     Alternating,
     Clipped,
-    CompetitiveGradient,
     Consensus,
     Extragradient,
     Feedback,
@@ -26,7 +26,6 @@ from optgen.rules import (
     Optimistic,
     Simultaneous,
     SymplecticAdjustment,
-    Unrolled,
     build_rule,
     input_gradient_penalty,
 )
