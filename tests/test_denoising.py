@@ -14,7 +14,8 @@ from optgen.data.images import Batch, Images, digits
 from optgen.models.diffusion import Denoiser, UNet
 from optgen.models.schedules import CosineSchedule, LinearSchedule, StraightSchedule
 from optgen.rules import Extragradient
-from optgen.schemes.denoising import WEIGHTS, AdaptiveLevels, DenoisingDiffusion, Uncertainty
+from optgen.schemes.denoising import DenoisingDiffusion
+from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty
 from optgen.testing import generator
 from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit

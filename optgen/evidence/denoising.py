@@ -35,7 +35,8 @@ from ..models.schedules import PowerSchedule
 from ..muon import Muon, muon_groups
 from ..optim import Adam, CombinedOptimizer
 from ..sample_quality import feature_stats, fid, frechet_floor
-from ..schemes.denoising import AdaptiveLevels, DenoisingDiffusion
+from ..schemes.denoising import DenoisingDiffusion
+from ..schemes.levels import AdaptiveLevels
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00005
 DATA = {"mnist": mnist, "fashion": fashion_mnist}
