@@ -23,7 +23,7 @@ from optgen.data.loading import load
 from optgen.models.gan import GAN_LOSSES, GANLoss
 from optgen.registry import Entry
 from optgen.rules import RULES
-from optgen.schemes.assisted import split_labeled
+from optgen.schemes.assisted_command import split_labeled
 from optgen.schemes.command import OPTIMIZERS, build_optimizer
 from optgen.schemes.elbo import INFERENCE
 from optgen.schemes.networks import METHODS
