@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from optgen import rules
+from optgen import opponents, rules
 from optgen.controllers import ControlVAE, FreeBits, Geco, SigmaVAE
 from optgen.data.images import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
@@ -57,8 +57,8 @@ RULES = {
     "lookahead of extragradient": lambda: rules.Lookahead(
         inner=rules.Extragradient(inner=rules.Consensus(0.2)), every=3
     ),
-    "unrolled": lambda: rules.Unrolled(player="D", steps=3),
-    "competitive": rules.CompetitiveGradient,
+    "unrolled": lambda: opponents.Unrolled(player="D", steps=3),
+    "competitive": opponents.CompetitiveGradient,
     "clipped": lambda: rules.Clipped(0.15, rules.Consensus(0.2)),
 }
 OPTIMIZERS = {

@@ -119,3 +119,19 @@ def test_versions_agree():
     assert config["DEFAULT"]["version"] == optgen.__version__
     changelog = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
     assert f"## {optgen.__version__}" in changelog
+
+
+def names_of_the_changelog() -> list[str]:
+    """Return the classes and functions of this version in the table of those renamed."""
+    text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
+    table = re.search(r"Renamed classes and functions:\n\n(?:\|.*\n){2}((?:\|.*\n)+)", text)[1]
+    columns = [row.split("|")[2] for row in table.splitlines()]
+    return [name for column in columns for name in re.findall(r"`(\w+\.[\w.]+)`", column)]
+
+
+def test_the_new_names_of_the_changelog_exist():
+    names = names_of_the_changelog()
+    assert len(names) > 50
+    for name in names:
+        module, _, last = f"optgen.{name}".rpartition(".")
+        assert hasattr(importlib.import_module(module), last), name

@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from torch.optim import Optimizer
 from torch.profiler import ProfilerActivity, profile
 
-from .. import rules
+from .. import opponents, rules
 from .timing import Part, median_ms, run_module, step_flops
 from ..data.images import Batch
 from ..games import Rule
@@ -43,8 +43,8 @@ BENCHED_RULES: dict[str, Callable[[], Rule]] = {
     "feedback (D, D, G)": partial(make_feedback, to="D", wrt="G"),
     "consensus": partial(rules.Consensus, 0.1),
     "symplectic": partial(rules.SymplecticAdjustment, 0.1),
-    "unrolled, 5 steps": partial(rules.Unrolled, "D", steps=5),
-    "competitive, 5 iterations": partial(rules.CompetitiveGradient, iterations=5),
+    "unrolled, 5 steps": partial(opponents.Unrolled, "D", steps=5),
+    "competitive, 5 iterations": partial(opponents.CompetitiveGradient, iterations=5),
 }
 
 

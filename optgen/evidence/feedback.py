@@ -6,17 +6,16 @@
 __all__ = ['literal', 'nagarajan_kolter', 'smoothing', 'competitive', 'unrolled', 'extragradient_past', 'TENTHS', 'SMALL',
            'MOMENTA', 'RULES', 'MIXTURES', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'IMAGE_SEEDS', 'MIXTURE', 'STEPS', 'IMAGE',
            'BUDGET', 'FINAL', 'RATES', 'MOMENTUM_RATE', 'LOSSES', 'BASELINE_LOSSES', 'STACKED', 'STAGES', 'EXPERIMENTS',
-           'TunedRule', 'lookahead', 'build_rule', 'make_optimizer', 'make_gan', 'train_gan', 'endless', 'Mixture',
-           'draw_grid', 'relu_mlp', 'mixture_result', 'run_mixture', 'read_stack', 'stack_coverage', 'ImageSampler',
-           'affordable', 'images_result', 'run_images', 'run_floor', 'tried_rates_and_losses', 'settings', 'score',
-           'chosen', 'fourth', 'image_config', 'mixture_tuning_runs', 'mixture_runs', 'image_tuning_runs', 'image_runs',
-           'floor_runs', 'experiment']
+           'TunedRule', 'lookahead', 'build_rule', 'make_optimizer', 'make_gan', 'train_gan', 'Mixture', 'draw_grid',
+           'relu_mlp', 'mixture_result', 'run_mixture', 'stack_coverage', 'ImageSampler', 'affordable', 'images_result',
+           'run_images', 'run_floor', 'tried_rates_and_losses', 'settings', 'score', 'chosen', 'fourth', 'image_config',
+           'mixture_tuning_runs', 'mixture_runs', 'image_tuning_runs', 'image_runs', 'floor_runs', 'experiment']
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product, repeat
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -25,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import rules
+from .. import opponents, rules
 from ..bench.timing import step_flops
 from ..data.images import Batch, mnist
 from ..data.loading import Loader
 from ..data.toy import grid_centers, grid_mixture, ring_centers, ring_mixture, stacked_digits
 from .reproduce import Experiment, constant_then_linear_decay, load_results
 from ..games import Game, Rule
-from ..models.classifier import mnist_classifier, predict_classes
+from ..models.classifier import mnist_classifier, predict_stacks
 from ..models.gan import ConvDiscriminator, ConvGenerator
 from ..optim import Adam, Momentum
 from ..sample_quality import FeatureStats, feature_stats, fid, label_coverage, mode_coverage
@@ -64,8 +63,8 @@ def lookahead(weight: int) -> Rule:
 literal = partial(rules.Feedback, "G", "D", "G")
 nagarajan_kolter = partial(rules.Feedback, "G", "D", "D")
 smoothing = partial(rules.Feedback, "D", "D", "G")
-competitive = partial(rules.CompetitiveGradient, iterations=2)
-unrolled = partial(rules.Unrolled, "D")
+competitive = partial(opponents.CompetitiveGradient, iterations=2)
+unrolled = partial(opponents.Unrolled, "D")
 extragradient_past = partial(rules.Extragradient, past=True)
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #93f00001
@@ -159,16 +158,6 @@ def train_gan(
     return watch_training(
         gan, batches, look, steps=steps, every=every, lr_factor=lr_factor, time_batches=False
     )
-
-
-def endless(batches: Iterable[Batch]) -> Iterator[Batch]:
-    """Yield the batches epoch after epoch.
-
-    Args:
-        batches: an iterable that can be read again, such as a `Loader`.
-    """
-    while True:
-        yield from batches
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #93f00003
 class Mixture(NamedTuple):
@@ -275,17 +264,6 @@ def run_mixture(config: dict[str, Any], seed: int) -> dict[str, Any]:
     return mixture_result(looks, len(mixture.centers), last["counts"], samples)
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-5
-def read_stack(judge: nn.Module, x: Tensor) -> Tensor:
-    """Return the numbers (B,) of stacked images, read digit by digit, Eq. (stacked).
-
-    Args:
-        judge: classifier of digits.
-        x: (B, C, H, W), a digit in each channel.
-    """
-    digit = predict_classes(judge, x.flatten(0, 1).unsqueeze(1)).view(len(x), -1)
-    return (digit * 10 ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)).sum(1)
-
-
 def stack_coverage(judge: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
     """Return the number of modes of stacked digits and the KL divergence to uniform, in nats.
 
@@ -293,7 +271,7 @@ def stack_coverage(judge: nn.Module, batches: Iterable[Tensor]) -> dict[str, flo
         judge: classifier of digits.
         batches: images (B, 3, H, W).
     """
-    modes, kl = label_coverage(torch.cat([read_stack(judge, x) for x in batches]), 1000)
+    modes, kl = label_coverage(torch.cat([predict_stacks(judge, x) for x in batches]), 1000)
     return {"modes": modes.item(), "kl": round(kl.item(), 4)}
 
 
@@ -360,14 +338,12 @@ def images_result(
         end: the final numbers.
         samples: images to be stored, in [0, 1], or None.
     """
-    pixels = None
-    if samples is not None:
-        pixels = (255 * samples).round().byte().numpy().tobytes().hex() or None
+    stored = b"" if samples is None else (255 * samples).round().byte().numpy().tobytes()
     return end | {
         "diverged": looks.stopped_at,
         "steps": steps,
         "curve": [[*r.values()] for r in looks.records],
-        "pixels": pixels,
+        "pixels": stored.hex() or None,
     }
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #93f00006
@@ -397,13 +373,14 @@ def run_images(config: dict[str, Any], seed: int) -> dict[str, Any]:
             return sampler.measure(config["look"])
 
         steps = affordable(config, G, D, data.shape)
-        batches = endless(Loader(data, config["batch"], seed=seed, drop_last=True))
+        batches = chain.from_iterable(
+            repeat(Loader(data, config["batch"], seed=seed, drop_last=True))
+        )
         gan, every = make_gan(G, D, config), -(-steps // config["looks"])
         looks = train_gan(gan, batches, look, steps, every)
-        diverged = looks.stopped_at
-        end = None if diverged else sampler.measure(config["final"])
+        end = None if looks.stopped_at else sampler.measure(config["final"])
         end = end or ({"modes": 0, "kl": None} if stack else {"fid": None})
-        samples = None if diverged or seed else next(sampler.sample(16))
+        samples = None if looks.stopped_at or seed else next(sampler.sample(16))
     return images_result(looks, steps, end, samples)
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #93f00007

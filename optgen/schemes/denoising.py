@@ -213,9 +213,7 @@ class DenoisingDiffusion(Game):
     def loss(self, batch: NoisyLevelBatch) -> Tensor:
         """Return the loss, 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)."""
         errors = self.errors(batch)
-        q = torch.zeros_like(errors)
-        if self.uncertainty is not None:
-            q = self.uncertainty(batch.sigma)
+        q = self.uncertainty(batch.sigma) if self.uncertainty else torch.zeros_like(errors)
         errors = errors * (-q).exp()
         self.last_levels = batch.u, errors.detach()
         return ((errors + q) / batch.density).mean()
