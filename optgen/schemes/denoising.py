@@ -213,7 +213,7 @@ class DenoisingDiffusion(Game):
     def loss(self, batch: NoisyLevelBatch) -> Tensor:
         """Return the loss, 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)."""
         errors = self.errors(batch)
-        q = self.uncertainty(batch.sigma) if self.uncertainty else torch.zeros_like(errors)
+        q = torch.zeros_like(errors) if self.uncertainty is None else self.uncertainty(batch.sigma)
         errors = errors * (-q).exp()
         self.last_levels = batch.u, errors.detach()
         return ((errors + q) / batch.density).mean()
