@@ -129,7 +129,7 @@ class GamePoint:
         for loss in missing:
             self.losses[loss] = next(averaged)
 
-    def local_grads(self, loss: str, players: Iterable[str]) -> dict[str, list[Tensor]]:
+    def local_grads(self, loss: str, players: Sequence[str]) -> dict[str, list[Tensor]]:
         """Return the gradients of one loss on this rank, with their graph if `graph` is set.
 
         Args:
@@ -229,7 +229,7 @@ class GamePoint:
         )
 
     def jvp(self, u: Field, diagonal: bool = True) -> Field:
-        """Return $J u$ over `movers`, Eq. (jvp); the arguments are those of `vjp`.
+        """Return $J u$ over `movers`, Eq. (jvp).
 
         Args:
             u: field over any players.

@@ -22,7 +22,10 @@ def scale_by_lr(game: Game, u: Field, lr: float | None = None) -> Field:
     Args:
         game: the game; the learning rates are those of its players' optimizers.
         u: field over any players.
-        lr: $\eta$, in the place of these learning rates.
+        lr: $\eta$, instead of these learning rates.
+
+    Returns:
+        A field over the players of `u`.
     """
     if lr is not None:
         return lr * u

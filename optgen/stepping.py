@@ -155,7 +155,7 @@ def check_option(owner: str, name: str, value: Any, low: float, high: float) -> 
 def check_options(
     owner: str, group: dict[str, Any], ranges: dict[str, tuple[float, float]]
 ) -> None:
-    """Raise unless every option of a group is in its range and its forms can be had.
+    """Raise unless every option of a group is in its range and its form is supported.
 
     Args:
         owner: class of the optimizer, for the messages.

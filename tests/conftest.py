@@ -73,7 +73,7 @@ def tiny_run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def few_images(tmp_path_factory):
-    "Return a folder of sixty grey images of 8 x 8; tests must not change it."
+    "Return a folder of sixty gray images of 8 x 8; tests must not change it."
     folder, random = tmp_path_factory.mktemp("images") / "mine", rng()
     folder.mkdir()
     for i in range(60):

@@ -135,7 +135,7 @@ def test_mistakes_with_a_gan_are_one_line_and_leave_nothing(
 # beta-vae
 
 VAE = "--hidden 16,8 --z-dim 2 --epochs 1"
-GREY = "--likelihood gaussian --binarize none"
+GRAY = "--likelihood gaussian --binarize none"
 VAE_WAYS = {
     "0.5": "--beta 0.5",
     "warmup": "--beta warmup",
@@ -146,8 +146,8 @@ VAE_WAYS = {
     "free bits of a group": "--beta free-bits:minimum=0.5,groups=1",
     "geco": "--beta geco:target=40",
     "control": "--beta control:kl=1",
-    "sigma": f"--beta sigma {GREY}",
-    "gaussian": GREY,
+    "sigma": f"--beta sigma {GRAY}",
+    "gaussian": GRAY,
     "elbo 2": "--estimator elbo --k 2",
     "stl 1": "--estimator stl --k 1",
     "iwae 3": "--estimator iwae --k 3",
@@ -161,7 +161,7 @@ VAE_WAYS = {
     "conv": "--model conv --beta geco:target=40",
     "autoregressive": "--model autoregressive --beta control:kl=1 --estimator iwae --k 2 "
     "--inference aggressive:check=1,most=2,window=2",
-    "all": f"--beta sigma {GREY} --inference semi:steps=1 --estimator dreg --k 2 --sampled "
+    "all": f"--beta sigma {GRAY} --inference semi:steps=1 --estimator dreg --k 2 --sampled "
     "--ema 0.9",
 }
 
@@ -183,8 +183,8 @@ def test_a_vae_every_way(way, few_images, tmp_path, capsys, no_pictures):
     found = evaluated(capsys, out, "--k 5")
     assert found["epoch"] == 2 and found["k"] == 5
     assert found["mutual_information"] <= found["mutual_information_ceiling"]
-    grey = "gaussian" in VAE_WAYS[way]
-    assert found["pixels"].startswith("grey" if grey else "binarized")
+    gray = "gaussian" in VAE_WAYS[way]
+    assert found["pixels"].startswith("gray" if gray else "binarized")
     assert abs(found["beta"] - beta["value"].mean()) < 1e-6
     assert run("evaluate", out, "--k 5") == 0
     assert "mutual information ceiling" in capsys.readouterr().out
@@ -264,10 +264,10 @@ def test_another_controller_in_the_config_is_refused(few_images, tmp_path, capsy
         ("--beta free-bits:groups=3", "3 groups can't share 2 latents"),
         ("--beta control:kl=-1", "at least 0"),
         ("--beta sigma", "--likelihood gaussian --binarize none"),
-        (f"{GREY} --beta sigma:dim=3", "takes no dim"),
+        (f"{GRAY} --beta sigma:dim=3", "takes no dim"),
         ("--beta control:kl=1,target=2", "give one"),
         ("--likelihood gaussian", "--binarize none"),
-        (f"{GREY} --model conv", "--model mlp"),
+        (f"{GRAY} --model conv", "--model mlp"),
         ("--estimator best", "'iwae'"),
         ("--sampled", "elbo"),
         ("--estimator stl --sampled", "stl"),
@@ -293,14 +293,14 @@ def test_mistakes_with_a_vae_are_one_line_and_leave_nothing(
 
 LIKELIHOODS = {  # scheme, arguments, part of what is shown of the pixels
     "lstm": ("lstm", "--hidden 6", "binarized once"),
-    "lstm grey": (
+    "lstm gray": (
         "lstm",
         "--hidden 6 --layers 2 --binarize none --levels 16",
-        "grey, 16 levels rounded down from 256",
+        "gray, 16 levels rounded down from 256",
     ),
     "pixelcnn": ("pixelcnn", "--channels 4 --layers 2 --binarize static", "binarized once"),
     "made": ("made", "--hidden 12,8 --ema 0.9", "binarized once"),
-    "made grey": ("made", "--hidden 8 --binarize none", "grey, 256 levels"),
+    "made gray": ("made", "--hidden 8 --binarize none", "gray, 256 levels"),
     "realnvp": ("realnvp", "--couplings 1 --channels 4 --patience 2", "upper bound"),
     "realnvp flat": ("realnvp", "--scales 4 --layers 2 --hidden 8", "upper bound"),
     "maf": ("maf", "--layers 2 --hidden 8 --alpha 0.05", "upper bound"),
@@ -345,7 +345,7 @@ def test_a_flow_resumes_bit_for_bit_with_the_statistics_of_its_first_batch(
 @pytest.mark.parametrize(
     "scheme, args, word",
     [
-        ("lstm", "--levels 16", "--levels 16 is for grey pixels: add --binarize none"),
+        ("lstm", "--levels 16", "--levels 16 is for gray pixels: add --binarize none"),
         ("made", "--levels 300", "--levels"),
         ("made", "--hidden 0", "--hidden"),
         ("pixelcnn", "--channels 0", "--channels"),
@@ -474,7 +474,7 @@ WITH_TYPICALITY = (*WITH_SAMPLES, "reconstruction", "conv reconstruction")
 
 @pytest.fixture(scope="module")
 def few_labeled(tmp_path_factory):
-    """Grey images of 8 x 8, dark and light ones in a folder each, and as many without a class."""
+    """Gray images of 8 x 8, dark and light ones in a folder each, and as many without a class."""
     folder, generator = tmp_path_factory.mktemp("images") / "mine", torch.Generator().manual_seed(0)
     for i in range(90):
         kind = ("dark", "light", "unlabeled")[i % 3]

@@ -159,7 +159,7 @@ class StraightSchedule(Schedule):
 class LogNormalSchedule(Schedule):
     r"""Log-normal noise levels for training. Karras et al. (2022).
 
-    In float32 no level exceeds about 150.
+    In float32 the largest level below infinity is about 173.
 
     Args:
         low: smallest noise level.

@@ -263,7 +263,7 @@ class AssistedCommand(SchemeCommand):
                 "--binarize",
                 ["none", "dynamic"],
                 "none",
-                "dynamic draws each grey pixel black or white at each visit, "
+                "dynamic draws each gray pixel black or white at each visit, "
                 "so that a generator's bound is a likelihood.",
             ),
         ]

@@ -195,7 +195,7 @@ def divergence(kind: str, d: Tensor, g: Tensor) -> Tensor:
 class Agreement(Coupling):
     """Agreement on the class with a generator that models classes, Eq. (agreement).
 
-    At weight 1 it is M2, Eq. (m2-unlabelled).
+    At weight 1 it is M2, Eq. (m2-unlabeled).
 
     Args:
         divergence: a name in `DIVERGENCES`.

@@ -511,7 +511,7 @@ class DiffusionCommand(SchemeCommand):
 
     def describe_pixels(self, options: dict[str, Any]) -> str:
         """Return the preprocessing in words, as a record of an evaluation names it."""
-        return "grey, dequantized: an upper bound of 256 levels"
+        return "gray, dequantized: an upper bound of 256 levels"
 
     def evaluate(
         self,

@@ -47,7 +47,7 @@ def pixel_preprocessing(options: dict[str, Any]) -> tuple[str, int]:
     binarized = options["binarize"] != "none"
     levels = options["levels"] or (2 if binarized else 256)
     if binarized and levels != 2:
-        raise click.UsageError(f"--levels {levels} is for grey pixels: add --binarize none")
+        raise click.UsageError(f"--levels {levels} is for gray pixels: add --binarize none")
     return "binary" if binarized else "levels", levels
 
 
@@ -61,12 +61,12 @@ class PixelCommand(SchemeCommand):
                 "--binarize",
                 ["dynamic", "static", "none"],
                 "dynamic",
-                "Draw each grey pixel black or white: anew at each visit, once, or not.",
+                "Draw each gray pixel black or white: anew at each visit, once, or not.",
             ),
             option(
                 "--levels",
                 type=click.IntRange(2, 256),
-                help="Grey levels with --binarize none, rounded down from 256.  [default: 256]",
+                help="Gray levels with --binarize none, rounded down from 256.  [default: 256]",
             ),
         ]
 
@@ -94,7 +94,7 @@ class PixelCommand(SchemeCommand):
         data, levels = pixel_preprocessing(options)
         if data == "binary":
             return "binarized once"
-        return f"grey, {levels} levels" + (" rounded down from 256" if levels < 256 else "")
+        return f"gray, {levels} levels" + (" rounded down from 256" if levels < 256 else "")
 
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #89258215
 class LSTMCommand(PixelCommand):
@@ -213,7 +213,7 @@ class FlowCommand(SchemeCommand):
 
     def describe_pixels(self, options: dict[str, Any]) -> str:
         """Return the preprocessing in words, as a record of an evaluation names it."""
-        return "grey, dequantized: an upper bound of 256 levels"
+        return "gray, dequantized: an upper bound of 256 levels"
 
     def evaluate(
         self,

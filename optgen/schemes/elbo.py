@@ -466,16 +466,16 @@ def build_vae(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
     """
     kind, hidden = options["model"], read_widths(options["hidden"])
     likelihood = options.get("likelihood", "bernoulli")  # A run of optgen 0.2 has none.
-    grey = options["binarize"] == "none"
+    gray = options["binarize"] == "none"
     if kind != "conv" and len(hidden) != 2:
         raise click.UsageError(
             f"--hidden takes two whole numbers such as 512,256, got {options['hidden']!r}"
         )
-    if likelihood == "gaussian" and (kind != "mlp" or not grey):
+    if likelihood == "gaussian" and (kind != "mlp" or not gray):
         raise click.UsageError(
-            "--likelihood gaussian is for grey pixels and the mlp: add --model mlp --binarize none"
+            "--likelihood gaussian is for gray pixels and the mlp: add --model mlp --binarize none"
         )
-    if kind == "autoregressive" and grey:
+    if kind == "autoregressive" and gray:
         raise click.UsageError(
             "--model autoregressive draws black or white pixels: leave --binarize dynamic or static"
         )
@@ -528,7 +528,7 @@ class BetaVAECommand(SchemeCommand):
                 "--binarize",
                 ["dynamic", "static", "none"],
                 "dynamic",
-                "Draw each grey pixel black or white: anew at each visit, once, or not.",
+                "Draw each gray pixel black or white: anew at each visit, once, or not.",
             ),
         ]
 
@@ -560,9 +560,9 @@ class BetaVAECommand(SchemeCommand):
     def describe_pixels(self, options: dict[str, Any]) -> str:
         """Return what was done to the pixels."""
         if options.get("likelihood") == "gaussian":
-            return "grey"
-        grey = options["binarize"] == "none"
-        return "grey: a score, not a likelihood" if grey else "binarized once"
+            return "gray"
+        gray = options["binarize"] == "none"
+        return "gray: a score, not a likelihood" if gray else "binarized once"
 
     def evaluate(
         self,

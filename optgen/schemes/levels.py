@@ -23,7 +23,7 @@ def min_snr_weight(sigma: Tensor, std: float = 1.0, gamma: float = 5.0) -> Tenso
 
     Args:
         sigma: (B,) noise levels, positive.
-        std: standard deviation of the data; not used.
+        std: $s$, root mean square of the data; not used.
         gamma: largest weight, positive.
     """
     return (sigma**-2).clamp(max=gamma)
@@ -34,7 +34,7 @@ def p2_weight(sigma: Tensor, std: float = 1.0, k: float = 1.0, gamma: float = 1.
 
     Args:
         sigma: (B,) noise levels, positive.
-        std: standard deviation of the data; not used.
+        std: $s$, root mean square of the data; not used.
         k: $k\ge0$.
         gamma: $\gamma\ge0$.
     """
@@ -48,7 +48,7 @@ def squared_error_weight(target: str) -> Callable[[Tensor, float], Tensor]:
         target: a name in `optgen.models.schedules.TARGETS`.
 
     Returns:
-        Function of $\sigma$ (B,) and the standard deviation of the data, which returns $w$ (B,).
+        Function of $\sigma$ (B,) and of the root mean square of the data, which returns $w$ (B,).
     """
 
     def weight(sigma: Tensor, std: float) -> Tensor:
@@ -291,10 +291,10 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
     if labels is not None:
         classes = labels.unique().cpu()
         groups = [torch.nonzero(labels.cpu() == c).flatten() for c in classes]
-    place = torch.empty(len(x), dtype=torch.int64)
+    permutation = torch.empty(len(x), dtype=torch.int64)
     # The squares are the same for every permutation.
     cost = -(x.flatten(1).double() @ eps.flatten(1).double().T).cpu()
     for rows in groups:
         _, columns = linear_sum_assignment(cost[rows][:, rows].numpy())
-        place[rows] = rows[torch.from_numpy(columns)]
-    return eps[place.to(eps.device)]
+        permutation[rows] = rows[torch.from_numpy(columns)]
+    return eps[permutation.to(eps.device)]

@@ -51,10 +51,10 @@ class ProgressBar:
     def on_train_begin(self, run: Any) -> None:
         """Show the bar, at what is done already."""
         order = run.loader.order
-        in_epoch = order.batch * order.batch_size if run.total is not None else 0
+        in_epoch = order.batch * order.batch_size if run.loss_sums is not None else 0
         self.bar = tqdm(
-            total=run.epochs * run.images,
-            initial=run.epoch * run.images + in_epoch,
+            total=run.epochs * run.images_per_epoch,
+            initial=run.epoch * run.images_per_epoch + in_epoch,
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,

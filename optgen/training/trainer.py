@@ -32,7 +32,7 @@ from .folder import RunFolder, open_folder
 from .guards import temporary_attributes
 from .loop import check_learning_rates
 from .parallel import Ranks, abort_all_on_error, init_ranks
-from .run import Run, RunPlan, complete
+from .run import Run, RunPlan, train_to_end
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
 def check_fit_arguments(
@@ -287,4 +287,4 @@ def fit(
         run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
         if compile:
             scheme.compile()
-        return complete(run, settings, resume=resume, seed=seed, device=device)
+        return train_to_end(run, settings, resume=resume, seed=seed, device=device)
