@@ -17,13 +17,13 @@ from optgen.evidence.reproduce import (
     Experiment,
     ReproduceError,
     load_results,
-    missing,
     perform,
     read_json,
     reproduce,
     reproduce_stages,
     source_state,
     tasks_of,
+    tasks_without_result,
     write_json,
 )
 
@@ -74,7 +74,7 @@ def test_runs_are_files_and_are_not_repeated(tmp_path):
         )
         assert r["environment"]["torch"] == torch.__version__ and {"commit", "modified"} <= r.keys()
     (tmp_path / "means/few-1.json").unlink()
-    left = missing(tasks_of(TABLE, tmp_path))
+    left = tasks_without_result(tasks_of(TABLE, tmp_path))
     assert [(t.variant, t.seed) for t in left] == [("few", 1)]
     more = TABLE._replace(seeds=(0, 1, 2))
     assert quiet([more], tmp_path) == {"done": 3, "skipped": 3} and quiet([more], tmp_path) == {
@@ -186,7 +186,7 @@ def test_stages_of_the_feedback_table(tmp_path):
     with pytest.raises(FileNotFoundError, match="tune"):
         feedback.experiment("ring", tmp_path)
     tuned = feedback.experiment("tune", tmp_path)
-    assert tuned.variants.keys() == feedback.settings("ring").keys() and {
+    assert tuned.variants.keys() == feedback.tried_settings("ring").keys() and {
         c["rule"] for c in tuned.variants.values()
     } == set(feedback.RULES)
 
@@ -195,7 +195,7 @@ def test_a_tiny_table_from_tuning_to_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(
         feedback, "RULES", {k: feedback.RULES[k] for k in ("simultaneous", "consensus")}
     )
-    names = feedback.settings("ring")
+    names = feedback.tried_settings("ring")
     small = {"steps": 4, "every": 2}
     for i, (name, s) in enumerate(names.items()):
         write_json(

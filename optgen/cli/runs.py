@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['load_entry_point', 'load_commands', 'find_command', 'load_claims', 'pick_device', 'read_config', 'OpenRun',
-           'put_averages_in', 'open_run', 'free_folder']
+           'load_averages_into', 'open_run', 'free_folder']
 
 # %% ../../nbs/40_training/43a_runs.ipynb #8afea44f
 import functools
@@ -155,7 +155,7 @@ class OpenRun(NamedTuple):
     state: dict[str, Any]
 
 
-def put_averages_in(scheme: "Game", decay: float, states: list[dict[str, Any]]) -> None:
+def load_averages_into(scheme: "Game", decay: float, states: list[dict[str, Any]]) -> None:
     """Replace the weights of a scheme by the averages that its run kept."""
     from optgen.averaging import averages_of
 
@@ -195,7 +195,7 @@ def open_run(folder: str | Path, device: str) -> OpenRun:
             f"{folder}: its checkpoint is not of the scheme in its config.json: {error}"
         ) from None
     if state["ema"]:
-        put_averages_in(scheme, options["ema"], state["ema"])
+        load_averages_into(scheme, options["ema"], state["ema"])
     return OpenRun(config, command, scheme.train(False), state)
 
 # %% ../../nbs/40_training/43a_runs.ipynb #bc893532

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DATA', 'OTHER', 'WEIGHTS', 'DISTURBANCES', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'SLOW_SEEDS', 'ALWAYS', 'LADDER', 'OWN',
            'REGULARIZATION', 'TRIED', 'WAYS', 'FAST', 'SLOW', 'SLOWEST', 'LABELS', 'LARGER', 'SMALLER', 'TRIAL', 'LONG',
-           'SHORT', 'FULL_LENGTH', 'EXPERIMENTS', 'STAGES', 'split', 'number', 'warmup', 'control', 'geco', 'balanced',
-           'projected', 'make_scheme', 'add_noise', 'move', 'disturbed', 'in_order', 'measure_on_the_way',
-           'measure_at_the_end', 'run_assisted', 'early', 'tried', 'validation_score', 'best', 'chosen', 'tuning_runs',
-           'hundred_runs', 'ladder_runs', 'weight_tuning_runs', 'weight_runs', 'image_choice', 'label_runs',
-           'small_weight_runs', 'label_experiments', 'experiment']
+           'SHORT', 'FULL_LENGTH', 'EXPERIMENTS', 'STAGES', 'split', 'fixed_weight', 'warmup', 'control', 'geco',
+           'balanced', 'projected', 'make_scheme', 'add_noise', 'shift_images', 'disturb_batches', 'ordered_batches',
+           'measure_look', 'measure_final', 'run_assisted', 'early_stopping_look', 'trial_configs', 'validation_score',
+           'best_trials', 'chosen_configs', 'tuning_runs', 'hundred_runs', 'ladder_runs', 'weight_tuning_runs',
+           'weight_runs', 'image_selection', 'label_runs', 'small_weight_runs', 'label_experiments', 'experiment']
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00003
 from collections.abc import Callable, Iterable, Iterator
@@ -61,7 +61,7 @@ def split(config: dict[str, Any], seed: int) -> tuple[Images, Images | None, Ima
     return train, train.subset(chosen), valid
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92a00007
-def number(weight: float, setting: None, steps: int) -> dict[str, Any]:
+def fixed_weight(weight: float, setting: None, steps: int) -> dict[str, Any]:
     """Return the arguments of `Assisted` for a fixed weight."""
     return {"weight": weight}
 
@@ -92,7 +92,7 @@ def projected(weight: float, setting: None, steps: int) -> dict[str, Any]:
 
 
 WEIGHTS = {
-    "number": number,
+    "number": fixed_weight,
     "warm-up": warmup,
     "control": control,
     "geco": geco,
@@ -143,15 +143,15 @@ def add_noise(x: Tensor, generator: torch.Generator) -> Tensor:
     return (x + 0.3 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
 
 
-def move(x: Tensor, generator: torch.Generator) -> Tensor:
+def shift_images(x: Tensor, generator: torch.Generator) -> Tensor:
     """Return images moved by up to two pixels either way."""
     return random_shift(x, 2, generator)
 
 
-DISTURBANCES = {"noise": add_noise, "moved": move}
+DISTURBANCES = {"noise": add_noise, "moved": shift_images}
 
 
-def disturbed(batches: Iterable[Batch], kind: str) -> Iterator[Batch]:
+def disturb_batches(batches: Iterable[Batch], kind: str) -> Iterator[Batch]:
     """Yield the batches with their images disturbed, the same at every call.
 
     Args:
@@ -163,12 +163,12 @@ def disturbed(batches: Iterable[Batch], kind: str) -> Iterator[Batch]:
         yield Batch(DISTURBANCES[kind](batch.x, generator), batch.y)
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92f00004
-def in_order(images: Images) -> Loader:
+def ordered_batches(images: Images) -> Loader:
     """Return the batches of images in their order."""
     return Loader(images, 500, shuffle=False)
 
 
-def measure_on_the_way(scheme: Assisted, valid: Images, test: Images) -> dict[str, float]:
+def measure_look(scheme: Assisted, valid: Images, test: Images) -> dict[str, float]:
     """Return error and NLL on validation and test images, rounded.
 
     Args:
@@ -178,12 +178,12 @@ def measure_on_the_way(scheme: Assisted, valid: Images, test: Images) -> dict[st
     """
     out = {}
     for name, images in (("valid", valid), ("test", test)):
-        found = scheme.evaluate(in_order(images))
+        found = scheme.evaluate(ordered_batches(images))
         out |= {f"{name}_{key}": round(x, 5) for key, x in found.items() if key in ("error", "nll")}
     return out
 
 
-def measure_at_the_end(scheme: Assisted, test: Images, outside: Images | None) -> dict[str, float]:
+def measure_final(scheme: Assisted, test: Images, outside: Images | None) -> dict[str, float]:
     """Return all numbers on test images, also on disturbed ones, rounded.
 
     Args:
@@ -191,10 +191,10 @@ def measure_at_the_end(scheme: Assisted, test: Images, outside: Images | None) -
         test: test images.
         outside: images of another set, to be detected; None for no detection.
     """
-    other = None if outside is None else in_order(outside)
-    end = scheme.evaluate(in_order(test), other)
+    other = None if outside is None else ordered_batches(outside)
+    end = scheme.evaluate(ordered_batches(test), other)
     for kind in DISTURBANCES:
-        end[kind] = scheme.evaluate(disturbed(in_order(test), kind))["error"]
+        end[kind] = scheme.evaluate(disturb_batches(ordered_batches(test), kind))["error"]
     return {key: round(x, 5) for key, x in end.items()}
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92f00005
@@ -220,15 +220,15 @@ def run_assisted(config: dict[str, Any], seed: int) -> dict[str, Any]:
             scheme.compile()
 
         def look(epoch: float) -> dict[str, float]:
-            return measure_on_the_way(scheme, valid, test)
+            return measure_look(scheme, valid, test)
 
         epochs, every = config["epochs"], config["every"]
         curve = train_watched(scheme, loader, epochs, every, look, constant_then_linear_decay)
-        end = measure_at_the_end(scheme, test, outside if config["outside"] else None)
+        end = measure_final(scheme, test, outside if config["outside"] else None)
     return {"curve": curve, "test": end}
 
 
-def early(curve: list[dict[str, float]]) -> dict[str, float]:
+def early_stopping_look(curve: list[dict[str, float]]) -> dict[str, float]:
     """Return the look at which validation would have stopped the run, Eq. (early).
 
     Args:
@@ -323,7 +323,7 @@ LONG = {"epochs": 48, "every": 4}
 SHORT = {"epochs": 3}
 
 
-def tried(
+def trial_configs(
     own: dict[str, dict[str, Any]],
     changes: dict[str, tuple[dict[str, Any], ...]],
     more: dict[str, Any] | None = None,
@@ -352,7 +352,7 @@ def validation_score(record: dict[str, Any]) -> tuple[float, float]:
     return last["valid_error"], last["valid_nll"]
 
 
-def best(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
+def best_trials(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
     """Return the configuration of each name's best trial by `validation_score`.
 
     Args:
@@ -368,13 +368,13 @@ def best(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
 FULL_LENGTH = {key: ALWAYS[key] for key in TRIAL}
 
 
-def chosen(out: str | Path) -> dict[str, dict[str, Any]]:
+def chosen_configs(out: str | Path) -> dict[str, dict[str, Any]]:
     """Return the configuration of each method that the trials chose, at full length.
 
     Args:
         out: folder of the results, with the trials.
     """
-    return {method: config | FULL_LENGTH for method, config in best(out, "tune").items()}
+    return {method: config | FULL_LENGTH for method, config in best_trials(out, "tune").items()}
 
 
 def tuning_runs(out: str | Path) -> Experiment:
@@ -383,7 +383,7 @@ def tuning_runs(out: str | Path) -> Experiment:
     Args:
         out: not read.
     """
-    return Experiment("tune", run_assisted, tried(OWN, TRIED), TUNING_SEEDS)
+    return Experiment("tune", run_assisted, trial_configs(OWN, TRIED), TUNING_SEEDS)
 
 
 def hundred_runs(out: str | Path) -> Experiment:
@@ -392,7 +392,7 @@ def hundred_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials.
     """
-    configs = chosen(out)
+    configs = chosen_configs(out)
     return Experiment("hundred", run_assisted, {method: configs[method] for method in OWN}, SEEDS)
 
 
@@ -402,7 +402,7 @@ def ladder_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials.
     """
-    variants = {"ladder": chosen(out)["ladder"] | LONG}
+    variants = {"ladder": chosen_configs(out)["ladder"] | LONG}
     return Experiment("ladder", run_assisted, variants, SEEDS)
 
 
@@ -412,9 +412,9 @@ def weight_tuning_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials of the methods.
     """
-    config = chosen(out)["reconstruction"]
+    config = chosen_configs(out)["reconstruction"]
     own = {way: config | {"set": way} for way in WAYS}
-    variants = tried(own, WAYS, TRIAL | SHORT)
+    variants = trial_configs(own, WAYS, TRIAL | SHORT)
     return Experiment("tune-weights", run_assisted, variants, TUNING_SEEDS)
 
 
@@ -424,13 +424,13 @@ def weight_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with both trials.
     """
-    config = chosen(out)["reconstruction"]
-    configs = {"number": config, "larger": config | LARGER, **best(out, "tune-weights")}
+    config = chosen_configs(out)["reconstruction"]
+    configs = {"number": config, "larger": config | LARGER, **best_trials(out, "tune-weights")}
     variants = {way: config | FULL_LENGTH | SHORT for way, config in configs.items()}
     return Experiment("weights", run_assisted, variants, SEEDS)
 
 # %% ../../nbs/90_evidence/92_assisted.ipynb #92f00009
-def image_choice(data: str, labels: int | str) -> dict[str, Any]:
+def image_selection(data: str, labels: int | str) -> dict[str, Any]:
     """Return the part of a configuration that chooses the images.
 
     Args:
@@ -451,7 +451,7 @@ def label_runs(
         methods: `FAST` or `SLOW`.
         out: folder of the results, with the trials.
     """
-    configs, images = chosen(out), image_choice(data, labels)
+    configs, images = chosen_configs(out), image_selection(data, labels)
     length = {} if labels == "all" else SHORT
     compared = [m for m in methods if labels != "all" or m not in SLOWEST]
     variants = {method: configs[method] | length | images for method in compared}
@@ -467,7 +467,7 @@ def small_weight_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials.
     """
-    config = chosen(out)["reconstruction"] | image_choice("mnist", "all")
+    config = chosen_configs(out)["reconstruction"] | image_selection("mnist", "all")
     variants = {f"weight-{weight:g}": config | {"weight": weight} for weight in SMALLER}
     return Experiment("mnist-all-small", run_assisted, variants, SEEDS)
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DATA', 'OPTIMIZERS', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'ALWAYS', 'TRIAL', 'FASHION', 'TRIED', 'PARTS', 'VARIANTS',
-           'STAGES', 'halved', 'features', 'make_adam', 'make_muon', 'make_schedule_free', 'make_scheme',
-           'first_images', 'sample_distance', 'measure_likelihoods', 'measure', 'run_denoising', 'best', 'tuning_runs',
-           'compared_runs', 'experiment']
+           'STAGES', 'halve_images', 'features', 'make_adam', 'make_muon', 'make_schedule_free', 'make_scheme',
+           'first_images', 'sample_distance', 'measure_likelihoods', 'measure', 'run_denoising', 'best_trial',
+           'tuning_runs', 'compared_runs', 'experiment']
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00003
 import functools
@@ -42,7 +42,7 @@ from ..schemes.levels import AdaptiveLevels
 DATA = {"mnist": mnist, "fashion": fashion_mnist}
 
 
-def halved(images: Images) -> Images:
+def halve_images(images: Images) -> Images:
     """Return the images at half their size, means of 2 x 2 pixels.
 
     Args:
@@ -188,7 +188,7 @@ def run_denoising(config: dict[str, Any], seed: int) -> dict[str, Any]:
     Returns:
         "curve", a dict for each look, and "end", the final measurement.
     """
-    train, test = (halved(DATA[config["data"]](split)) for split in ("train", "test"))
+    train, test = (halve_images(DATA[config["data"]](split)) for split in ("train", "test"))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         loader = Loader(train, config["batch"], seed=seed, drop_last=True)
@@ -263,7 +263,7 @@ VARIANTS = ("plain", "ema", *PARTS, "muon", "schedule-free", "together")
 STAGES = {"mnist": ("tune", "mnist"), "fashion": ("tune", "fashion")}
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95b00007
-def best(out: str | Path, kind: str, weights: str) -> dict[str, Any]:
+def best_trial(out: str | Path, kind: str, weights: str) -> dict[str, Any]:
     """Return the configuration of an optimizer's trial of least loss at its end.
 
     Args:
@@ -300,13 +300,13 @@ def compared_runs(name: str, out: str | Path) -> Experiment:
     full_length = {key: ALWAYS[key] for key in TRIAL}
     if name == "fashion":
         full_length |= FASHION
-    plain, ema = (best(out, "adam", weights) | full_length for weights in ("raw", "averaged"))
+    plain, ema = (best_trial(out, "adam", weights) | full_length for weights in ("raw", "averaged"))
     variants = {"plain": plain, "ema": ema, "together": plain}
     for part, change in PARTS.items():
         variants[part] = plain | change
         variants["together"] = variants["together"] | change
     for kind in ("muon", "schedule-free"):
-        variants[kind] = best(out, kind, "raw") | full_length
+        variants[kind] = best_trial(out, kind, "raw") | full_length
     ordered = {variant: variants[variant] for variant in VARIANTS}
     return Experiment(name, run_denoising, ordered, SEEDS)
 

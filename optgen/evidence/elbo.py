@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['CONTROLLERS', 'PROBLEMS', 'SCHEDULES', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'STRONG_SEEDS', 'CURVE_SEEDS', 'BUDGET',
            'WINDOWS', 'INNER_RATES', 'TRIED', 'DENSITY', 'INGREDIENTS', 'ALL', 'TOGETHER', 'FINAL', 'CURVE', 'BETAS',
-           'ASKED', 'STAGES', 'EXPERIMENTS', 'measured', 'constant', 'warmup', 'cyclical', 'free_bits', 'geco',
+           'ASKED', 'STAGES', 'EXPERIMENTS', 'measure_rounded', 'constant', 'warmup', 'cyclical', 'free_bits', 'geco',
            'control', 'make_scheme', 'ProblemData', 'toy_problem', 'strong_problem', 'Problem', 'run_collapse',
-           'run_truth', 'linear_decay', 'build_density_model', 'build_density_optimizer', 'samples_at',
-           'make_density_scheme', 'run_density', 'run_curve', 'trials', 'likeliest', 'best_of_each',
+           'run_truth', 'linear_decay', 'build_density_model', 'build_density_optimizer', 'samples_in_epoch',
+           'make_density_scheme', 'run_density', 'run_curve', 'trial_configs', 'lowest_nll_config', 'best_of_each',
            'collapse_tuning_runs', 'collapse_runs', 'truth_runs', 'ablation_runs', 'density_tuning_runs',
            'density_runs', 'curve_runs', 'walk_runs', 'experiment']
 
@@ -38,7 +38,7 @@ from ..optim import Adam, CombinedOptimizer, Momentum
 from ..schemes.elbo import Aggressive, BetaVAE
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005
-def measured(
+def measure_rounded(
     scheme: BetaVAE, data: Images | Sequences, n: int, k: int, binarize: str | None = None
 ) -> dict[str, float]:
     """Return the numbers of the first examples, rounded.
@@ -186,10 +186,10 @@ def run_collapse(config: dict[str, Any], seed: int) -> dict[str, Any]:
         scheme = make_scheme(build_model(), config, config["epochs"] * len(loader))
 
         def look(epoch: float) -> dict[str, float]:
-            return measured(scheme, valid, *config["look"], binarize)
+            return measure_rounded(scheme, valid, *config["look"], binarize)
 
         curve = train_watched(scheme, loader, config["epochs"], config["every"], look)
-        end = measured(scheme, test, *config["final"], binarize) if config["final"] else None
+        end = measure_rounded(scheme, test, *config["final"], binarize) if config["final"] else None
     return {"curve": curve, "test": end}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00009
@@ -244,7 +244,7 @@ def build_density_optimizer(config: dict[str, Any], model: VAE) -> Optimizer:
     return CombinedOptimizer(Muon(matrices, config["muon"]), Adam(vectors, config["lr"]))
 
 
-def samples_at(epoch: float, k: int | list[list[int]]) -> int:
+def samples_in_epoch(epoch: float, k: int | list[list[int]]) -> int:
     """Return the number of samples of the estimator at an epoch.
 
     Args:
@@ -265,7 +265,7 @@ def make_density_scheme(config: dict[str, Any], train: Images, epoch_steps: int)
     model = build_density_model(train)
     optimizer = build_density_optimizer(config, model)
     beta = controllers.LinearWarmup(config["warmup"] * epoch_steps) if config["warmup"] else 1.0
-    k = samples_at(0, config["k"])
+    k = samples_in_epoch(0, config["k"])
     scheme = BetaVAE(model, beta, optimizer, config["estimator"], k, config["sampled"])
     if config["ema"]:
         scheme.averages = averages_of(scheme, config["ema"])
@@ -291,15 +291,15 @@ def run_density(config: dict[str, Any], seed: int) -> dict[str, Any]:
         scheme = make_density_scheme(config, train, len(loader))
 
         def look(epoch: float) -> dict[str, float]:
-            scheme.k = samples_at(epoch, config["k"])
-            return measured(scheme, valid, *config["look"], "static") if valid else {}
+            scheme.k = samples_in_epoch(epoch, config["k"])
+            return measure_rounded(scheme, valid, *config["look"], "static") if valid else {}
 
         schedule = SCHEDULES[config["schedule"]]
         curve = train_watched(scheme, loader, config["epochs"], config["every"], look, schedule)
         end = None
         if config["final"]:
             with evaluating(scheme):
-                end = measured(scheme, mnist("test"), *config["final"], "static")
+                end = measure_rounded(scheme, mnist("test"), *config["final"], "static")
     return {"curve": curve, "test": end}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00013
@@ -323,7 +323,7 @@ def run_curve(config: dict[str, Any], seed: int) -> dict[str, Any]:
         scheme = BetaVAE(model, beta, Adam(model.parameters(), config["lr"]))
 
         def look(epoch: float) -> dict[str, float]:
-            found = measured(scheme, mnist("test"), 10_000, 1, "static")
+            found = measure_rounded(scheme, mnist("test"), 10_000, 1, "static")
             if targets:
                 done = round(epoch / config["every"])
                 scheme.beta.target = targets[min(done, len(targets) - 1)]
@@ -378,7 +378,7 @@ TRIED = {
 }
 
 
-def trials(problem: str) -> dict[str, dict[str, Any]]:
+def trial_configs(problem: str) -> dict[str, dict[str, Any]]:
     """Return the configurations of all trials, by name.
 
     Args:
@@ -453,7 +453,7 @@ STAGES = {
 }
 
 
-def likeliest(records: list[dict[str, Any]]) -> dict[str, Any]:
+def lowest_nll_config(records: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the configuration of the run of least NLL on held-out data.
 
     Args:
@@ -472,7 +472,7 @@ def best_of_each(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
     records = {}
     for record in load_results(out, tuning):
         records.setdefault(record["config"]["variant"], []).append(record)
-    return {variant: likeliest(runs) for variant, runs in records.items()}
+    return {variant: lowest_nll_config(runs) for variant, runs in records.items()}
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91f00012
 def collapse_tuning_runs(problem: str, out: str | Path) -> Experiment:
@@ -482,7 +482,7 @@ def collapse_tuning_runs(problem: str, out: str | Path) -> Experiment:
         problem: "toy" or "strong".
         out: not read.
     """
-    variants = {name: config | {"final": None} for name, config in trials(problem).items()}
+    variants = {name: config | {"final": None} for name, config in trial_configs(problem).items()}
     return Experiment(f"tune-{problem}", run_collapse, variants, TUNING_SEEDS)
 
 
@@ -538,7 +538,7 @@ def density_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials.
     """
-    chosen = likeliest(load_results(out, "tune-density"))
+    chosen = lowest_nll_config(load_results(out, "tune-density"))
     to_the_end = chosen | {"held": False, "final": [10_000, 5000]}
     variants = {name: to_the_end | change for name, change in FINAL.items()}
     return Experiment("density", run_density, variants, (0,))

@@ -7,9 +7,10 @@ __all__ = ['literal', 'nagarajan_kolter', 'smoothing', 'competitive', 'unrolled'
            'MOMENTA', 'RULES', 'MIXTURES', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'IMAGE_SEEDS', 'MIXTURE', 'STEPS', 'IMAGE',
            'BUDGET', 'FINAL', 'RATES', 'MOMENTUM_RATE', 'LOSSES', 'BASELINE_LOSSES', 'STACKED', 'STAGES', 'EXPERIMENTS',
            'TunedRule', 'lookahead', 'build_rule', 'make_optimizer', 'make_gan', 'train_gan', 'Mixture', 'draw_grid',
-           'relu_mlp', 'mixture_result', 'run_mixture', 'stack_coverage', 'ImageSampler', 'affordable', 'images_result',
-           'run_images', 'run_floor', 'tried_rates_and_losses', 'settings', 'score', 'chosen', 'fourth', 'image_config',
-           'mixture_tuning_runs', 'mixture_runs', 'image_tuning_runs', 'image_runs', 'floor_runs', 'experiment']
+           'relu_mlp', 'mixture_result', 'run_mixture', 'stack_coverage', 'ImageSampler', 'equal_cost_steps',
+           'images_result', 'run_images', 'run_floor', 'tried_rates_and_losses', 'tried_settings', 'tuning_score',
+           'best_settings', 'best_remaining_rule', 'image_config', 'mixture_tuning_runs', 'mixture_runs',
+           'image_tuning_runs', 'image_runs', 'floor_runs', 'experiment']
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4
 import copy
@@ -310,7 +311,7 @@ class ImageSampler:
         return {"fid": round(fid(self.sample(n), self.real, self.judge.features), 3)}
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #93f00005
-def affordable(config: dict[str, Any], G: nn.Module, D: nn.Module, shape: tuple[int, ...]) -> int:
+def equal_cost_steps(config: dict, G: nn.Module, D: nn.Module, shape: tuple[int, ...]) -> int:
     """Return how many steps of the rule cost as much as `budget` plain ones, Eq. (passes).
 
     Args:
@@ -372,10 +373,9 @@ def run_images(config: dict[str, Any], seed: int) -> dict[str, Any]:
         def look(step: int) -> dict[str, float] | None:
             return sampler.measure(config["look"])
 
-        steps = affordable(config, G, D, data.shape)
-        batches = chain.from_iterable(
-            repeat(Loader(data, config["batch"], seed=seed, drop_last=True))
-        )
+        steps = equal_cost_steps(config, G, D, data.shape)
+        loader = Loader(data, config["batch"], seed=seed, drop_last=True)
+        batches = chain.from_iterable(repeat(loader))
         gan, every = make_gan(G, D, config), -(-steps // config["looks"])
         looks = train_gan(gan, batches, look, steps, every)
         end = None if looks.stopped_at else sampler.measure(config["final"])
@@ -434,7 +434,7 @@ def tried_rates_and_losses(rule: str, problem: str) -> tuple[tuple[float, ...], 
     return rates if RULES[rule].ring == (None,) else rates[-1:], losses
 
 
-def settings(problem: str) -> dict[str, dict[str, Any]]:
+def tried_settings(problem: str) -> dict[str, dict[str, Any]]:
     """Return all settings that are tried, by name: `rule`, `weight`, `loss` and `lr`.
 
     Args:
@@ -452,7 +452,7 @@ def settings(problem: str) -> dict[str, dict[str, Any]]:
     return out
 
 
-def score(result: dict[str, Any]) -> float:
+def tuning_score(result: dict[str, Any]) -> float:
     """Return the score by which settings are compared, more is better.
 
     Args:
@@ -463,7 +463,7 @@ def score(result: dict[str, Any]) -> float:
     return -1e9 if result["fid"] is None else -result["fid"]
 
 
-def chosen(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
+def best_settings(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
     """Return the best setting of each rule on the tuning seeds.
 
     Args:
@@ -472,8 +472,8 @@ def chosen(out: str | Path, tuning: str) -> dict[str, dict[str, Any]]:
     """
     scores = {}
     for record in load_results(out, tuning):
-        scores.setdefault(record["variant"], []).append(score(record["result"]))
-    best, tried = {}, settings("ring" if tuning == "tune" else "mnist")
+        scores.setdefault(record["variant"], []).append(tuning_score(record["result"]))
+    best, tried = {}, tried_settings("ring" if tuning == "tune" else "mnist")
     for name, setting in tried.items():
         rule = setting["rule"]
         if rule not in best or mean(scores[name]) > mean(scores[best[rule]]):
@@ -490,7 +490,7 @@ STAGES = {
 }
 
 
-def fourth(out: str | Path) -> str:
+def best_remaining_rule(out: str | Path) -> str:
     """Return the best rule on MNIST that is not one of `STACKED`.
 
     Args:
@@ -498,7 +498,7 @@ def fourth(out: str | Path) -> str:
     """
     scores = {}
     for record in load_results(out, "mnist"):
-        scores.setdefault(record["variant"], []).append(score(record["result"]))
+        scores.setdefault(record["variant"], []).append(tuning_score(record["result"]))
     others = (rule for rule in scores if rule not in STACKED)
     return max(others, key=lambda rule: mean(scores[rule]))
 
@@ -524,7 +524,7 @@ def mixture_tuning_runs(out: str | Path) -> Experiment:
         out: not read.
     """
     base = MIXTURE | {"problem": "ring", "steps": STEPS["tune"]}
-    variants = {name: base | setting for name, setting in settings("ring").items()}
+    variants = {name: base | setting for name, setting in tried_settings("ring").items()}
     return Experiment("tune", run_mixture, variants, TUNING_SEEDS)
 
 
@@ -536,7 +536,7 @@ def mixture_runs(name: str, out: str | Path) -> Experiment:
         out: folder of the results, with the trials.
     """
     base = MIXTURE | {"problem": name, "steps": STEPS[name]}
-    variants = {rule: base | setting for rule, setting in chosen(out, "tune").items()}
+    variants = {rule: base | setting for rule, setting in best_settings(out, "tune").items()}
     return Experiment(name, run_mixture, variants, SEEDS)
 
 
@@ -548,7 +548,7 @@ def image_tuning_runs(out: str | Path) -> Experiment:
     """
     variants = {
         name: image_config("tune-mnist", setting) | {"looks": 1}
-        for name, setting in settings("mnist").items()
+        for name, setting in tried_settings("mnist").items()
     }
     return Experiment("tune-mnist", run_images, variants, TUNING_SEEDS[:1])
 
@@ -560,8 +560,8 @@ def image_runs(name: str, out: str | Path) -> Experiment:
         name: "mnist" or "stacked".
         out: folder of the results, with the trials and, for "stacked", the runs on MNIST.
     """
-    best = chosen(out, "tune-mnist")
-    compared = (*STACKED, fourth(out)) if name == "stacked" else RULES
+    best = best_settings(out, "tune-mnist")
+    compared = (*STACKED, best_remaining_rule(out)) if name == "stacked" else RULES
     variants = {rule: image_config(name, best[rule]) for rule in compared}
     return Experiment(name, run_images, variants, IMAGE_SEEDS)
 

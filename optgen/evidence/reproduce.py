@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'git', 'source_state',
-           'perform', 'process_context', 'serve_runs', 'Worker', 'sigterm_as_exit', 'missing', 'perform_all',
-           'reproduce', 'load_results', 'reproduce_stages', 'constant_then_linear_decay', 'train_watched', 'interval',
-           'format_interval', 'markdown_row', 'markdown_table', 'total_hours']
+           'perform', 'process_context', 'serve_runs', 'Worker', 'sigterm_as_exit', 'tasks_without_result',
+           'perform_all', 'reproduce', 'load_results', 'reproduce_stages', 'constant_then_linear_decay',
+           'train_watched', 'interval', 'format_interval', 'markdown_row', 'markdown_table', 'total_hours']
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
 import contextlib
@@ -295,7 +295,7 @@ def sigterm_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def missing(tasks: list[Task]) -> list[Task]:
+def tasks_without_result(tasks: list[Task]) -> list[Task]:
     """Return the tasks without a result; those with an error are among them.
 
     Args:
@@ -375,7 +375,7 @@ def reproduce(
     """
     check_count("reproduce", jobs=jobs, threads=threads)
     tasks = [task for experiment in experiments for task in tasks_of(experiment, out)]
-    remaining, failed = missing(tasks), []
+    remaining, failed = tasks_without_result(tasks), []
     machine = environment() | {"threads": threads, "cpus": os.cpu_count()}
     about = {"environment": machine, **source_state()}
     with (
