@@ -598,8 +598,7 @@ def test_docstrings_become_directives(symbols):
     assert "| `shape` | `tuple[int, ...]` | of an image. |" in text
     assert [member.name for member in model.members()] == ["Model.load"]
     assert (
-        '{py:method} Model.load(path: str) -> "Model"\n:module: package.module\n:classmethod:'
-        in text
+        "{py:method} Model.load(path: str) -> Model\n:module: package.module\n:classmethod:" in text
     )
     assert "*Returns* The model: in evaluation mode." in text
     assert "*Raises* `OSError` if there is none." in text
@@ -614,6 +613,46 @@ def test_checks_are_distinguished_from_other_cells(symbols):
     checks = ("assert x", "with raises(ValueError, 'a'):\n    f()", "testing.assert_mean(x, 0, 1)")
     assert all(map(symbols.is_check, checks))
     assert not any(map(symbols.is_check, ("x = 'assert y'", "import math", "%time", "")))
+
+
+def test_imports_are_distinguished_from_other_cells(symbols):
+    imports = (
+        "import math\nfrom torch import Tensor",
+        'from a import B\n_all_ = ["B"]',
+        "import a\nif TYPE_CHECKING:\n    from b import C",
+        "with warnings.catch_warnings():\n    warnings.simplefilter('ignore')\n    import a",
+    )
+    assert all(map(symbols.only_imports, imports))
+    others = ("", "import a\nx = 1", "if x:\n    import a\n    y = 2", "with f():\n    g()")
+    assert not any(map(symbols.only_imports, others))
+
+
+def module_page(name, source):
+    """Return a notebook that exports a module, with a paragraph that names things."""
+    lead = cell("markdown", f"# {name}\n\n> A page.\n\nSee `sample`, `distance` and `Model`.")
+    code = [cell("code", f"#| default_exp {name}"), cell("code", f"#| export\n{source}")]
+    code = [c | {"execution_count": None, "outputs": []} for c in code]
+    return {"cells": [lead, *code], "metadata": {}, "nbformat": 4, "nbformat_minor": 4}
+
+
+def test_a_word_that_may_be_meant_otherwise_is_no_link(tmp_path, symbols):
+    pages = {
+        "metrics": 'def distance(x):\n    """Return it."""',
+        "cli.tools": 'def sample(n):\n    """Draw."""\n\ndef only_here():\n    """Do."""',
+        "model": 'class Model:\n    """A."""\n\n    def sample(self):\n        """Draw."""',
+    }
+    for name, text in pages.items():
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(module_page(name, text)))
+    site = importlib.import_module("pages").Site(tmp_path, "lib", "", "", repo)
+    here = {page.module: page for page in site.pages}
+    found = {
+        name: site.find(name, here["lib.metrics"]) for name in ("sample", "only_here", "Model")
+    }
+    assert found["sample"] is None and found["only_here"] is None
+    assert found["Model"].full == "lib.model.Model"
+    assert site.find("distance", here["lib.model"]).full == "lib.metrics.distance"
+    assert site.find("sample", here["lib.cli.tools"]).full == "lib.cli.tools.sample"
+    assert site.find("Model.sample", here["lib.metrics"]).full == "lib.model.Model.sample"
 
 
 # The checks above, shown to see what they look for.

@@ -20,6 +20,7 @@ METADATA = {
     "kernelspec": {"name": "python3", "display_name": "Python 3"},
     "language_info": {"name": "python", "pygments_lexer": "python"},
 }
+PROGRAMS = ("bench", "cli", "evidence")  # rooms whose functions serve a command or an experiment
 SHOW_DOC = re.compile(r"^show_doc\(([\w.]+)", re.M)
 
 
@@ -40,7 +41,7 @@ class Site:
         self.problems = []
         self.pages = [Page(path, self.root, lib) for path in notebook_files(self.root)]
         self.by_path = {page.path.resolve(): page for page in self.pages}
-        self.equations, self.known = {}, {}
+        self.equations, self.known, self.local_words = {}, {}, set()
         for page in self.pages:
             for tag in page.tags:
                 self.equations.setdefault(tag, page)
@@ -49,17 +50,28 @@ class Site:
                     self.learn(named)
 
     def learn(self, symbol: Symbol) -> None:
-        """Enter a symbol under each name that prose may call it by."""
+        """Enter a symbol under each name that prose may call it by, and its arguments' names."""
+        self.local_words |= {a.name for a in (*symbol.arguments, *symbol.attributes)}
+        if symbol.owner:
+            self.local_words.add(symbol.name.rpartition(".")[2])
         module = symbol.module.removeprefix(f"{self.lib}.")
         prefixes = ("", f"{symbol.module}.", f"{module}.", f"{module.split('.')[-1]}.")
         for name in {prefix + symbol.name for prefix in prefixes}:
             self.known.setdefault(name, []).append(symbol)
 
     def find(self, name: str, page: Page) -> Symbol | None:
-        """Return what a name means on a page: its own symbol first, else the only one so called."""
+        """Return what a name means on a page: its own symbol first, else the only one so called.
+
+        A word alone, such as `sample`, may be meant as an argument, a method or an option. Away
+        from its page it means a function only if nothing else is called so, and no program's.
+        """
         found = self.known.get(name, [])
         own = [symbol for symbol in found if symbol.module == page.module]
-        return own[0] if own else found[0] if len(found) == 1 else None
+        if own or len(found) != 1:
+            return own[0] if own else None
+        room = found[0].module.removeprefix(f"{self.lib}.").partition(".")[0]
+        unclear = name in self.local_words or room in PROGRAMS
+        return None if "." not in name and unclear else found[0]
 
     def problem(self, page: Page, text: str) -> None:
         """Note a complaint about a page, once."""

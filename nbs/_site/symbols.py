@@ -45,7 +45,7 @@ class Symbol:
         self.bases = [last_name(base) for base in node.bases] if self.is_class else []
         self.function = self.constructor() if self.is_class else node
         self.doc = parse_docstring(ast.get_docstring(node))
-        self.returns = self.text(self.function.returns) if self.function else ""
+        self.returns = self.annotation(self.function.returns) if self.function else ""
         self.arguments = self.documented(self.signature_arguments())
 
     @property
@@ -77,6 +77,11 @@ class Symbol:
         """Return the source of an expression, in one line."""
         return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node)) if node else ""
 
+    def annotation(self, node: ast.expr | None) -> str:
+        """Return the source of a type; names that are quoted, being defined later, lose quotes."""
+        text = self.text(node)
+        return text if "Literal" in text else re.sub(r"[\"']([\w.| ]+)[\"']", r"\1", text)
+
     def constructor(self) -> Function | None:
         """Return the class's own `__init__`."""
         found = (n for n in self.node.body if isinstance(n, Function) and n.name == "__init__")
@@ -86,7 +91,7 @@ class Symbol:
         """Return the annotated names in the body of a class."""
         annotated = [n for n in self.node.body if isinstance(n, ast.AnnAssign)] * self.is_class
         return {
-            n.target.id: Argument(n.target.id, self.text(n.annotation), self.text(n.value))
+            n.target.id: Argument(n.target.id, self.annotation(n.annotation), self.text(n.value))
             for n in annotated
         }
 
@@ -111,7 +116,7 @@ class Symbol:
 
     def argument(self, stars: str, node: ast.arg, default: ast.expr | None = None) -> Argument:
         """Return an argument of the signature, still without its details."""
-        return Argument(stars + node.arg, self.text(node.annotation), self.text(default))
+        return Argument(stars + node.arg, self.annotation(node.annotation), self.text(default))
 
     def documented(self, found: list[Argument]) -> list[Argument]:
         """Return arguments with the details that the docstring gives.
@@ -241,9 +246,19 @@ def symbols(source: str, module: str) -> list[Symbol]:
 
 
 def only_imports(source: str) -> bool:
-    """Return whether a cell imports and does nothing else."""
+    """Return whether a cell imports and does nothing else but list what it exports again."""
     body = parse(source)
-    return bool(body) and all(isinstance(n, (ast.Import, ast.ImportFrom)) for n in body)
+    return bool(body) and all(map(is_import, body))
+
+
+def is_import(node: ast.stmt) -> bool:
+    """Return whether a statement imports, for type checkers only or with warnings off as well."""
+    if isinstance(node, (ast.If, ast.With)):
+        calls = all(isinstance(n, ast.Expr) for n in node.body if not is_import(n))
+        return any(map(is_import, node.body)) and calls
+    if isinstance(node, ast.Assign):
+        return last_name(node.targets[0]) == "_all_"
+    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 def is_check(source: str) -> bool:

@@ -162,8 +162,7 @@ def source_state() -> dict:
     """Return which code runs.
 
     Returns:
-        The commit, or None, and the modified files of the package:
-        `{"commit": ..., "modified": [...]}`.
+        "commit", or None, and "modified", the list of modified files of the package.
     """
     unknown = {"commit": None, "modified": []}
     try:
@@ -368,7 +367,7 @@ def reproduce(
         progress: whether to show a line with the number of runs that are done.
 
     Returns:
-        `{"done": ..., "skipped": ...}`, numbers of runs.
+        The numbers of runs, as "done" and "skipped".
 
     Raises:
         ReproduceError: at the end, if runs failed; it names their files.
@@ -435,7 +434,7 @@ def reproduce_stages(
         progress: whether to show how many runs are done.
 
     Returns:
-        `{"done": ..., "skipped": ...}`, numbers of runs.
+        The numbers of runs, as "done" and "skipped".
 
     Raises:
         ValueError: if there is no stage of such a name.

@@ -192,7 +192,7 @@ def rng_state() -> dict:
     """Return the states of PyTorch's default generators.
 
     Returns:
-        `{"cpu": state, "cuda": [one state per device]}`.
+        "cpu", a state, and "cuda", a list with the state of each device.
     """
     return {
         "cpu": torch.get_rng_state(),
