@@ -135,3 +135,21 @@ def test_the_new_names_of_the_changelog_exist():
     for name in names:
         module, _, last = f"optgen.{name}".rpartition(".")
         assert hasattr(importlib.import_module(module), last), name
+
+
+def committed_outputs() -> Iterator[tuple[str, dict]]:
+    """Yield the page and each output of the notebooks."""
+    for path in sorted((REPO / "nbs").rglob("*.ipynb")):
+        if ".ipynb_checkpoints" not in path.parts:
+            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+                yield from ((path.name, output) for output in cell.get("outputs", ()))
+
+
+def test_outputs_of_the_pages_have_no_warning_and_no_path_of_a_machine():
+    somewhere = re.compile(r"site-packages|(?<![\w.:/])/(?:home|root|tmp|Users|var)/")
+    for page, output in committed_outputs():
+        text = output.get("text", "")
+        data = {k: v for k, v in output.get("data", {}).items() if k.startswith("text/")}
+        found = somewhere.search("".join(text) + json.dumps(data))
+        assert output.get("name") != "stderr", f"{page} shows what was written to stderr: {text}"
+        assert not found, f"{page} shows a path of the machine that ran it: {found[0]}"
