@@ -458,3 +458,17 @@ def test_cuda_as_on_the_cpu():
     assert average.means[0].is_cuda
     with evaluating(average):
         assert net.weight.is_cuda
+
+
+def test_a_reconstruction_has_the_buffers_of_the_last_snapshot_up_to_its_step():
+    net = nn.BatchNorm1d(2)
+    averages, snapshots = [Average(net, Power(gamma)) for gamma in (1.0, 5.0)], []
+    for step in range(1, 7):
+        net.running_mean.fill_(step)
+        for average in averages:
+            average.update()
+        if step % 2 == 0:
+            snapshots += [average.snapshot() for average in averages]
+    for at, step in ((2, 2), (3, 2), (5, 4), (6, 6), (None, 6)):
+        found = reconstruct(snapshots, Power(2.0), at=at).state
+        assert found["running_mean"].tolist() == [step, step]

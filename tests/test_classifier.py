@@ -7,7 +7,13 @@ from optgen.data.images import DataError, Images, digits, mnist
 from optgen.data.loading import Loader
 from optgen.evidence.classifier import random_shift, train_classifier, warmup_linear_decay
 from optgen.models import classifier
-from optgen.models.classifier import WEIGHTS, Classifier, mnist_classifier, predict_classes
+from optgen.models.classifier import (
+    WEIGHTS,
+    Classifier,
+    mnist_classifier,
+    predict_classes,
+    predict_stacks,
+)
 from optgen.sample_quality import feature_stats, fid
 
 
@@ -130,3 +136,19 @@ def test_on_the_device():
     assert feature_stats(
         [b.x for b in Loader(test, 200, device="cuda")], model.features
     ).cov.is_cuda
+
+
+class BrightestRow(torch.nn.Module):
+    """A judge that reads the row of the brightest pixel."""
+
+    def forward(self, x):
+        """Return the brightest pixel of each row as its logit."""
+        return x.amax((1, 3))
+
+
+def test_stacks_are_read_hundreds_first():
+    stacks, expected = torch.zeros(2, 3, 10, 10), [407, 95]
+    for stack, number in zip(stacks, expected):
+        for channel, digit in zip(stack, f"{number:03}"):
+            channel[int(digit), 5] = 1
+    assert predict_stacks(BrightestRow(), stacks).tolist() == expected

@@ -3,6 +3,7 @@
 Training by `fit`, resumption, devices and dtypes, torch.compile, shards.
 """
 
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ from optgen.models.diffusion import Denoiser, UNet
 from optgen.models.schedules import CosineSchedule, LinearSchedule, StraightSchedule
 from optgen.rules import Extragradient
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty
+from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty, optimal_coupling
 from optgen.testing import generator
 from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit
@@ -217,3 +218,26 @@ def test_cuda_as_on_the_cpu(name):
     on_cuda = there.loss(map_tensors(b, torch.Tensor.cuda)).cpu()
     assert torch.allclose(here.loss(b), on_cuda, rtol=1e-3)
     train(there, 2)
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1, 0, 1, 1]])
+def test_pairs_are_the_cheapest_of_all_permutations_within_classes(labels):
+    for seed in range(5):
+        x, eps = torch.randn(2, 5, 3, generator=generator(seed), dtype=torch.float64)
+        y = torch.zeros(5, dtype=torch.int64) if labels is None else torch.tensor(labels)
+        orders = [o for o in itertools.permutations(range(5)) if torch.equal(y[list(o)], y)]
+        best = min(orders, key=lambda order: (x - eps[list(order)]).square().sum().item())
+        paired = optimal_coupling(x, eps, None if labels is None else y)
+        assert torch.equal(paired, eps[list(best)])
+
+
+def test_adaptive_draws_have_the_density_that_they_report():
+    levels, like = AdaptiveLevels(10), torch.zeros((), dtype=torch.float64)
+    for seed in range(20):
+        u, _ = levels.draw(64, like, generator(seed))
+        levels.update(u, 0.1 + 5 * (u > 0.7))
+    u, density = levels.draw(20_000, like, generator(99))
+    assert density.max() > 2 * density.min()
+    # Means over stratified draws, divided by the density, are integrals over [0, 1].
+    for f, integral in ((torch.ones_like(u), 1.0), (u, 1 / 2), (u.square(), 1 / 3)):
+        assert abs((f / density).mean() - integral) < 5e-3

@@ -14,7 +14,7 @@ from optgen.models.vae import VAE, ConvVAE
 from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
 from optgen.training import checkpoint
-from optgen.training.guards import NonFiniteWatch
+from optgen.training.guards import NonFinite, NonFiniteWatch
 from optgen.training.trainer import fit
 
 
@@ -183,3 +183,23 @@ def test_on_a_gpu(tmp_path, make):
     assert torch.allclose(weights(whole), weights(second), rtol=1e-4, atol=1e-6)
     state = checkpoint.load(tmp_path / "a/checkpoint.pt", map_location="cpu")
     assert all(w.device.type == "cpu" for w in state["scheme"]["model"]["weights"].values())
+
+
+class LastStepOverflows(torch.optim.SGD):
+    """Gradient descent whose last step of an epoch makes a weight infinite."""
+
+    def step(self, closure=None):
+        """Take a step; losses and gradients up to here are finite."""
+        super().step(closure)
+        self.steps = getattr(self, "steps", 0) + 1
+        if self.steps == 4:
+            self.param_groups[0]["params"][0].data.view(-1)[0] = torch.inf
+
+
+def test_a_weight_that_its_update_made_infinite_ends_the_run(tmp_path):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+    optimizer = LastStepOverflows(net.parameters(), 0.01)
+    game = Game(net=Player(net, lambda batch: net(batch.x).square().mean(), optimizer))
+    with pytest.raises(NonFinite, match=r"step 4: the parameter '1.weight' of player 'net'"):
+        fit(game, few(40), batch_size=10, out=tmp_path / "run", progress="none")
+    assert not (tmp_path / "run/checkpoint.pt").exists()
