@@ -219,6 +219,16 @@ class Ranks(ShardAveraging):
         self.last_asked = now
         return number
 
+    def maximum(self, number: int) -> int:
+        """Return the largest number of all ranks.
+
+        Args:
+            number: this rank's.
+        """
+        vote = torch.tensor(number)
+        self.reduce(vote, dist.ReduceOp.MAX)
+        return vote.item()
+
     def broadcast(self, state: Any = None, map_location: torch.device | str | None = None) -> Any:
         """Return rank 0's state on every rank.
 
