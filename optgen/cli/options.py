@@ -168,7 +168,7 @@ def read_options(command: "SchemeCommand", options: Any) -> dict[str, Any]:
         read[name] = read_option(params[name], options[name], defaults[name])
     for name in ("steps", "epoch_steps"):
         if name in options:
-            if type(options[name]) is not int or options[name] < 1:
+            if type(options[name]) is not int or not 0 < options[name] < 2**63:
                 raise ValueError(
                     f"option {name!r} must be a whole number, at least 1, got {options[name]!r}"
                 )

@@ -158,10 +158,10 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     scheme, epochs, shape = (config.get(name) for name in ("scheme", "epochs", "shape"))
     if not isinstance(scheme, str):
         raise ValueError(f"'scheme' must be a text, got {scheme!r}")
-    if type(epochs) is not int or epochs < 1:
+    if type(epochs) is not int or not 0 < epochs < 2**31:
         raise ValueError(f"'epochs' must be a whole number, at least 1, got {epochs!r}")
     sizes = shape if isinstance(shape, list) and len(shape) == 3 else [None]
-    if any(type(size) is not int or size < 1 for size in sizes):
+    if any(type(size) is not int or not 0 < size < 2**31 for size in sizes):
         raise ValueError(f"'shape' must be three whole numbers, at least 1, got {shape!r}")
     return {"options": read_options(find_command(scheme), config["options"])}
 

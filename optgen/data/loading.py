@@ -436,7 +436,10 @@ class Loader:
         missing = [f"no {key}" for key in needed if key not in state]
         if missing:
             return missing
-        if not 0 <= state["batch"] <= len(self):
+        counts = [state["epoch"], state["batch"]]
+        if any(type(count) is not int or count < 0 for count in counts):
+            return [f"epoch {state['epoch']!r}, batch {state['batch']!r}"]
+        if state["batch"] > len(self):
             return [f"batch {state['batch']} of {len(self)}"]
         if self.noise and len(state["noise"]) != len(self.noise.get_state()):
             return ["its noise was drawn on another kind of device"]
