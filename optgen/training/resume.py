@@ -6,8 +6,8 @@
 __all__ = ['NOT_SETTINGS', 'STATE_TYPES', 'SINCE_05', 'constructor_arguments', 'plain_arguments', 'arguments_of_parts',
            'scheme_arguments', 'learning_rates', 'set_learning_rates', 'describe_run', 'is_same',
            'check_same_arguments', 'check_same_scheme', 'changed_arguments', 'check_run_state', 'check_optimizer_state',
-           'is_number', 'fits', 'foreign_state_as_checkpoint_error', 'named_in_errors', 'unchanged_on_error',
-           'load_scheme_state']
+           'check_kinds', 'is_number', 'fits', 'foreign_state_as_checkpoint_error', 'named_in_errors',
+           'unchanged_on_error', 'load_scheme_state']
 
 # %% ../../nbs/40_training/40f_resume.ipynb #40f00002
 import contextlib
@@ -310,6 +310,29 @@ def check_optimizer_state(name: str, optimizer: Any, state: Any) -> None:
                 )
 
 
+def check_kinds(here: Any, there: Any, path: str) -> None:
+    """Raise where an entry of a state is a number, a tensor or a container, and its fellow is none.
+
+    Args:
+        here: state of a scheme.
+        there: state that it is to load; entries that only one of the two has are left to the parts.
+        path: how the state is called.
+
+    Raises:
+        ValueError: names the first such entry.
+    """
+    if isinstance(here, Mapping) and isinstance(there, Mapping):
+        for key in here.keys() & there.keys():
+            check_kinds(here[key], there[key], f"{path}[{key!r}]")
+    elif here is not None and there is not None and not (is_number(here) and is_number(there)):
+        if isinstance(here, Tensor) != isinstance(there, Tensor) or (
+            not isinstance(here, Tensor) and type(here) is not type(there)
+        ):
+            raise ValueError(
+                f"{path} must be a {type(here).__name__}, got a {type(there).__name__}"
+            )
+
+
 def is_number(value: Any) -> bool:
     """Return whether a setting is a number, in a tensor or not; truth values are none."""
     if isinstance(value, Tensor):
@@ -373,6 +396,7 @@ def load_scheme_state(scheme: Game, state: Mapping[str, Any]) -> None:
         CheckpointError: if it does not fit.
     """
     with foreign_state_as_checkpoint_error():
+        check_kinds(scheme.state_dict(), state, "state")
         for name, player in scheme.players.items():
             if name in state:
                 check_optimizer_state(name, player.optimizer, state[name]["optimizer"])
