@@ -42,10 +42,10 @@ class Profile:
             after: last step to leave out.
 
         Returns:
-            Float64 tensor of shape (t - after,).
+            Float64 tensor of shape (t - after,), on the CPU.
         """
         new = [self.update_weight(s) for s in range(after + 1, t + 1)]
-        new = torch.tensor(new, dtype=torch.float64)
+        new = torch.tensor(new, dtype=torch.float64, device="cpu")
         later = torch.log1p(-new[1:]).flip(0).cumsum(0).flip(0)
         return new * torch.cat([later, later.new_zeros(1)]).exp()
 
@@ -131,7 +131,7 @@ class Power(Profile):
 
     def weights(self, t: int, after: int = 0) -> Tensor:
         """Return the weights of Eq. (power-weights)."""
-        s = torch.arange(after + 1, t + 1, dtype=torch.float64)
+        s = torch.arange(after + 1, t + 1, dtype=torch.float64, device="cpu")
         return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / s)) * (s / t) ** (self.gamma + 1)
 
     def retained_weight(self, t: int, after: int) -> float:

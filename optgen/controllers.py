@@ -43,10 +43,10 @@ class Controller:
     only_for_vae: bool = False
 
     def __init__(self, value: float, **memory: float) -> None:
-        self.t = torch.tensor(0)
+        self.t = torch.tensor(0, device="cpu")
         self.memory = ("value", *memory)
         for name, x in {"value": value, **memory}.items():
-            setattr(self, name, torch.tensor(x, dtype=torch.float64))
+            setattr(self, name, torch.tensor(x, dtype=torch.float64, device="cpu"))
 
     def multiplier(self, rate: Tensor, distortion: Tensor | None) -> Tensor:
         r"""Return the new $\beta$. A subclass overrides this.

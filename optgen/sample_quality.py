@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_number
-from .metrics import batch_images
+from .metrics import batch_images, to_float64
 
 # %% ../nbs/00_foundations/02b_sample_quality.ipynb #23a2fcf4-8
 def _factor(cov: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def feature_stats(
     """
     n, m, M = 0, 0.0, 0.0
     for batch in batches:
-        f = features(batch_images(batch)).to(torch.float64)
+        f = to_float64(features(batch_images(batch)))
         b, step, centered = len(f), f.mean(0) - m, f - f.mean(0)
         M = M + centered.T @ centered + torch.outer(step, step) * (n * b / (n + b))
         n, m = n + b, m + step * (b / (n + b))

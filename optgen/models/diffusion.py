@@ -322,7 +322,7 @@ def level_pairs(steps: Sequence[float] | Tensor, y: Tensor) -> list[tuple[float,
     Raises:
         ValueError: if there are fewer than two levels, or they do not fall.
     """
-    steps = torch.as_tensor(steps, dtype=torch.float64).tolist()
+    steps = [float(s) for s in (steps.tolist() if isinstance(steps, Tensor) else steps)]
     falls = all(b < a for a, b in pairwise(steps))
     if len(steps) < 2 or steps[-1] < 0 or not falls:
         shown = f"{steps[:4]}{' …' if len(steps) > 4 else ''}"

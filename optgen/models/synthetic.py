@@ -73,7 +73,8 @@ class SyntheticSequences(nn.Module):
         self.to_empty(device=device or "cpu").requires_grad_(False)
         generator = seeded_generator("cpu", "sequences", seed)
         for param in self.parameters():
-            w = 2 * torch.rand(param.shape, generator=generator, dtype=torch.float64) - 1
+            w = torch.rand(param.shape, generator=generator, dtype=torch.float64, device="cpu")
+            w = 2 * w - 1
             if param is self.head.weight:
                 w[:, hidden:] *= z_scale
             param.copy_(w)

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import bits_per_dim, eval_mode
+from ..metrics import bits_per_dim, eval_mode, to_float64
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
 from ..models.flow import dequantize
 from optgen.models.schedules import (
@@ -393,7 +393,7 @@ def evaluate_diffusion(
                 fake.append(features(drawn))
     if not rows:
         raise ValueError("nothing to evaluate: there are no batches")
-    found = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
+    found = {name: to_float64(torch.cat([row[name] for row in rows])) for name in rows[0]}
     losses = found.pop("loss")
     result = {"n": len(losses), "loss": losses.mean().item()}
     for name, nats in found.items():

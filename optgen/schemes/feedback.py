@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import eval_mode
+from ..metrics import eval_mode, to_float64
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
     GAN_LOSSES,
@@ -240,7 +240,7 @@ class FeedbackGAN(Game):
                 noisy = self.draw_noise(batch, rng)
                 n += len(noisy.x)
                 for name, loss in (("G", self.g_loss), ("D", self.d_loss)):
-                    sums[name] += len(noisy.x) * loss(noisy).double()
+                    sums[name] += len(noisy.x) * to_float64(loss(noisy))
                 real.append(features(noisy.x))
                 fake.append(features(self.generator(noisy.z)))
         if n < 2:

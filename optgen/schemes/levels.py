@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment  # torch has no exact assignmen
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
+from ..metrics import to_float64
 from ..models.schedules import TARGETS, Schedule, target_weight
 
 # %% ../../nbs/30_schemes/34a_levels.ipynb #34a00006
@@ -293,7 +294,7 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
         groups = [torch.nonzero(labels.cpu() == c).flatten() for c in classes]
     permutation = torch.empty(len(x), dtype=torch.int64)
     # The squares are the same for every permutation.
-    cost = -(x.flatten(1).double() @ eps.flatten(1).double().T).cpu()
+    cost = -(to_float64(x.flatten(1)) @ to_float64(eps.flatten(1)).T).cpu()
     for rows in groups:
         _, columns = linear_sum_assignment(cost[rows][:, rows].numpy())
         permutation[rows] = rows[torch.from_numpy(columns)]
