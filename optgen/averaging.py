@@ -173,12 +173,16 @@ def check_same_shapes(
 class Average:
     """Average of weights along a run, Eq. (average), in at least single precision.
 
-    Buffers are not averaged.
+    Buffers are not averaged. A step after which a weight is not finite is skipped and counted.
 
     Args:
         params: a module, or tensors.
         profile: weights of the steps, such as `Power(6.9)`, `Power.of_width(0.05)` or
             `Exponential(0.999)`; a number is the decay of `Exponential`.
+
+    Attributes:
+        step: number of updates, skipped ones included.
+        skipped: number of updates that were skipped since the average was made, 0-dim.
 
     Raises:
         ValueError: if no parameter is of floating point, or the decay is out of its range.
@@ -199,7 +203,7 @@ class Average:
             for p in self.params.values()
         ]
         self.profile = profile if isinstance(profile, Profile) else Exponential(profile)
-        self.step = 0
+        self.step, self.skipped = 0, torch.tensor(0, device="cpu")
         self.evaluation_depth = 0
 
     @torch.no_grad()
@@ -219,7 +223,20 @@ class Average:
         if self.means[0].device != params[0].device:
             self.means = [mean.to(p.device) for mean, p in zip(self.means, params)]
         new = [p.to(mean.dtype) for mean, p in zip(self.means, params)]
+        new = self.replace_non_finite(new)
         torch._foreach_lerp_(self.means, new, self.profile.update_weight(self.step))
+
+    def replace_non_finite(self, new: list[Tensor]) -> list[Tensor]:
+        """Return the weights, or the averages if a weight is not finite; this waits for nothing.
+
+        Args:
+            new: weights of a step, in the dtypes of the averages.
+        """
+        norms = torch._foreach_norm(new)
+        usable = torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all()
+        self.skipped = self.skipped.to(usable.device) + ~usable
+        masks = (usable.to(mean.device) for mean in self.means)
+        return [torch.where(ok, p, mean) for ok, p, mean in zip(masks, new, self.means)]
 
     @torch.no_grad()
     def copy_to_params(self) -> None:

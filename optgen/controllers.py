@@ -8,13 +8,14 @@ __all__ = ['CONTROLLERS', 'SCHEDULE_EPOCHS', 'Controller', 'Constant', 'linear_r
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0031414
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number
+from .checks import check_count, check_number, check_unused
 from .registry import Registry, parse_spec
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0121413
@@ -26,7 +27,8 @@ def detach_widened(x: Tensor) -> Tensor:
 class Controller:
     r"""Multiplier of the rate, computed from the measurements of a batch, Eq. (controller).
 
-    A controller of your own overrides `multiplier`.
+    A controller of your own overrides `multiplier`. A measurement that is not finite is skipped
+    and counted: $\beta$ and what is remembered stay as they were.
 
     Args:
         value: $\beta$ before the first update.
@@ -35,15 +37,20 @@ class Controller:
 
     Attributes:
         value: the present $\beta$: 0-dim, or (z_dim,) where each latent has its own.
-        t: number of updates so far, 0-dim.
+        t: number of updates so far, 0-dim, skipped ones included.
+        skipped: number of updates whose measurements were not finite, 0-dim.
+        measured: which of "rate" and "distortion" `multiplier` uses.
+        in_use: whether a scheme has the controller.
         only_for_vae: whether the controller is about the latents or the decoder's variance of a
             VAE, and therefore cannot weigh another loss.
     """
 
     only_for_vae: bool = False
+    measured: tuple[str, ...] = ("rate", "distortion")
+    in_use: bool = False
 
     def __init__(self, value: float, **memory: float) -> None:
-        self.t = torch.tensor(0, device="cpu")
+        self.t, self.skipped = (torch.tensor(0, device="cpu") for _ in range(2))
         self.memory = ("value", *memory)
         for name, x in {"value": value, **memory}.items():
             setattr(self, name, torch.tensor(x, dtype=torch.float64, device="cpu"))
@@ -80,10 +87,32 @@ class Controller:
         distortion = None if distortion is None else detach_widened(distortion)
         for name in self.memory:
             setattr(self, name, getattr(self, name).to(rate))
-        self.t = self.t.to(rate.device)
+        self.t, self.skipped = self.t.to(rate.device), self.skipped.to(rate.device)
+        before = {name: getattr(self, name) for name in self.memory}
         self.value = self.multiplier(rate, distortion)
+        if self.measured:
+            measurements = {"rate": rate, "distortion": distortion}
+            self.restore_unless_finite(before, [measurements[name] for name in self.measured])
         self.t = self.t + 1
         return self.value
+
+    def restore_unless_finite(
+        self, before: dict[str, Tensor], measurements: list[Tensor | None]
+    ) -> None:
+        """Restore what was remembered, and count, if a measurement is not finite.
+
+        Args:
+            before: what was remembered before the update, by name.
+            measurements: those that the multiplier uses; None is not measured.
+        """
+        sums = [x.sum() if x.dim() else x for x in measurements if x is not None]
+        if not sums:
+            return
+        total = sums[0] if len(sums) == 1 else sums[0] + sums[1]
+        unusable = total - total != 0  # NaN for infinities and for NaN
+        for name, old in before.items():
+            setattr(self, name, torch.where(unusable, old, getattr(self, name)))
+        self.skipped = self.skipped + unusable
 
     def require_distortion(self, distortion: Tensor | None) -> Tensor:
         """Return the distortion.
@@ -96,6 +125,15 @@ class Controller:
                 f"{type(self).__name__} is set from the distortion: call update(rate, distortion)"
             )
         return distortion
+
+    def mark_in_use(self) -> None:
+        """Mark the controller as that of one scheme.
+
+        Raises:
+            ValueError: if another scheme has it, whose measurements it remembers.
+        """
+        check_unused(self, "scheme")
+        self.in_use = True
 
     def check_model(self, model: nn.Module) -> None:
         """Check that a model provides what the controller needs; by default it needs nothing.
@@ -146,8 +184,8 @@ class Controller:
         return 1.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the name of the controller, the number of updates and what it remembers."""
-        remembered = {name: getattr(self, name) for name in ("t", *self.memory)}
+        """Return the name of the controller, the numbers of updates and what it remembers."""
+        remembered = {name: getattr(self, name) for name in ("t", "skipped", *self.memory)}
         return {"name": type(self).__name__, **remembered}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
@@ -162,7 +200,8 @@ class Controller:
         own = self.state_dict()
         # Compared without case: release 0.3 wrote ControlVae and SigmaVae.
         same_name = str(state.get("name")).lower() == own["name"].lower()
-        if not same_name or state.keys() != own.keys():
+        # Releases before 0.5 did not count what is skipped.
+        if not same_name or {"skipped", *state} != own.keys():
             raise ValueError(
                 f"the state is of the controller {state.get('name')} with {sorted(state)}, this is "
                 f"{own['name']} with {sorted(own)}: go on with the same controller"
@@ -180,6 +219,7 @@ class Controller:
         self.check_state(state)
         for name in ("t", *self.memory):
             setattr(self, name, state[name])
+        self.skipped = state.get("skipped", torch.zeros_like(self.t))
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0141414
 class Constant(Controller):
@@ -191,6 +231,8 @@ class Constant(Controller):
     Raises:
         ValueError: if `beta` is negative or not finite.
     """
+
+    measured = ()
 
     def __init__(self, beta: float = 1.0) -> None:
         check_number("Constant", 0.0, beta=beta)
@@ -231,6 +273,8 @@ class LinearWarmup(Controller):
         ValueError: if an argument is out of range.
     """
 
+    measured = ()
+
     def __init__(self, steps: int, beta: float = 1.0, start: float = 0.0) -> None:
         check_count("LinearWarmup", steps=steps)
         check_number("LinearWarmup", 0.0, beta=beta, start=start)
@@ -254,6 +298,8 @@ class Cyclical(Controller):
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    measured = ()
 
     def __init__(self, steps: int, cycles: int = 4, ramp: float = 0.5, beta: float = 1.0) -> None:
         check_count("Cyclical", steps=steps, cycles=cycles)
@@ -283,6 +329,8 @@ class Capacity(Controller):
         ValueError: if an argument is out of range.
     """
 
+    measured = ("rate",)
+
     def __init__(self, target: float, steps: int, weight: float, start: float = 0.0) -> None:
         check_count("Capacity", steps=steps)
         check_number("Capacity", 0.0, target=target, weight=weight, start=start)
@@ -308,6 +356,7 @@ class FreeBits(Controller):
     """
 
     only_for_vae = True
+    measured = ("rate",)
 
     def __init__(self, minimum: float, groups: int | None = None, beta: float = 1.0) -> None:
         check_number("FreeBits", 0.0, minimum=minimum, beta=beta)
@@ -337,7 +386,9 @@ class FreeBits(Controller):
 class Geco(Controller):
     r"""Least rate at distortion $\tau$, Eq. (geco). Rezende & Viola (2018).
 
-    $\beta=1/\lambda$, and $\lambda$ grows while $D>\tau$.
+    $\beta=1/\lambda$, and $\lambda$ grows while $D>\tau$. A model that adapts slowly settles if
+    $rh\alpha<1-\alpha$, Eq. (geco-stable), and cycles otherwise; $h=k\beta/2$ with $k$ latents in
+    use. A warning says so where four latents suffice for a cycle at $\beta=1$.
 
     Args:
         target: $\tau$, nats.
@@ -350,6 +401,8 @@ class Geco(Controller):
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    measured = ("distortion",)
 
     def __init__(
         self,
@@ -372,6 +425,14 @@ class Geco(Controller):
         self.target, self.rate = target, rate
         self.smoothing, self.clip = smoothing, clip
         self.low, self.high = low, high
+        if 2 * rate * smoothing > 1 - smoothing:
+            warnings.warn(
+                f"Geco: with rate={rate:g} and smoothing={smoothing:g} beta cycles where the "
+                f"distortion changes by over {(1 - smoothing) / (rate * smoothing):.2g} nats per "
+                "unit of log(beta), which is half the number of latents in use, times beta: take "
+                f"a rate below {(1 - smoothing) / (2 * smoothing):.2g}, or less smoothing",
+                stacklevel=2,
+            )
 
     def multiplier(self, rate: Tensor, distortion: Tensor | None) -> Tensor:
         r"""Return $\beta$ of Eq. (geco).
@@ -381,7 +442,7 @@ class Geco(Controller):
         """
         C = self.require_distortion(distortion) - self.target
         mean = self.smoothing * self.mean + (1 - self.smoothing) * C
-        self.mean = torch.where(self.t == 0, C, mean)
+        self.mean = torch.where(self.t == self.skipped, C, mean)
         step = (self.rate * self.mean).clamp(-self.clip, self.clip)
         log_lambda = self.log_lambda + step
         self.log_lambda = log_lambda.clamp(-math.log(self.high), -math.log(self.low))
@@ -401,6 +462,8 @@ class ControlVAE(Controller):
     Raises:
         ValueError: if an argument is out of range.
     """
+
+    measured = ("rate",)
 
     def __init__(
         self, target: float, kp: float = 0.01, ki: float = 1e-4, low: float = 0.0, high: float = 1.0
@@ -434,6 +497,7 @@ class SigmaVAE(Controller):
     """
 
     only_for_vae = True
+    measured = ("distortion",)
 
     def __init__(self, dim: int) -> None:
         check_count("SigmaVAE", dim=dim)
@@ -441,12 +505,17 @@ class SigmaVAE(Controller):
         self.dim = dim
 
     def multiplier(self, rate: Tensor, distortion: Tensor | None) -> Tensor:
-        r"""Return $\hat\sigma^2$ of Eq. (sigma-nll).
+        r"""Return $\hat\sigma^2$ of Eq. (sigma-nll), clipped to where a likelihood is a number.
+
+        The bounds are the square of the dtype's rounding and its reciprocal: a variance of zero
+        would make every later likelihood NaN.
 
         Raises:
             ValueError: without a distortion.
         """
-        return 2 * self.require_distortion(distortion) / self.dim
+        variance = 2 * (self.require_distortion(distortion) / self.dim)
+        smallest = torch.finfo(variance.dtype).eps ** 2
+        return variance.clamp(smallest, 1 / smallest)
 
     def check_model(self, model: nn.Module) -> None:
         """Check that the decoder has a variance.

@@ -154,7 +154,9 @@ class LadderEncoder(nn.Module):
             for name, found in (("mean", clean.mean[i]), ("var", clean.var[i])):
                 running = getattr(self, f"{name}{i}")
                 step = (1 / self.followed.to(running.dtype)).clamp(min=1 - self.decay)
-                running.lerp_(found.detach().to(running), step)
+                # A number that is not finite would stay in the running mean for ever.
+                new = found.detach().to(running)
+                running.lerp_(torch.where(new.isfinite(), new, running), step)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, classes) of the clean path.

@@ -170,6 +170,7 @@ class Assisted(Game):
         for name, module in modules.items():
             loss = self.features_loss if name == "features" else self.loss
             players[name] = Player(module, loss, optimizers[name])
+        self.weight.mark_in_use()
         super().__init__(self.draw_noise, rule, **players)
 
     @property

@@ -134,6 +134,7 @@ class DenoisingDiffusion(Game):
         if uncertainty is not None:
             optimizer = pair[1] or Adam(uncertainty.parameters(), lr=1e-2)
             players["uncertainty"] = Player(uncertainty, self.loss, optimizer)
+        self.levels.mark_in_use()
         super().__init__(self.draw_noise, rule, **players)
 
     def weights_at(self, sigma: Tensor, u: Tensor) -> Tensor:
