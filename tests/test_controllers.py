@@ -647,8 +647,8 @@ def test_geco_warns_of_a_cycle(rate, smoothing, warns):
         Geco(1.0, rate=rate, smoothing=smoothing)
     assert len(caught) == warns
     if warns:
-        limit = (1 - smoothing) / (rate * smoothing)
-        assert f"over {limit:.2g} nats per unit of log(beta)" in str(caught[0].message)
+        latents = 2 * (1 - smoothing) / (rate * smoothing)
+        assert f"cycles where over {latents:.2g} / beta latents" in str(caught[0].message)
 
 
 def test_the_warning_is_about_a_real_cycle():
