@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checks import check_number
+from .checks import are_numbers, check_number
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00006
 class Profile:
@@ -97,7 +97,8 @@ class Power(Profile):
     gamma: float
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
+        is_largest = isinstance(self.gamma, float) and self.gamma == math.inf
+        if not is_largest and not (are_numbers(self.gamma) and self.gamma >= 0):
             raise ValueError(
                 f"Power: gamma must be at least 0, got {self.gamma}; "
                 "Power.of_width(0.05) takes the relative width"
@@ -202,7 +203,10 @@ class Average:
             p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for p in self.params.values()
         ]
-        self.profile = profile if isinstance(profile, Profile) else Exponential(profile)
+        if not isinstance(profile, Profile):
+            check_number("Average", above=0, below=1, profile=profile)
+            profile = Exponential(profile)
+        self.profile = profile
         self.step, self.skipped = 0, torch.tensor(0, device="cpu")
         self.evaluation_depth = 0
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number, check_unused
+from .checks import are_numbers, check_count, check_number, check_unused
 from .registry import Registry, parse_spec
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0121413
@@ -231,6 +231,8 @@ def linear_ramp(t: Tensor, steps: int, start: float, end: float) -> Tensor:
         start: value at t = 0.
         end: value from t = steps on, exactly.
     """
+    check_count("linear_ramp", steps=steps)
+    check_number("linear_ramp", start=start, end=end)
     return torch.where(t < steps, start + (end - start) / steps * t, end)
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0171414
@@ -388,7 +390,7 @@ class Geco(Controller):
         check_number("Geco", target=target)
         check_number("Geco", 0.0, rate=rate, clip=clip)
         check_number("Geco", 0.0, below=1.0, smoothing=smoothing)
-        if not 0 < low <= 1 <= high < math.inf:
+        if not (are_numbers(low, high) and 0 < low <= 1 <= high):
             raise ValueError(
                 "Geco: beta starts at 1, so that 0 < low <= 1 <= high < inf must hold; "
                 f"got low {low!r}, high {high!r}"
@@ -439,13 +441,12 @@ class ControlVAE(Controller):
         self, target: float, kp: float = 0.01, ki: float = 1e-4, low: float = 0.0, high: float = 1.0
     ) -> None:
         check_number("ControlVAE", 0.0, target=target, kp=kp, ki=ki)
-        if not 0 <= low <= high < math.inf:
+        if not (are_numbers(low, high) and 0 <= low <= high):
             raise ValueError(
                 f"ControlVAE: 0 <= low <= high < inf must hold; got low {low!r}, high {high!r}"
             )
         super().__init__(low, P=0.0)
-        self.target, self.kp, self.ki = target, kp, ki
-        self.low, self.high = low, high
+        self.target, self.kp, self.ki, self.low, self.high = target, kp, ki, low, high
 
     def multiplier(self, rate: Tensor, distortion: Tensor | None) -> Tensor:
         r"""Return $\beta$ of Eq. (control-vae)."""
@@ -456,8 +457,6 @@ class ControlVAE(Controller):
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0391414
 class SigmaVAE(Controller):
     r"""Most likely variance of a Gaussian decoder, Eq. (sigma-vae). Rybkin et al. (2021).
-
-    $\beta=\hat\sigma^2$, computed from each batch.
 
     Args:
         dim: $n\ge1$, numbers in an example.
@@ -524,6 +523,7 @@ def calibrated_nll(distortion: Tensor, dim: int) -> Tensor:
     Returns:
         Nats of an example.
     """
+    check_count("calibrated_nll", dim=dim)
     return dim / 2 * (1 + (4 * math.pi * distortion / dim).log())
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0401420
@@ -561,6 +561,7 @@ def steps_of_epochs(name: str, epochs: float | None, steps: int, epoch_steps: in
     if epochs is None:
         return steps
     check_number(name, above=0, epochs=epochs)
+    check_count(name, steps=steps, epoch_steps=epoch_steps)
     return max(1, round(epochs * epoch_steps))
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0401422

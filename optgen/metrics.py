@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number
+from .checks import check_count, check_number, check_seed
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #protocol
 class LatentVariableModel(Protocol):
@@ -90,6 +90,7 @@ def distortion(
     Returns:
         The mean over the samples, in nats, (B,).
     """
+    check_count("distortion", k=k)
     mean, log_var = model.encoder(x)
     eps = torch.randn(k, *mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
     return -model.log_likelihood(x, mean + (log_var / 2).exp() * eps).mean(0)
@@ -262,6 +263,7 @@ def active_units(means: Iterable[Tensor], threshold: float = 0.01) -> Tensor:
     Raises:
         ValueError: if there are no means.
     """
+    check_number("active_units", 0, threshold=threshold)
     return (latent_variance(means) > threshold).sum()
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #6f480ee8
@@ -347,11 +349,14 @@ def evaluate_vae(
     Raises:
         ValueError: if there are no batches, and as in `importance_nll`.
     """
+    check_seed("evaluate_vae", seed=seed)
+    check_number("evaluate_vae", 0, threshold=threshold)
+    check_count("evaluate_vae", k=k, chunk=chunk, information_images=information_images)
     estimates, posteriors, generator = [], [], None
     with eval_mode(*([model] if isinstance(model, nn.Module) else [])):
         for batch in batches:
             x = batch_images(batch)
-            generator = generator or torch.Generator(device=x.device).manual_seed(seed)
+            generator = generator or torch.Generator(device=x.device).manual_seed(int(seed))
             estimates.append(importance_nll(model, x, k, chunk, generator))
             with torch.no_grad():
                 posteriors.append(model.encoder(x))
@@ -391,10 +396,12 @@ def wilson_interval(
         The lower and the upper end, in [0, 1].
 
     Raises:
-        ValueError: if `n` is less than 1.
+        ValueError: if `n` is no count, or `z` or a number `right` is out of range.
     """
-    if n < 1:
-        raise ValueError(f"wilson_interval: n must be at least 1, got {n}")
+    check_count("wilson_interval", n=n)
+    check_number("wilson_interval", 0, z=z)
+    if not isinstance(right, Tensor):
+        check_number("wilson_interval", 0, n, right=right)
     p, a = right / n, z**2 / n
     half = z * (p * (1 - p) / n + a / (4 * n)) ** 0.5
     return (p + a / 2 - half) / (1 + a), (p + a / 2 + half) / (1 + a)
@@ -427,6 +434,7 @@ def measure_calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -
     Returns:
         The error and the mean confidence, accuracy and count of each bin.
     """
+    check_count("measure_calibration", bins=bins)
     confidence, predicted = probabilities.max(-1)
     bin_index = (confidence * bins).long().clamp(max=bins - 1)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .averaging import PROFILES, Profile, check_same_shapes
+from .checks import check_count
 
 # %% ../nbs/10_optimizers/11a_posthoc.ipynb #11a01005
 def target_weights(target: Profile | Callable[[Tensor], Tensor], at: int) -> Tensor:
@@ -104,6 +105,7 @@ def posthoc_coefficients(
     Raises:
         ValueError: if a weight of the target is not finite, or their sum is not positive.
     """
+    check_count("posthoc_coefficients", at=at)
     profiles = list(dict.fromkeys(profile for profile, _ in marks))
     ends = sorted({at, *(step for _, step in marks)})
     p = target_weights(target, at)

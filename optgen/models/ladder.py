@@ -62,7 +62,7 @@ class LadderEncoder(nn.Module):
             raise ValueError(
                 f"a ladder needs two sizes or more, each at least 1; got {tuple(sizes)}"
             )
-        check_number("LadderEncoder", low=0, noise=noise)
+        check_number("LadderEncoder", low=0, noise=noise, eps=eps)
         check_number("LadderEncoder", low=0, below=1, decay=decay)
         self.sizes, self.noise, self.decay, self.eps = tuple(sizes), noise, decay, eps
         self.maps = nn.ModuleList(nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:]))

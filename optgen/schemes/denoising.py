@@ -35,7 +35,7 @@ from optgen.models.schedules import (
     training_target,
 )
 from ..optim import Adam
-from ..sample_quality import feature_stats, fid, frechet_floor
+from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.command import (
     EvaluationContext,
     SchemeCommand,
@@ -524,7 +524,11 @@ class DiffusionCommand(SchemeCommand):
     ) -> dict[str, Any]:
         """Measure the loss, the bound at k levels, and what else the options ask for."""
         asked = {name: number for name, number in given.items() if number}
-        return {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
+        measured = {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
+        if "fid" in measured:
+            features = default_features(torch.empty(0, *context.images.shape))
+            measured["fid_features"] = features_name(features)
+        return measured
 
 
 COMMANDS = (

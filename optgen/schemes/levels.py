@@ -27,6 +27,7 @@ def min_snr_weight(sigma: Tensor, std: float = 1.0, gamma: float = 5.0) -> Tenso
         std: $s$, root mean square of the data; not used.
         gamma: largest weight, positive.
     """
+    check_number("min_snr_weight", above=0, gamma=gamma)
     return (sigma**-2).clamp(max=gamma)
 
 
@@ -39,6 +40,7 @@ def p2_weight(sigma: Tensor, std: float = 1.0, k: float = 1.0, gamma: float = 1.
         k: $k\ge0$.
         gamma: $\gamma\ge0$.
     """
+    check_number("p2_weight", 0, k=k, gamma=gamma)
     return sigma**-2 / (k + sigma**-2) ** gamma
 
 
@@ -95,6 +97,7 @@ class Uncertainty(nn.Module):
 
     def __init__(self, waves: int = 16) -> None:
         super().__init__()
+        check_count("Uncertainty", waves=waves)
         # k/2 periods in [-6, 6]
         self.register_buffer("frequency", torch.arange(waves) * math.pi / 12)
         self.out = nn.Linear(2 * waves, 1)
@@ -118,6 +121,7 @@ def stratified_uniform(n: int, like: Tensor, generator: torch.Generator | None =
     Returns:
         (n,) numbers.
     """
+    check_count("stratified_uniform", n=n)
     stratum = torch.randperm(n, generator=generator, device=like.device)
     noise = torch.rand(n, generator=generator, dtype=like.dtype, device=like.device)
     return ((stratum + noise) / n).clamp(max=1 - torch.finfo(like.dtype).eps)
