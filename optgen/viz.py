@@ -164,7 +164,8 @@ def phase_portrait(
         ValueError: if the velocities have another shape than the points.
     """
     ax = Figure(figsize=(3.2, 3.2), layout="constrained").add_subplot() if ax is None else ax
-    side = torch.linspace(-half_width, half_width, arrows_per_side, dtype=torch.float64)
+    ends = (-half_width, half_width)
+    side = torch.linspace(*ends, arrows_per_side, dtype=torch.float64, device="cpu")
     points = torch.cartesian_prod(side, side)
     f = torch.as_tensor(velocity(points)).detach()
     if f.shape != points.shape:

@@ -1,6 +1,7 @@
 """Averages of the installed package: dtypes, files, foreign loops, schemes, schedules, errors."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -475,3 +476,38 @@ def test_a_reconstruction_has_the_buffers_of_the_last_snapshot_up_to_its_step():
     for at, step in ((2, 2), (3, 2), (5, 4), (6, 6), (None, 6)):
         found = reconstruct(snapshots, Power(2.0), at=at).state
         assert found["running_mean"].tolist() == [step, step]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_that_are_not_finite_are_skipped_and_counted(bad, dtype):
+    weights = [torch.zeros(3, dtype=dtype), torch.zeros(2, 2, dtype=dtype)]
+    average, expected = Average(weights, Power(3.0)), [torch.zeros(3), torch.zeros(2, 2)]
+    expected = [x.to(average.means[0]) for x in expected]
+    rng = generator(1)
+    for t in range(1, 13):
+        for w in weights:
+            w.copy_(torch.randn(w.shape, generator=rng))
+        if t in (1, 4, 5, 11):
+            weights[t % 2].view(-1)[t % 3] = bad
+        else:
+            share = average.profile.update_weight(t)
+            expected = [e + share * (w.to(e) - e) for e, w in zip(expected, weights)]
+        average.update()
+    assert average.step == 12 and average.skipped == 4
+    for mean, e in zip(average.means, expected):
+        assert torch.allclose(mean, e, rtol=1e-5 if mean.dtype == torch.float32 else 1e-12)
+
+
+def test_skipping_is_on_the_device():
+    average = Average([torch.zeros(2, device="meta")], 0.9)
+    average.update()
+    assert average.skipped.is_meta
+
+
+def test_a_target_that_is_neither_profile_nor_function_is_refused():
+    average = Average([torch.zeros(2)], Power(3.0))
+    average.update()
+    for bad in (0.07, "0.07", None, torch.tensor(0.1)):
+        with pytest.raises(ValueError, match="target must be a profile or a function of the steps"):
+            reconstruct([average.snapshot()], bad)

@@ -81,7 +81,7 @@ def test_splits_of_sequences_repeat_and_differ():
 def test_wrong_arguments_are_refused():
     with refuses("dev", "valid"):
         synthetic_sequences("dev")
-    with refuses("length=0"):
+    with pytest.raises(ValueError, match="length must be an integer, at least 1; got 0"):
         SyntheticSequences(length=0)
     with refuses("rounds=0"):
         small_source().posterior(torch.zeros(1, 3, dtype=torch.int64), rounds=0)

@@ -13,7 +13,7 @@ from io import BytesIO
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from ..data.images import ASSETS, DataError
 
 # %% ../../nbs/20_models/22_classifier.ipynb #23a2fcf4-2
@@ -42,6 +42,7 @@ class Classifier(nn.Module):
         c, h, w = shape
         check_count("Classifier", channels=c, height=h, columns=w)
         check_count("Classifier", classes=classes, width=width, dim=dim)
+        check_number("Classifier", 0, 1, dropout=dropout)
         super().__init__()
         self.shape, self.dim = tuple(shape), dim
         layers = []
@@ -95,6 +96,7 @@ class Perceptron(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         check_count("Perceptron", x_dim=x_dim, classes=classes)
+        check_number("Perceptron", 0, 1, dropout=dropout)
         for units in hidden:
             check_count("Perceptron", hidden=units)
         super().__init__()
@@ -139,6 +141,7 @@ def predict_classes(model: nn.Module, images: Tensor, batch_size: int = 500) -> 
         images: (N, C, H, W): bytes, or floats in [0, 1].
         batch_size: images per batch.
     """
+    check_count("predict_classes", batch_size=batch_size)
     mode = model.training
     model.eval()
     try:

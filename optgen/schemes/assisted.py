@@ -31,6 +31,7 @@ from optgen.metrics import (
     eval_mode,
     log_weights,
     measure_calibration,
+    to_float64,
     wilson_interval,
 )
 from ..models.vae import elbo_terms
@@ -169,6 +170,7 @@ class Assisted(Game):
         for name, module in modules.items():
             loss = self.features_loss if name == "features" else self.loss
             players[name] = Player(module, loss, optimizers[name])
+        self.weight.mark_in_use()
         super().__init__(self.draw_noise, rule, **players)
 
     @property
@@ -361,9 +363,11 @@ def predict_images(
     with eval_mode(*scheme.modules):
         for batch in batches:
             random = random or torch.Generator(batch.x.device).manual_seed(seed)
-            logits = scheme.classifier(scheme.encode(batch.x)).double()
+            logits = to_float64(scheme.classifier(scheme.encode(batch.x)))
             usual = scheme.typicality(batch.x, random) if with_typicality else None
-            found.append((logits, batch.y, usual))
+            # Logits of a device without float64 are on the CPU, and so is the rest.
+            rest = (x if x is None else x.to(logits.device) for x in (batch.y, usual))
+            found.append((logits, *rest))
     columns = zip(*found)
     return Predictions(*(None if part[0] is None else torch.cat(part) for part in columns))
 

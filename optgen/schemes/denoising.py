@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import bits_per_dim, eval_mode
+from ..metrics import bits_per_dim, eval_mode, to_float64
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
 from ..models.flow import dequantize
 from optgen.models.schedules import (
@@ -35,7 +35,7 @@ from optgen.models.schedules import (
     training_target,
 )
 from ..optim import Adam
-from ..sample_quality import feature_stats, fid, frechet_floor
+from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.command import (
     EvaluationContext,
     SchemeCommand,
@@ -134,6 +134,7 @@ class DenoisingDiffusion(Game):
         if uncertainty is not None:
             optimizer = pair[1] or Adam(uncertainty.parameters(), lr=1e-2)
             players["uncertainty"] = Player(uncertainty, self.loss, optimizer)
+        self.levels.mark_in_use()
         super().__init__(self.draw_noise, rule, **players)
 
     def weights_at(self, sigma: Tensor, u: Tensor) -> Tensor:
@@ -393,7 +394,7 @@ def evaluate_diffusion(
                 fake.append(features(drawn))
     if not rows:
         raise ValueError("nothing to evaluate: there are no batches")
-    found = {name: torch.cat([row[name] for row in rows]).double() for name in rows[0]}
+    found = {name: to_float64(torch.cat([row[name] for row in rows])) for name in rows[0]}
     losses = found.pop("loss")
     result = {"n": len(losses), "loss": losses.mean().item()}
     for name, nats in found.items():
@@ -523,7 +524,11 @@ class DiffusionCommand(SchemeCommand):
     ) -> dict[str, Any]:
         """Measure the loss, the bound at k levels, and what else the options ask for."""
         asked = {name: number for name, number in given.items() if number}
-        return {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
+        measured = {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
+        if "fid" in measured:
+            features = default_features(torch.empty(0, *context.images.shape))
+            measured["fid_features"] = features_name(features)
+        return measured
 
 
 COMMANDS = (

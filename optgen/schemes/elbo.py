@@ -107,6 +107,7 @@ class BetaVAE(Game):
         else:
             optimizer = optimizer or Adam(model.parameters(), lr=1e-3)
             players = {"model": Player(model, self.loss, optimizer)}
+        self.beta.mark_in_use()
         super().__init__(**players, draw=self.draw_noise, rule=rule)
 
     def draw_noise(self, batch: Batch) -> NoisyBatch:
@@ -333,8 +334,10 @@ class Aggressive(Rule):
         memory = self.memory
         if not memory["moves"] or memory["moves"] % self.every:
             return False
-        last, memory["last"], memory["loss"] = memory["last"], float(memory["loss"]), 0.0
-        return memory["last"] >= last or memory["moves"] >= self.most
+        last, loss, memory["loss"] = memory["last"], float(memory["loss"]), 0.0
+        if math.isfinite(loss):  # else it would be compared with the next ones
+            memory["last"] = loss
+        return (math.isfinite(loss) and loss >= last) or memory["moves"] >= self.most
 
     def compare_information(self, information: Tensor) -> None:
         """Count a step of the decoder; after a window, stop waiting unless information rose.
@@ -347,8 +350,9 @@ class Aggressive(Rule):
         memory["information"] = memory["information"] + information
         if memory["steps"] == self.window:
             mean = float(memory["information"]) / self.window
-            memory.update(steps=0, information=0.0, waiting=mean > memory["best"])
-            memory["best"] = max(mean, memory["best"])
+            memory.update(steps=0, information=0.0)
+            if math.isfinite(mean):  # else the next window decides
+                memory.update(waiting=mean > memory["best"], best=max(mean, memory["best"]))
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #720792b2
 def encoder_alone() -> None:

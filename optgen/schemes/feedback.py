@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..metrics import eval_mode
+from ..metrics import eval_mode, to_float64
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
     GAN_LOSSES,
@@ -30,8 +30,9 @@ from optgen.models.gan import (
 )
 from ..optim import Adam
 from ..rules import RULES, build_rule, input_gradient_penalty
-from ..sample_quality import feature_stats, fid, frechet_floor
+from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.command import (
+    EvaluationContext,
     SchemeCommand,
     build_checked,
     build_optimizer,
@@ -67,6 +68,9 @@ def downsampled_pixels(x: Tensor) -> Tensor:
     return (adaptive_avg_pool2d(x, 8) if x.dim() == 4 else x).flatten(1)
 
 
+downsampled_pixels.features_name = "pixels, averaged down to 8 x 8"
+
+
 def default_features(x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the feature function in which examples of this shape are compared.
 
@@ -85,6 +89,7 @@ def default_features(x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the classifier's features of images (B, 1, 28, 28)."""
         return classifier.features(images.float())
 
+    classifier_features.features_name = f"{classifier.dim} of the classifier of digits"
     return classifier_features
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-3
@@ -240,7 +245,7 @@ class FeedbackGAN(Game):
                 noisy = self.draw_noise(batch, rng)
                 n += len(noisy.x)
                 for name, loss in (("G", self.g_loss), ("D", self.d_loss)):
-                    sums[name] += len(noisy.x) * loss(noisy).double()
+                    sums[name] += len(noisy.x) * to_float64(loss(noisy))
                 real.append(features(noisy.x))
                 fake.append(features(self.generator(noisy.z)))
         if n < 2:
@@ -329,6 +334,19 @@ class FeedbackGANCommand(SchemeCommand):
             r1=options["r1"],
             r2=options["r2"],
         )
+
+    def evaluate(
+        self,
+        scheme: FeedbackGAN,
+        context: EvaluationContext,
+        batches: Iterable[Batch],
+        seed: int,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """Measure the losses and the Fréchet distance, and name its features."""
+        features = scheme.features or default_features(torch.empty(0, *context.images.shape))
+        measured = super().evaluate(scheme, context, batches, seed, **given)
+        return measured | {"fid_features": features_name(features)}
 
     def listings(self) -> dict[str, dict[str, str]]:
         """Return the update rules and the losses."""
