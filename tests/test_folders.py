@@ -3,7 +3,8 @@
 import pytest
 
 from data_helpers import refuses, write_folder
-from optgen.data.folders import image_folder
+from optgen.data.folders import ImageFiles, image_folder
+from optgen.data.images import DataWarning
 
 
 def test_classes_are_numbered_over_both_splits(tmp_path):
@@ -33,11 +34,13 @@ def test_a_missing_or_mixed_split_is_refused(tmp_path):
         image_folder(tmp_path)
 
 
-def test_gray_and_color_together_are_refused_unless_a_number_is_chosen(tmp_path):
+def test_gray_and_color_together_are_read_in_color_unless_a_number_is_chosen(tmp_path):
     write_folder(tmp_path, ["a.png"])
     write_folder(tmp_path, ["b.png"], channels=3)
+    with pytest.warns(DataWarning, match="1 gray and 1 color images, all are read in color"):
+        assert image_folder(tmp_path, holdout=0.0).shape == (3, 28, 28)
     with refuses("b.png", "a.png", "channels=1", "channels=3"):
-        image_folder(tmp_path, holdout=0.0)
+        list(ImageFiles([tmp_path / "a.png", tmp_path / "b.png"]))
     for channels in (1, 3):
         data = image_folder(tmp_path, holdout=0.0, channels=channels)
         assert data.shape == (channels, 28, 28)
