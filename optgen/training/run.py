@@ -235,7 +235,7 @@ def interrupt(run: "Run", signum: int) -> None:
     raise Interrupted(f"{name} after step {run.step}: {how_to_resume(run)}", signum)
 
 # %% ../../nbs/40_training/40e_run.ipynb #23a2fcf4-9
-STOP = 1  # what ranks agree on after `stop()`; SIGINT and SIGTERM have higher numbers
+STOP = 1  # what ranks agree on after `stop()`; after signal n it is 128 + n
 
 
 class Run(TrainingLoop):
@@ -360,7 +360,9 @@ class Run(TrainingLoop):
 
     def end_step(self, batch: Any, losses: dict) -> None:
         """Save if it is time to, and stop if a signal or a callback asks for it."""
-        request = self.signals.received or (STOP if self.stop_requested else 0)
+        request = STOP if self.stop_requested else 0
+        if self.signals.received:
+            request = 128 + self.signals.received
         if self.ranks:
             request = self.ranks.agree(request)
         if request or self.is_checkpoint_due():
@@ -369,7 +371,7 @@ class Run(TrainingLoop):
         if request == STOP:
             self.stopped = True
         elif request:
-            interrupt(self, request)
+            interrupt(self, request - 128)
 
     def stop(self) -> None:
         """Ask the run to end after this step; it is saved and can be resumed.
