@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentVariableModel', 'eval_mode', 'rate', 'distortion', 'elbo', 'log_weights', 'Estimate', 'importance_nll',
            'bits_per_dim', 'latent_variance', 'active_units', 'mutual_information', 'batch_images', 'evaluate_vae',
-           'wilson_interval', 'Calibration', 'measure_calibration', 'auroc']
+           'wilson_interval', 'Calibration', 'check_probabilities', 'measure_calibration', 'auroc']
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4
 import contextlib
@@ -400,6 +400,38 @@ class Calibration(NamedTuple):
     counts: Tensor
 
 
+def check_probabilities(probabilities: Tensor, labels: Tensor) -> None:
+    """Check predicted probabilities and the labels of the same images.
+
+    Args:
+        probabilities: (N, K), rows that sum to 1.
+        labels: classes, (N,) int64.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    shape = tuple(probabilities.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"probabilities must be (N, K) with N, K at least 1, got shape {shape}")
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
+        raise ValueError(
+            f"labels must be int64 of shape ({shape[0]},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}: one label an image, y.long()"
+        )
+    sums = probabilities.double().sum(1)
+    if not ((sums - 1).abs() < 1e-2).all() or probabilities.min() < 0:
+        raise ValueError(
+            "rows of probabilities must be at least 0 and sum to 1: take the softmax of logits, "
+            "and look for NaN in them"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= shape[1]:
+        raise ValueError(
+            f"labels are {low} to {high}, expected 0 to {shape[1] - 1}: leave out images of "
+            "unknown class, and number the classes from 0"
+        )
+
+
 def measure_calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
     """Return the expected calibration error and the bins of a reliability diagram, Eq. (ece).
 
@@ -410,7 +442,11 @@ def measure_calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -
 
     Returns:
         The error and the mean confidence, accuracy and count of each bin.
+
+    Raises:
+        ValueError: if there are no images, or rows that are no probabilities or labels no classes.
     """
+    check_probabilities(probabilities, labels)
     confidence, predicted = probabilities.max(-1)
     bin_index = (confidence * bins).long().clamp(max=bins - 1)
 
@@ -435,7 +471,16 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 
     Returns:
         The area under the curve, 0-dim float64.
+
+    Raises:
+        ValueError: if there are no scores, or one is NaN.
     """
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if not len(scores) or scores.isnan().any():
+            raise ValueError(
+                f"auroc: {name} must be scores without NaN, at least one; got {len(scores)} scores "
+                f"with {int(scores.isnan().sum())} NaN: look for NaN in the images and the model"
+            )
     outside = outside.sort().values
     lower = torch.searchsorted(outside, inside, right=False)
     lower_or_equal = torch.searchsorted(outside, inside, right=True)

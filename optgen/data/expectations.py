@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'valid_pixels', 'check_pixels', 'Expectation', 'expectation_of', 'check_example_shape', 'check_examples',
-           'check_batch_labels', 'check_label_range', 'BatchCheck', 'start_batch_check']
+           'check_batch_labels', 'check_label_range', 'with_dtype', 'BatchCheck', 'start_batch_check']
 
 # %% ../../nbs/00_foundations/06a_expectations.ipynb #ba7c0003
 from collections.abc import Callable, Iterable, Iterator
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from optgen.data.images import (
     RENUMBER,
-    Batch,
     DataError,
     describe_data,
     how_to_get_labels,
@@ -131,7 +130,7 @@ def check_example_shape(owner: str, shape: tuple[int, ...], expected: Expectatio
     want, given = expected.shape, shape[1:]
     size = expected.size or (prod(want) if want else None)
     fits = size is None or prod(given) == size
-    if fits and want and len(given) > 1:
+    if fits and want and len(want) > 1 and len(given) > 1:
         fits = given == want or (want[0] == 1 and given == want[1:])
     if not fits:
         words = f"examples of shape {want}" if want else f"examples of {size} numbers"
@@ -208,14 +207,30 @@ def check_label_range(owner: str, y: Tensor, classes: int | None) -> None:
     raise DataError.with_fix(owner, f"labels are {low} to {high}, expected {words}", fix)
 
 # %% ../../nbs/00_foundations/06a_expectations.ipynb #ba7c000a
+def with_dtype(batch: Any, like: Tensor | None) -> Any:
+    """Return a batch whose floats have the dtype of a parameter.
+
+    Args:
+        batch: a tensor, or a tuple that begins with one.
+        like: the parameter; None for any dtype.
+    """
+    if isinstance(batch, Tensor):
+        return batch.to(like.dtype) if like is not None and batch.is_floating_point() else batch
+    x = with_dtype(batch[0], like)
+    if x is batch[0]:
+        return batch
+    return type(batch)(x, *batch[1:]) if hasattr(batch, "_fields") else (x, *batch[1:])
+
+
 class BatchCheck:
     """Check of the batches of a scheme: types and shapes always, values once a run.
 
     Args:
         owner: name of the scheme, for the message.
         expected: what the scheme expects.
-        count_classes: function of examples that returns the number of classes, or None for no
-            such check; called with the first examples of a run.
+        count_classes: function of examples that returns the number of classes, or None where it
+            is unknown; called with the first examples of a run. None for a scheme without labels.
+        labels: (N,) labels that the scheme brings itself.
 
     Attributes:
         is_first: whether the next step checks values, which waits for the device.
@@ -226,21 +241,24 @@ class BatchCheck:
         owner: str,
         expected: Expectation,
         count_classes: Callable[[Tensor], int | None] | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         self.owner, self.expected, self.count_classes = owner, expected, count_classes
-        self.is_first, self.all_labels = True, None
+        self.is_first, self.own_labels, self.set_labels = True, labels, []
 
-    def start(self, data: Any = None) -> None:
+    def start(self, *sets: Any) -> None:
         """Begin a run, whose first batch is checked wholly.
 
         Args:
-            data: the set of the run, if it is known: its tokens are checked now, and its labels
-                with the first batch.
+            *sets: training and validation set of the run, where they are known. Their tokens are
+                checked now, and their labels with the first batch.
         """
-        self.is_first, self.all_labels = True, getattr(data, "labels", None)
-        tokens = getattr(data, "images", None)
-        if self.expected.vocabulary and isinstance(tokens, Tensor) and tokens.dtype == torch.int64:
-            self.check_tokens(tokens)
+        self.is_first, self.set_labels = True, []
+        for data in sets:
+            self.set_labels.append(getattr(data, "labels", None))
+            tokens = getattr(data, "images", None)
+            if self.expected.vocabulary and isinstance(tokens, Tensor):
+                self.check_tokens(tokens)
 
     def check_tokens(self, x: Tensor) -> None:
         """Check that tokens are in the vocabulary; waits for the device.
@@ -260,6 +278,15 @@ class BatchCheck:
             fix = "number the tokens from 0, or make the model with a larger vocab"
             raise DataError.with_fix(self.owner, problem, fix)
 
+    def check_batch(self, batch: Any, like: Tensor | None) -> None:
+        """Check types and shapes of a batch; arguments and errors as `step`'s."""
+        if not hasattr(batch, "x"):
+            problem = f"the batch is {describe_data(batch)}, expected a Batch"
+            raise DataError.with_fix(self.owner, problem, "pass Batch(x, y) of optgen.data.images")
+        check_examples(self.owner, batch.x, self.expected, like)
+        if self.expected.labels:
+            check_batch_labels(self.owner, getattr(batch, "y", None), len(batch.x))
+
     def step(self, batch: Any, like: Tensor | None = None) -> None:
         """Check a batch of training, its values only if it is the first one.
 
@@ -270,64 +297,92 @@ class BatchCheck:
         Raises:
             DataError: if the batch is not what the scheme expects.
         """
-        if not hasattr(batch, "x"):
-            problem = f"the batch is {describe_data(batch)}, expected a Batch"
-            raise DataError.with_fix(self.owner, problem, "pass Batch(x, y) of optgen.data.images")
-        check_examples(self.owner, batch.x, self.expected, like)
-        y = getattr(batch, "y", None)
-        if self.expected.labels:
-            check_batch_labels(self.owner, y, len(batch.x))
+        self.check_batch(batch, like)
         if self.is_first:
-            self.values(batch.x, y if self.expected.labels else None)
+            self.check_values(batch.x)
+            self.check_classes(batch)
             self.is_first = False
 
-    def values(self, x: Tensor, y: Tensor | None) -> None:
-        """Check the values of a batch; waits for the device.
+    def check_values(self, x: Tensor) -> None:
+        """Check tokens or pixels; waits for the device.
 
         Args:
-            x: the examples.
-            y: their labels; None for no check.
+            x: (B, ...).
 
         Raises:
-            DataError: if they are not what the scheme expects.
+            DataError: if one is not what the scheme expects.
         """
         if self.expected.vocabulary:
             self.check_tokens(x)
         else:
             check_pixels(self.owner, x, self.expected.pixels)
-        if y is not None and self.count_classes:
-            classes = self.count_classes(x)
-            for labels in (y, self.all_labels):
-                if labels is not None:
-                    check_label_range(self.owner, labels, classes)
 
-    def evaluation(self, batches: Iterable[Any], like: Tensor | None = None) -> Iterator[Any]:
-        """Yield the batches of an evaluation, each checked wholly but for labels.
+    def check_classes(self, batch: Any) -> None:
+        """Check the labels of the first batch, of the scheme itself and of the sets of the run.
 
         Args:
-            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`.
+            batch: first batch of a run.
+
+        Raises:
+            DataError: if one is out of range. Only in validation sets may classes be unknown.
+        """
+        if self.count_classes is None:
+            return
+        classes, known = self.count_classes(batch.x), [self.own_labels]
+        if self.expected.labels:
+            known += [batch.y, *self.set_labels[:1]]
+        validation = [y[y >= 0] for y in self.set_labels[1:] if y is not None]
+        for labels in (*known, *validation):
+            if labels is not None:
+                check_label_range(self.owner, labels, classes)
+
+    def evaluation(
+        self, batches: Iterable[Any], like: Tensor | None = None, unknown_classes: bool = False
+    ) -> Iterator[Any]:
+        """Yield the batches of an evaluation, each checked wholly and in the model's dtype.
+
+        Args:
+            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`. With
+                labels they are `Batch`.
             like: as in `step`.
+            unknown_classes: whether labels may be -1 or missing.
 
         Raises:
             DataError: if a batch is not what the scheme expects.
         """
-        if isinstance(batches, Batch):
+        if hasattr(batches, "x"):
             fix = "pass an iterable of batches, such as [batch] or a Loader"
             raise DataError.with_fix(self.owner, "evaluate was given one batch", fix)
         for batch in batches:
             x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
             check_examples(self.owner, x, self.expected, like)
-            self.values(x, None)
-            yield batch
+            batch = with_dtype(batch, like)
+            self.check_values(x)
+            y = getattr(batch, "y", None)
+            if self.count_classes and (self.expected.labels or y is not None):
+                self.check_known_labels(x, y, unknown_classes)
+            was_first, self.is_first = self.is_first, False
+            try:
+                yield batch
+            finally:
+                self.is_first = was_first
+
+    def check_known_labels(self, x: Tensor, y: object, unknown_classes: bool) -> None:
+        """Check the labels of a batch of an evaluation; arguments as those of `evaluation`."""
+        if y is None and unknown_classes:
+            return
+        check_batch_labels(self.owner, y, len(x))
+        known = y[y >= 0] if unknown_classes else y
+        check_label_range(self.owner, known, self.count_classes(x))
 
 
-def start_batch_check(scheme: Any, data: Any = None) -> None:
+def start_batch_check(scheme: Any, *sets: Any) -> None:
     """Let a scheme check the first batch of a run, if it checks batches.
 
     Args:
         scheme: with a `BatchCheck` as its attribute `batch_check`, or without.
-        data: set of the run, as in `BatchCheck.start`.
+        *sets: of the run, as in `BatchCheck.start`.
     """
     check = getattr(scheme, "batch_check", None)
     if check is not None:
-        check.start(data)
+        check.start(*sets)

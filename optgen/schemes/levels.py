@@ -284,6 +284,9 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
 
     Returns:
         The rows of `eps`, permuted.
+
+    Raises:
+        ValueError: if an image is not finite.
     """
     if x.is_meta:
         return eps
@@ -294,6 +297,11 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
     permutation = torch.empty(len(x), dtype=torch.int64)
     # The squares are the same for every permutation.
     cost = -(x.flatten(1).double() @ eps.flatten(1).double().T).cpu()
+    if not cost.isfinite().all():
+        raise ValueError(
+            "optimal_coupling: an image is not finite, and has no distance to any noise: "
+            "find it by ~x.isfinite(), and mend or drop it"
+        )
     for rows in groups:
         _, columns = linear_sum_assignment(cost[rows][:, rows].numpy())
         permutation[rows] = rows[torch.from_numpy(columns)]

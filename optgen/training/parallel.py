@@ -60,8 +60,10 @@ def launcher_number(name: str, default: int, most: int) -> int:
 def launched_processes() -> int:
     """Return the number of processes that a launcher started, by its variables; 1 without one.
 
+    It is 1, with a warning, where some of the variables are missing.
+
     Raises:
-        RankError: if a variable is missing or out of range.
+        RankError: if a variable is out of range.
     """
     world = launcher_number("WORLD_SIZE", 1, most=2**20)
     if world < 2:
@@ -69,10 +71,12 @@ def launched_processes() -> int:
     needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name, "").strip()]
     if missing:
-        raise RankError(
-            f"WORLD_SIZE is {world}, and {', '.join(missing)} is not set: start with torchrun, "
-            "or unset WORLD_SIZE for a lone process"
+        warnings.warn(
+            f"WORLD_SIZE is {world}, but {', '.join(missing)} not set: this process runs alone; "
+            "start with torchrun for more, or unset WORLD_SIZE",
+            stacklevel=2,
         )
+        return 1
     launcher_number("RANK", 0, most=world - 1)
     launcher_number("MASTER_PORT", 0, most=2**16 - 1)
     launcher_number("LOCAL_RANK", 0, most=world - 1)
@@ -89,7 +93,7 @@ def init_ranks() -> "Ranks | None":
         The ranks; None in a lone process.
 
     Raises:
-        RankError: if a variable is missing or out of range, or the processes do not find another.
+        RankError: if a variable is out of range, or the processes do not find one another.
     """
     started = dist.is_available() and dist.is_initialized()
     if not started and launched_processes() == 1:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..averaging import evaluating
+from ..data.expectations import start_batch_check
 from ..data.loading import Loader
 from ..games import Game
 from . import checkpoint
@@ -335,6 +336,7 @@ class Run(TrainingLoop):
     def train(self) -> None:
         """Train until the last epoch, exhausted patience or a request to stop."""
         self.saved_time = time.monotonic()
+        start_batch_check(self.scheme, self.loader.data, self.valid and self.valid.data)
         with self.signals, self.announced():
             while not self.is_finished():
                 self.scheme.train()
