@@ -35,7 +35,13 @@ class LastingStream:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text, with "?" for what the encoding lacks, and return its length."""
+        """Write a text, with "?" for what the encoding lacks, and return its length.
+
+        Raises:
+            TypeError: for bytes, by which others find out that this is a stream of text.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"a stream of text writes str, got {type(text).__name__}")
         try:
             self.stream.write(text)
         except UnicodeEncodeError:

@@ -120,7 +120,7 @@ def count_channels(file: Path) -> int | None:
     """Return whether a picture is gray (1) or in color (3), by its header; None for neither."""
     try:
         with Image.open(file) as image:
-            return len(_channel_mode(image, None))
+            return None if image.mode[0] in "IF" else len(_channel_mode(image, None))
     except Exception:  # PIL raises many kinds on a damaged file, which `read_image` reports
         return None
 
