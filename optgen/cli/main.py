@@ -14,7 +14,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -158,23 +157,18 @@ def only_first_rank_prints() -> Iterator[None]:
 LONG_COMMANDS = ("train", "bench", "reproduce")
 
 
-def report_lost_output(args: Sequence[str], error: Exception) -> None:
+def report_lost_output(command: str, error: Exception) -> None:
     """Print that a long command goes on though nothing reads its output any more.
 
     Args:
-        args: of the command line.
+        command: name of the command.
         error: with which writing failed.
-
-    Raises:
-        OSError: the error, in a short command, unless the reader has closed the pipe.
     """
-    if args and args[0] in LONG_COMMANDS:
+    if command in LONG_COMMANDS:
         click.echo(
-            f"optgen: the output can't be written any more ({error}); optgen {args[0]} goes on",
+            f"optgen: the output can't be written any more ({error}); optgen {command} goes on",
             err=True,
         )
-    elif not isinstance(error, BrokenPipeError):
-        raise error
 
 
 def exit_with_message(code: int, message: object) -> NoReturn:
@@ -203,8 +197,18 @@ def main(args: Sequence[str] | None = None) -> None:
         args: the arguments; by default `sys.argv[1:]`.
     """
     words = list(sys.argv[1:] if args is None else args)
-    with lasting_streams(partial(report_lost_output, words)), warnings_in_one_line():
+    command, lost = words[0] if words else "", []
+
+    def note_loss(error: Exception) -> None:
+        """Keep the error with which standard output was lost, and report it."""
+        lost.append(error)
+        report_lost_output(command, error)
+
+    with lasting_streams(note_loss), warnings_in_one_line():
         run_command(words)
+        sys.stdout.flush()
+        if lost and command not in LONG_COMMANDS and not isinstance(lost[0], BrokenPipeError):
+            exit_with_message(1, lost[0])
 
 
 def run_command(args: list[str]) -> None:
