@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_number
+from .data.expectations import check_pixels
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #protocol
 class LatentVariableModel(Protocol):
@@ -329,12 +330,15 @@ def evaluate_vae(
         ceiling; also ess, bits_per_dim, active_units, and the numbers k and n (of images).
 
     Raises:
-        ValueError: if there are no batches, and as in `importance_nll`.
+        ValueError: if there are no batches, a pixel is not what the model expects, and as in
+            `importance_nll`.
     """
     estimates, posteriors, generator = [], [], None
     with eval_mode(*([model] if isinstance(model, nn.Module) else [])):
         for batch in batches:
             x = batch_images(batch)
+            if kind := getattr(model, "pixels", None):
+                check_pixels(type(model).__name__, x, kind)
             generator = generator or torch.Generator(device=x.device).manual_seed(seed)
             estimates.append(importance_nll(model, x, k, chunk, generator))
             with torch.no_grad():

@@ -250,15 +250,23 @@ class BatchCheck:
         """Begin a run, whose first batch is checked wholly.
 
         Args:
-            *sets: training and validation set of the run, where they are known. Their tokens are
-                checked now, and their labels with the first batch.
+            *sets: training and validation set of the run, where they are known. Shapes and tokens
+                are checked now, labels with the first batch.
+
+        Raises:
+            DataError: if a set is not what the scheme expects.
         """
-        self.is_first, self.set_labels = True, []
+        self.is_first, self.set_labels = True, [getattr(data, "labels", None) for data in sets]
         for data in sets:
-            self.set_labels.append(getattr(data, "labels", None))
+            if hasattr(data, "shape"):
+                check_example_shape(self.owner, (1, *data.shape), self.expected)
             tokens = getattr(data, "images", None)
             if self.expected.vocabulary and isinstance(tokens, Tensor):
                 self.check_tokens(tokens)
+        if self.count_classes and any(data is not None for data in sets[1:]):
+            if not any(y is not None and (y >= 0).any() for y in self.set_labels[1:]):
+                problem = "the images for validation have no labels"
+                raise DataError.with_fix(self.owner, problem, "pass labeled ones, or none at all")
 
     def check_tokens(self, x: Tensor) -> None:
         """Check that tokens are in the vocabulary; waits for the device.

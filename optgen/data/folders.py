@@ -399,6 +399,8 @@ def image_folder(
             training split all images of the folder are checked, the test images too.
     """
     check_split(split)
+    if not 0 <= holdout <= 1:
+        raise DataError.with_fix(f"holdout={holdout}", "expected 0 to 1", "pass such a share")
     if not str(path).strip():
         raise DataError.with_fix("''", "no folder is named", "pass the path of a folder of images")
     path = Path(path)

@@ -101,7 +101,7 @@ def split_holdout(
     Raises:
         DataError: if either would be empty.
     """
-    n = math.ceil(fraction * len(data))
+    n = math.ceil(fraction * len(data)) if 0 < fraction < 1 else 0
     if not 0 < n < len(data):
         problem = f"leaves {len(data) - n} and {n} of {len(data)} images"
         fix = "pass a fraction between 0 and 1, or more images"
@@ -129,6 +129,8 @@ def balanced_indices(data: ImageSet, n: int, seed: int = 0) -> Tensor:
         fix = "put the images of each class in a folder of its own"
         raise DataError.with_fix(data.name, "has no labels", fix)
     subject = f"balanced_indices(n={n})"
+    if isinstance(n, bool) or not isinstance(n, int):
+        raise DataError.with_fix(subject, "expected a whole number", "pass one")
     generator = torch.Generator().manual_seed(stable_hash("few labels", seed))
     classes = max(len(data.classes), int(data.labels.max()) + 1)
     if n < classes:
@@ -184,7 +186,7 @@ class BatchOrder:
     def __init__(
         self, n: int, batch_size: int, shuffle: bool = True, seed: int = 0, drop_last: bool = False
     ) -> None:
-        if not isinstance(batch_size, int) or batch_size < 1:
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             problem = "expected a whole number, at least 1"
             raise DataError.with_fix(f"batch_size={batch_size!r}", problem, "pass one")
         if n < (batch_size if drop_last else 1):
@@ -212,7 +214,7 @@ class BatchOrder:
             order = torch.randperm(self.n, generator=self.generator)
         else:
             order = torch.arange(self.n)
-        return order.split(self.batch_size)[self.batch : len(self)]
+        return order.split(min(self.batch_size, self.n))[self.batch : len(self)]
 
     def end_epoch(self) -> None:
         """Count the epoch as finished."""

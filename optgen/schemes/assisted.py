@@ -21,7 +21,13 @@ from torch.optim import Optimizer
 
 from ..checks import check_number
 from ..controllers import Constant, Controller
-from ..data.expectations import BatchCheck, Expectation, expectation_of, with_dtype
+from optgen.data.expectations import (
+    BatchCheck,
+    Expectation,
+    check_examples,
+    expectation_of,
+    with_dtype,
+)
 from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import binarize_pixels
 from ..fields import Field
@@ -281,6 +287,7 @@ class Assisted(Game):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return class probabilities (B, K) of images (B, ...), in evaluation mode."""
+        check_examples("Assisted", x, self.batch_check.expected, None)
         with eval_mode(*self.modules):
             return self.classifier(self.encode(x)).softmax(-1)
 

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_count
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
-from ..data.expectations import BatchCheck, expectation_of, with_dtype
+from ..data.expectations import BatchCheck, check_examples, expectation_of, with_dtype
 from ..data.images import Batch
 from ..estimators import ESTIMATORS, bound_loss, check_estimator
 from ..games import Game, Player, Rule
@@ -242,6 +242,7 @@ class BetaVAE(Game):
         Returns:
             Reconstructions, shaped as `x`.
         """
+        check_examples("BetaVAE", x, self.batch_check.expected, next(self.model.parameters()))
         return self.model.decoder(self.inference.encoder(x)[0]).reshape(x.shape)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
