@@ -179,7 +179,7 @@ def check_batch_labels(owner: str, y: object, n: int) -> None:
         DataError: unless they are (n,) int64.
     """
     if y is None:
-        fix = "pass images with labels, or a set of labeled images where the scheme takes one"
+        fix = "pass images with labels, or pass labeled= where the scheme takes it"
         raise DataError.with_fix(owner, "the batch has no labels", fix)
     if not isinstance(y, Tensor) or y.dtype != torch.int64 or y.shape != (n,):
         problem = f"the labels are {describe_data(y)}, expected int64 with shape ({n},)"

@@ -218,7 +218,7 @@ class Assisted(Game):
             batch: its `x` is (B, ...) images.
 
         Raises:
-            DataError: where neither the batch nor the scheme has labels.
+            DataError: if the batch is not what the scheme expects, or lacks labels.
         """
         like = next(self.classifier.parameters())
         self.batch_check.step(batch, like)
@@ -227,10 +227,6 @@ class Assisted(Game):
         n, labeled = len(x), x
         if self.labeled is not None:
             labeled, y = self.draw_labeled(x)
-        if y is None:
-            raise DataError.with_fix(
-                "batch", "it has no labels", "pass labeled=, or images with labels"
-            )
         eps = torch.randn(2, n, self.noise_width, dtype=like.dtype, device=like.device)
         return AssistedBatch(x, labeled, y, *eps)
 

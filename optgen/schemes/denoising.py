@@ -180,15 +180,7 @@ class DenoisingDiffusion(Game):
 
         Returns:
             Examples (B, ...), and labels (B,) for a conditional model, else None.
-
-        Raises:
-            ValueError: if labels are missing.
         """
-        if self.conditional and batch.y is None:
-            raise ValueError(
-                "a conditional model needs labels, and this batch has none: "
-                "train it on labeled images, or make it without classes"
-            )
         x = batch.x.to(next(self.model.parameters()).dtype)
         if self.pixels:
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
@@ -207,6 +199,9 @@ class DenoisingDiffusion(Game):
             batch: of examples.
             generator: of random numbers; torch's own if None.
             levels: distribution of positions, by default the scheme's.
+
+        Raises:
+            DataError: if the batch is not what the scheme expects.
         """
         self.batch_check.step(batch, next(self.model.parameters()))
         x, labels = self.prepare(batch, generator)
