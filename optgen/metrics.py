@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LatentVariableModel', 'eval_mode', 'to_float64', 'rate', 'distortion', 'elbo', 'log_weights', 'Estimate',
            'importance_nll', 'bits_per_dim', 'latent_variance', 'active_units', 'mutual_information', 'batch_images',
-           'evaluate_vae', 'wilson_interval', 'Calibration', 'measure_calibration', 'auroc']
+           'evaluate_vae', 'wilson_interval', 'Calibration', 'check_probabilities', 'measure_calibration', 'auroc']
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #23a2fcf4
 import contextlib
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_count, check_number, check_seed
+from .data.expectations import check_pixels
 
 # %% ../nbs/00_foundations/02_metrics.ipynb #protocol
 class LatentVariableModel(Protocol):
@@ -347,7 +348,8 @@ def evaluate_vae(
         ceiling; also ess, bits_per_dim, active_units, and the numbers k and n (of images).
 
     Raises:
-        ValueError: if there are no batches, and as in `importance_nll`.
+        ValueError: if there are no batches, a pixel is not what the model expects, and as in
+            `importance_nll`.
     """
     check_seed("evaluate_vae", seed=seed)
     check_number("evaluate_vae", 0, threshold=threshold)
@@ -356,6 +358,8 @@ def evaluate_vae(
     with eval_mode(*([model] if isinstance(model, nn.Module) else [])):
         for batch in batches:
             x = batch_images(batch)
+            if kind := getattr(model, "pixels", None):
+                check_pixels(type(model).__name__, x, kind)
             generator = generator or torch.Generator(device=x.device).manual_seed(int(seed))
             estimates.append(importance_nll(model, x, k, chunk, generator))
             with torch.no_grad():
@@ -423,6 +427,38 @@ class Calibration(NamedTuple):
     counts: Tensor
 
 
+def check_probabilities(probabilities: Tensor, labels: Tensor) -> None:
+    """Check predicted probabilities and the labels of the same images.
+
+    Args:
+        probabilities: (N, K), rows that sum to 1.
+        labels: classes, (N,) int64.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    shape = tuple(probabilities.shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"probabilities must be (N, K) with N, K at least 1, got shape {shape}")
+    if labels.dtype != torch.int64 or labels.shape != shape[:1]:
+        raise ValueError(
+            f"labels must be int64 of shape ({shape[0]},), got {labels.dtype} of shape "
+            f"{tuple(labels.shape)}: one label an image, y.long()"
+        )
+    sums = probabilities.double().sum(1)
+    if not ((sums - 1).abs() < 1e-2).all() or probabilities.min() < 0:
+        raise ValueError(
+            "rows of probabilities must be at least 0 and sum to 1: take the softmax of logits, "
+            "and look for NaN in them"
+        )
+    low, high = labels.min().item(), labels.max().item()
+    if low < 0 or high >= shape[1]:
+        raise ValueError(
+            f"labels are {low} to {high}, expected 0 to {shape[1] - 1}: leave out images of "
+            "unknown class, and number the classes from 0"
+        )
+
+
 def measure_calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -> Calibration:
     """Return the expected calibration error and the bins of a reliability diagram, Eq. (ece).
 
@@ -433,8 +469,12 @@ def measure_calibration(probabilities: Tensor, labels: Tensor, bins: int = 15) -
 
     Returns:
         The error and the mean confidence, accuracy and count of each bin.
+
+    Raises:
+        ValueError: if there are no images, or rows that are no probabilities or labels no classes.
     """
     check_count("measure_calibration", bins=bins)
+    check_probabilities(probabilities, labels)
     confidence, predicted = probabilities.max(-1)
     bin_index = (confidence * bins).long().clamp(max=bins - 1)
 
@@ -459,7 +499,16 @@ def auroc(inside: Tensor, outside: Tensor) -> Tensor:
 
     Returns:
         The area under the curve, 0-dim float64.
+
+    Raises:
+        ValueError: if there are no scores, or one is NaN.
     """
+    for name, scores in (("inside", inside), ("outside", outside)):
+        if not len(scores) or scores.isnan().any():
+            raise ValueError(
+                f"auroc: {name} must be scores without NaN, at least one; got {len(scores)} scores "
+                f"with {int(scores.isnan().sum())} NaN: look for NaN in the images and the model"
+            )
     outside = outside.sort().values
     lower = torch.searchsorted(outside, inside, right=False)
     lower_or_equal = torch.searchsorted(outside, inside, right=True)

@@ -117,9 +117,14 @@ def fid(
         are not comparable.
 
     Raises:
-        ValueError: as in `feature_stats`.
+        ValueError: as in `feature_stats`, and if the two have other numbers of features.
     """
     a, b = (s if isinstance(s, FeatureStats) else feature_stats(s, features) for s in (a, b))
+    if len(a.mean) != len(b.mean):
+        raise ValueError(
+            f"the features of the two sets have {len(a.mean)} and {len(b.mean)} numbers: "
+            "compare images of one shape by one features function"
+        )
     return frechet_distance(a.mean, a.cov, b.mean, b.cov).item()
 
 # %% ../nbs/00_foundations/02b_sample_quality.ipynb #23a2fcf4-10
@@ -205,11 +210,16 @@ def label_coverage(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
         The number of classes that occur, and the divergence in nats, 0-dim.
 
     Raises:
-        ValueError: if there are no labels, or one is not less than `classes`.
+        ValueError: if there are no labels, or one is no class.
     """
     check_count("label_coverage", classes=classes)
     if not len(labels):
         raise ValueError("no labels to count")
+    if labels.is_floating_point() or labels.min() < 0:
+        raise ValueError(
+            f"labels must be whole numbers, at least 0; got {labels.dtype} from "
+            f"{labels.min().item()}: leave out unknown classes, and call y.long()"
+        )
     count = labels.bincount(minlength=classes)
     if len(count) != classes:
         raise ValueError(f"label {len(count) - 1} is not one of {classes} classes")

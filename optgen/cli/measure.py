@@ -129,14 +129,10 @@ class RunData:
         Raises:
             click.UsageError: for images of another shape.
         """
-        from optgen.data.folders import image_folder
         from optgen.data.loading import load
 
         size, shape = self.run.config["options"]["image_size"], self.run.config["shape"]
-        if Path(name).is_dir():
-            images = image_folder(name, split, size, holdout=holdout)
-        else:
-            images = load(name, split)
+        images = load(name, split, size=size, holdout=holdout)
         if list(images.shape) != shape:
             raise click.UsageError(
                 f"{images.name} has images of shape {tuple(images.shape)}, "

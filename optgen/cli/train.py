@@ -117,9 +117,9 @@ def start_run(
         epochs: passes over the data in all.
         **options: all others, kept in config.json.
     """
-    data = Path(options["data"])
-    if data.is_dir():
-        options["data"] = str(data.resolve())
+    from optgen.data.loading import resolve_data
+
+    options["data"] = resolve_data(options["data"])
     config = {"scheme": scheme, "options": options, "epochs": epochs}
     out = out or free_folder(f"runs/{scheme}-{Path(options['data']).name}")
     train_run(config, out, device, progress, resume=False)

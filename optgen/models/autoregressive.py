@@ -89,6 +89,8 @@ class AutoregressiveVAE(BernoulliVAE):
         ValueError: if a size is below 1, or for more than one channel.
     """
 
+    pixels = "binary"
+
     def __init__(
         self,
         shape: Sequence[int],

@@ -65,6 +65,7 @@ class LadderEncoder(nn.Module):
         check_number("LadderEncoder", low=0, noise=noise, eps=eps)
         check_number("LadderEncoder", low=0, below=1, decay=decay)
         self.sizes, self.noise, self.decay, self.eps = tuple(sizes), noise, decay, eps
+        self.x_dim = self.sizes[0]
         self.maps = nn.ModuleList(nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:]))
         for layer in self.maps:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)

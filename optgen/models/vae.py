@@ -95,9 +95,11 @@ class BernoulliVAE(LatentModel):
 
     Attributes:
         shape: (C, H, W) of an image; None for a model of flat vectors.
+        pixels: kind of pixels that it expects, a name in `optgen.data.expectations.PIXELS`.
     """
 
     shape: tuple[int, int, int] | None = None
+    pixels: str = "unit"
 
     def flatten_pixels(self, x: Tensor) -> Tensor:
         """Return images as vectors (B, x_dim).

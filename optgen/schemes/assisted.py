@@ -21,6 +21,13 @@ from torch.optim import Optimizer
 
 from ..checks import check_number
 from ..controllers import Constant, Controller
+from optgen.data.expectations import (
+    BatchCheck,
+    Expectation,
+    check_examples,
+    expectation_of,
+    with_dtype,
+)
 from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import binarize_pixels
 from ..fields import Field
@@ -163,6 +170,8 @@ class Assisted(Game):
         self.weight_is_due = False
         self.coupling = coupling or (Agreement() if generator is not None else NoCoupling())
         self.weight = weight if isinstance(weight, Controller) else Constant(weight)
+        known = None if labeled is None else labeled.labels
+        self.batch_check = BatchCheck("Assisted", self.expected_batch(), self.count_classes, known)
         modules = {"classifier": classifier, "generator": generator, "features": features}
         modules = {name: m for name, m in modules.items() if m is not None}
         optimizers = match_optimizers(modules, optimizers)
@@ -172,6 +181,26 @@ class Assisted(Game):
             players[name] = Player(module, loss, optimizers[name])
         self.weight.mark_in_use()
         super().__init__(self.draw_noise, rule, **players)
+
+    def expected_batch(self) -> Expectation:
+        """Return what a batch must be: pixels in [0, 1] where a part of the scheme says so."""
+        first = self.classifier if self.features is None else self.features
+        parts = (first, self.generator if self.features is None else None, self.coupling)
+        unit = self.labeled is not None or any(getattr(p, "pixels", "") == "unit" for p in parts)
+        return expectation_of(first, "unit" if unit else "finite", self.labeled is None)
+
+    def count_classes(self, x: Tensor) -> int:
+        """Return the number of classes that the classifier distinguishes.
+
+        Args:
+            x: images (B, ...).
+        """
+        return self.predict(with_dtype(x[:2], next(self.classifier.parameters()))).shape[-1]
+
+    def checked_batches(self, batches: Iterable[Batch]) -> Iterable[Batch]:
+        """Return the batches of an evaluation, each checked when it is drawn."""
+        like = next(self.classifier.parameters())
+        return self.batch_check.evaluation(batches, like, unknown_classes=True)
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -191,19 +220,17 @@ class Assisted(Game):
             batch: its `x` is (B, ...) images.
 
         Raises:
-            DataError: where neither the batch nor the scheme has labels.
+            DataError: if the batch is not what the scheme expects, or lacks labels.
         """
+        like = next(self.classifier.parameters())
+        self.batch_check.step(batch, like)
         self.weight_is_due = True  # the controller is updated once a step, at the first evaluation
-        n, like = len(batch.x), next(self.classifier.parameters())
-        x, y = batch.x, batch.y
+        x, y = with_dtype(batch.x, like), batch.y
+        n, labeled = len(x), x
         if self.labeled is not None:
-            x, y = self.draw_labeled(batch.x)
-        if y is None:
-            raise DataError.with_fix(
-                "batch", "it has no labels", "pass labeled=, or images with labels"
-            )
+            labeled, y = self.draw_labeled(x)
         eps = torch.randn(2, n, self.noise_width, dtype=like.dtype, device=like.device)
-        return AssistedBatch(batch.x, x, y, *eps)
+        return AssistedBatch(x, labeled, y, *eps)
 
     def draw_labeled(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return as many labeled images as `like`, and their labels; all once before any twice."""
@@ -258,6 +285,7 @@ class Assisted(Game):
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return class probabilities (B, K) of images (B, ...), in evaluation mode."""
+        check_examples("Assisted", x, self.batch_check.expected, None)
         with eval_mode(*self.modules):
             return self.classifier(self.encode(x)).softmax(-1)
 
@@ -361,13 +389,15 @@ def predict_images(
     """
     found, random = [], None
     with eval_mode(*scheme.modules):
-        for batch in batches:
+        for batch in scheme.checked_batches(batches):
             random = random or torch.Generator(batch.x.device).manual_seed(seed)
             logits = to_float64(scheme.classifier(scheme.encode(batch.x)))
             usual = scheme.typicality(batch.x, random) if with_typicality else None
             # Logits of a device without float64 are on the CPU, and so is the rest.
             rest = (x if x is None else x.to(logits.device) for x in (batch.y, usual))
             found.append((logits, *rest))
+    if not found:
+        raise ValueError("nothing to evaluate: there are no batches")
     columns = zip(*found)
     return Predictions(*(None if part[0] is None else torch.cat(part) for part in columns))
 
@@ -442,6 +472,8 @@ def evaluate_assisted(
             "put the images of each class in a folder of its own",
         )
     log_p, y = inside.logits[known].log_softmax(-1), inside.y[known]
+    if not log_p.isfinite().all():
+        raise ValueError("a logit of the classifier is not finite: look for NaN in its weights")
     calibration = measure_calibration(log_p.exp(), y)
     result = classification_metrics(log_p, y, calibration)
     result["weight"] = scheme.weight.value.item()

@@ -254,6 +254,7 @@ class Reconstruction(Coupling):
         super().__init__(to)
         check_choice("Reconstruction", ("bernoulli", "squared"), loss=loss)
         self.kind = loss
+        self.pixels = "unit" if loss == "bernoulli" else "finite"
 
     def error(self, out: Tensor, x: Tensor) -> Tensor:
         """Return the error of each image, (B,): nats, or half the squared error.

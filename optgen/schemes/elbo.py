@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_count
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
+from ..data.expectations import BatchCheck, check_examples, expectation_of, with_dtype
 from ..data.images import Batch
 from ..estimators import ESTIMATORS, bound_loss, check_estimator
 from ..games import Game, Player, Rule
@@ -101,6 +102,7 @@ class BetaVAE(Game):
         self.beta.check_model(model)
         self.estimator, self.k, self.sampled = estimator, k, sampled
         self.beta_is_due = False
+        self.batch_check = BatchCheck("BetaVAE", expectation_of(model))
         if isinstance(optimizer, tuple):
             parts = zip(ENCODER_DECODER, (model.q_net, model.p_net), optimizer)
             players = {name: Player(part, self.loss, own) for name, part, own in parts}
@@ -118,15 +120,21 @@ class BetaVAE(Game):
 
         Returns:
             The batch with its noise.
+
+        Raises:
+            DataError: if the batch is not what the model expects.
         """
+        like = next(self.model.parameters())
+        self.batch_check.step(batch, like)
         self.beta_is_due = True  # The controller is updated once a step, at the first evaluation.
         self.attach_controller()
-        like = next(self.model.parameters())
         B, here = len(batch.x), {"dtype": like.dtype, "device": like.device}
         z_dim, inner_steps = self.model.z_dim, self.inner.steps if self.inner else 0
         eps = torch.randn(B, self.k, z_dim, **here)
         u = torch.rand(B, int(self.sampled), **here)
-        return NoisyBatch(batch.x, eps, u, torch.randn(B, inner_steps, z_dim, **here))
+        return NoisyBatch(
+            with_dtype(batch.x, like), eps, u, torch.randn(B, inner_steps, z_dim, **here)
+        )
 
     @torch.no_grad()
     def attach_controller(self) -> None:
@@ -202,6 +210,7 @@ class BetaVAE(Game):
             The numbers of `evaluate_vae`; "loss", at a constant β, or at β = 1 with a controller
             that changes it; and "beta", its mean over the latents.
         """
+        batches = self.batch_check.evaluation(batches, next(self.model.parameters()))
         result = evaluate_vae(self.inference, batches, k=k, **kwargs)
         reported = result
         if k == 1:
@@ -234,6 +243,7 @@ class BetaVAE(Game):
         Returns:
             Reconstructions, shaped as `x`.
         """
+        check_examples("BetaVAE", x, self.batch_check.expected, next(self.model.parameters()))
         return self.model.decoder(self.inference.encoder(x)[0]).reshape(x.shape)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:

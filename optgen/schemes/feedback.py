@@ -17,6 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Optimizer
 
 from ..checks import check_choice, check_number
+from ..data.expectations import BatchCheck, Expectation, with_dtype
 from ..data.images import Batch
 from ..games import Game, Player, Rule
 from ..metrics import eval_mode, to_float64
@@ -138,6 +139,9 @@ class FeedbackGAN(Game):
             )
         self.generator, self.discriminator, self.features = generator, discriminator, features
         self.loss, self.r1, self.r2 = GAN_LOSSES[loss], r1, r2
+        kind = "unit" if getattr(generator, "out", None) == "sigmoid" else "finite"
+        shape = tuple(expected_shape) if expected_shape else None
+        self.batch_check = BatchCheck("FeedbackGAN", Expectation(kind, shape))
         networks = (generator, discriminator)
         opt_g, opt_d = optimizers or [
             Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in networks
@@ -159,9 +163,11 @@ class FeedbackGAN(Game):
         Returns:
             The real examples with the noise.
         """
-        shape = len(batch.x), self.generator.z_dim
-        here = {"dtype": batch.x.dtype, "device": batch.x.device}
-        return GANBatch(batch.x, torch.randn(shape, generator=generator, **here))
+        like = next(self.generator.parameters(), None)
+        self.batch_check.step(batch, like)
+        x = with_dtype(batch.x, like)
+        shape, here = (len(x), self.generator.z_dim), {"dtype": x.dtype, "device": x.device}
+        return GANBatch(x, torch.randn(shape, generator=generator, **here))
 
     def g_loss(self, batch: GANBatch) -> Tensor:
         """Return the generator's loss; only some losses use the real examples.
@@ -238,7 +244,7 @@ class FeedbackGAN(Game):
         n, sums, real, fake, rng = 0, {"G": 0.0, "D": 0.0}, [], [], None
         features = self.features
         with eval_mode(self.generator, self.discriminator):
-            for batch in batches:
+            for batch in self.batch_check.evaluation(batches):
                 features = features or default_features(batch.x)
                 if seed is not None and rng is None:
                     rng = torch.Generator(batch.x.device).manual_seed(seed)

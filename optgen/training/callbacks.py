@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import TqdmExperimentalWarning, TqdmWarning
 
 from ..averaging import Average, evaluating
+from ..console import LastingStream
 from ..games import Game
 from .loop import TrainingLoop
 from ..viz import plot_curves, save_image_grid
@@ -82,7 +83,7 @@ class ProgressBar:
 
 # %% ../../nbs/40_training/40b_callbacks.ipynb #40b00010
 class ProgressLines:
-    """A line on standard output after each epoch."""
+    """A line on standard output after each epoch; a console that fails does not end the run."""
 
     def on_epoch(self, run: Any, record: dict) -> None:
         """Print the epoch, the step, the speed, the losses and the validation."""
@@ -95,7 +96,7 @@ class ProgressLines:
             if split in record:
                 numbers = [f"{name} {value:.4g}" for name, value in record[split].items()]
                 parts.append(" ".join([split, *numbers]))
-        print(*parts, sep=" · ", flush=True)
+        print(*parts, sep=" · ", file=LastingStream(sys.stdout), flush=True)
 
 
 PROGRESS = {"bar": [ProgressBar], "lines": [ProgressLines], "none": []}

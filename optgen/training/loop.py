@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..averaging import Average
+from ..data.expectations import start_batch_check
 from ..games import Game
 
 # %% ../../nbs/40_training/40a_loop.ipynb #40a00007
@@ -172,5 +173,6 @@ class TrainingLoop:
         Args:
             batches: as in `take_steps`.
         """
+        start_batch_check(self.scheme)
         with self.announced():
             self.take_steps(batches)

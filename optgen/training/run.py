@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..averaging import Average
+from ..data.expectations import start_batch_check
 from ..data.loading import BatchOrder, Loader
 from ..games import Game
 from . import checkpoint
@@ -356,6 +357,7 @@ class Run(TrainingLoop):
     def train(self) -> None:
         """Train until the last epoch, exhausted patience or a request to stop."""
         self.saved_time = time.monotonic()
+        start_batch_check(self.scheme, self.loader.data, self.valid and self.valid.data)
         with self.signals, self.announced():
             if self.trained > self.epoch:
                 self.record_epoch()
