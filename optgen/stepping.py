@@ -263,6 +263,9 @@ class TorchCompatibleOptimizer(Optimizer):
             TypeError: if an option is neither a number nor a tensor.
             ValueError: if an option is out of its range, or a form cannot be had.
         """
+        if not isinstance(param_group, dict):
+            owner, kind = type(self).__name__, type(param_group).__name__
+            raise TypeError(f"{owner}: a parameter group must be a dict with params, got a {kind}")
         group = {**self.defaults, **param_group}
         self.check_group(group)
         if isinstance(group["lr"], Tensor):
