@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .players import check_differentiable
+from .players import check_differentiable, differentiate
 
 # %% ../nbs/10_optimizers/12a_fields.ipynb #23a2fcf4-3
 def combine(
@@ -201,7 +201,7 @@ class GamePoint:
         if not params:
             return self._by_player((), players)
         check_differentiable(value, loss, params)
-        grads = torch.autograd.grad(value, params, create_graph=self.graph, allow_unused=True)
+        grads = differentiate([value], params, loss, create_graph=self.graph)
         found = self._by_player(grads, players)
         for name, blocks in found.items():
             if self.game.loss_owner(name) == loss and blocks and all(g is None for g in blocks):
@@ -271,7 +271,8 @@ class GamePoint:
         params = self._params(players)
         if not grads or not params:
             return self._by_player([None] * len(params), players)
-        pulled = torch.autograd.grad(grads, params, vectors, retain_graph=True, allow_unused=True)
+        name = terms[0][0]
+        pulled = differentiate(grads, params, name, grad_outputs=vectors, retain_graph=True)
         return self._by_player(pulled, players)
 
     def vjp(self, u: Field, diagonal: bool = True) -> Field:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fields import Field, GamePoint
-from .players import Player, check_loss, check_one_owner, is_scaled
+from .players import Player, check_loss, check_players, is_scaled
 
 _all_ = ["Player"]
 
@@ -342,7 +342,8 @@ class Game(GameWeights):
 
     Raises:
         ValueError: if there is no player, two share a parameter, or the rule does not fit.
-        TypeError: if `rule` is neither a rule nor a list of corrections.
+        TypeError: if `rule` is neither a rule nor a list of corrections, `draw` is no function, or
+            a player is something else.
     """
 
     stateful_parts = ()
@@ -358,9 +359,9 @@ class Game(GameWeights):
         rule: Rule | Iterable[Rule] | None = None,
         **players: Player,
     ) -> None:
-        if not players:
-            raise ValueError("a game needs a player: Game(model=Player(model, loss, optimizer))")
-        check_one_owner(players)
+        check_players(players)
+        if not callable(draw):
+            raise TypeError(f"draw must be a function of the batch, got a {type(draw).__name__}")
         self.players = players
         self.draw = draw
         self.rule = as_rule(rule)
@@ -409,7 +410,7 @@ class Game(GameWeights):
         check_loss(loss, name)
         if name not in self.checked_losses:
             self.checked_losses.add(name)
-            if is_scaled(loss):
+            if is_scaled(loss, self.players[name].loss):
                 raise ValueError(
                     f"the loss of player {name!r} is scaled by a GradScaler, and a game never "
                     "divides by its scale: return the loss itself, and take bfloat16 for float16"
@@ -443,7 +444,7 @@ class Game(GameWeights):
             self.known_ranks = self.ranks
         changed = [player.hold_params(name) for name, player in self.players.items()]
         if any(changed):
-            check_one_owner(self.players)
+            check_players(self.players)
             self.rule.forget_fields()
         if not any(player.held for player in self.players.values()):
             raise ValueError(

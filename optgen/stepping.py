@@ -6,6 +6,7 @@
 __all__ = ['TorchCompatibleOptimizer', 'Descent']
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #c869b7c0
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -408,6 +409,17 @@ def check_dense_gradient(owner: str, param: Tensor) -> None:
             "layer with sparse=False, densify it with p.grad = p.grad.to_dense(), or use "
             "torch.optim.SparseAdam"
         )
+
+
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer evaluates the loss itself, as `torch.optim.LBFGS` does.
+
+    Args:
+        optimizer: any optimizer.
+    """
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return any(a.kind in kinds and a.default is a.empty for a in arguments)
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #23a2fcf4-3
 class Descent(TorchCompatibleOptimizer):
