@@ -176,8 +176,15 @@ class GamePoint:
         averaged = iter(self.game.average_over_ranks([*grads, *losses], like))
         for key in keys:
             self._averaged[key] = [next(averaged) for _ in self._local[key]]
+            self._check_reached(*key)
         for loss in missing:
             self.losses[loss] = next(averaged)
+
+    def _check_reached(self, loss: str, wrt: str) -> None:
+        """Raise if the loss of a player that can move reaches none of its parameters."""
+        blocks = self._averaged[loss, wrt]
+        if self.game.loss_owner(wrt) == loss and blocks and all(g is None for g in blocks):
+            raise ValueError(f"the loss of player {wrt!r} does not depend on its own parameters")
 
     def local_grads(self, loss: str, players: Sequence[str]) -> dict[str, list[Tensor | None]]:
         """Return the gradients of one loss on this rank, with their graph if `graph` is set.
@@ -187,7 +194,7 @@ class GamePoint:
             players: players by whose parameters.
 
         Raises:
-            ValueError: if the loss does not depend on its own player's parameters.
+            ValueError: if the loss depends on no parameter, or freezes one.
         """
         value = self._values.get(loss)
         if value is None:
@@ -200,15 +207,14 @@ class GamePoint:
             self.game.players[loss].check_still_frozen(loss)
         if not params:
             return self._by_player((), players)
-        check_differentiable(value, loss, params)
-        grads = differentiate([value], params, loss, create_graph=self.graph)
-        found = self._by_player(grads, players)
-        for name, blocks in found.items():
-            if self.game.loss_owner(name) == loss and blocks and all(g is None for g in blocks):
-                raise ValueError(
-                    f"the loss of player {name!r} does not depend on its own parameters"
-                )
-        return found
+        check_differentiable(loss, params)
+        if value.requires_grad:
+            grads = differentiate([value], params, loss, create_graph=self.graph)
+        elif self.game.ranks:
+            grads = [None] * len(params)  # The part of another rank may reach them.
+        else:
+            raise ValueError(f"the loss of player {loss!r} does not depend on any parameter")
+        return self._by_player(grads, players)
 
     def _params(self, players: Iterable[str]) -> list[Tensor]:
         """Return the parameters of some players."""

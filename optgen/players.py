@@ -12,7 +12,7 @@ __all__ = ['number_tensors', 'optimized_tensors', 'check_optimizer', 'check_opti
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -115,25 +115,28 @@ def constant_factors(loss: Tensor) -> list[Tensor]:
         seen.add(node)
         if node.name() == "MulBackward0":
             operands = (node._saved_self, node._saved_other)
-            factors += [t for t in operands if t is not None and not t.requires_grad]
+            factors += [t for t in operands if isinstance(t, Tensor) and not t.requires_grad]
         pending += [previous for previous, _ in node.next_functions]
     return factors
 
 
 def referenced_objects(thing: Any) -> list[Any]:
     """Return what a function refers to, or what an object or a collection holds."""
-    if isinstance(thing, MethodType):
+    kind = type(thing)
+    if kind is MethodType:
         return [thing.__self__, thing.__func__]
-    if isinstance(thing, FunctionType):
+    if kind is FunctionType:
         variables = inspect.getclosurevars(thing)
-        return [*variables.nonlocals.values(), *variables.globals.values()]
-    if isinstance(thing, functools.partial):
+        found = [*variables.nonlocals.values(), *variables.globals.values()]
+        modules = [vars(other) for other in found if type(other) is ModuleType]
+        return found + [names[n] for names in modules for n in variables.unbound if n in names]
+    if kind is functools.partial:
         return [thing.func, *thing.args, *thing.keywords.values()]
-    if isinstance(thing, (list, tuple)):
+    if kind in (list, tuple):
         return list(thing)
-    if isinstance(thing, (type, Tensor)):
+    if issubclass(kind, (type, ModuleType, Tensor)):
         return []
-    return list((thing if isinstance(thing, dict) else getattr(thing, "__dict__", {})).values())
+    return list((thing if kind is dict else getattr(thing, "__dict__", {})).values())
 
 
 def reachable_scalers(function: Callable, depth: int = 5) -> list[torch.amp.GradScaler]:
@@ -141,13 +144,13 @@ def reachable_scalers(function: Callable, depth: int = 5) -> list[torch.amp.Grad
 
     Args:
         function: a loss.
-        depth: number of references followed.
+        depth: number of references followed, from at most 1000 objects each time.
     """
     found, seen, things = [], set(), [function]
     for _ in range(depth):
-        things = [thing for thing in things if id(thing) not in seen]
+        things = [thing for thing in things if id(thing) not in seen][:1000]
         seen |= {id(thing) for thing in things}
-        found += [thing for thing in things if isinstance(thing, torch.amp.GradScaler)]
+        found += [thing for thing in things if issubclass(type(thing), torch.amp.GradScaler)]
         things = [other for thing in things for other in referenced_objects(thing)]
     return found
 
@@ -187,24 +190,21 @@ def check_loss(loss: Any, name: str) -> None:
         )
 
 
-def check_differentiable(loss: Tensor, name: str, params: Iterable[Tensor]) -> None:
-    """Raise unless a loss has a gradient by parameters.
+def check_differentiable(name: str, params: Iterable[Tensor]) -> None:
+    """Raise if gradients are switched off, or a loss has frozen a parameter.
 
     Args:
-        loss: of a player, 0-dim.
         name: the player, for the message.
         params: trainable when the step began.
 
     Raises:
-        ValueError: if the loss has no graph, or has frozen a parameter meanwhile.
+        ValueError: if they are, or it has.
     """
     if not torch.is_grad_enabled():
         raise ValueError(
             f"the loss of player {name!r} has no graph, since gradients are switched off: "
             "take the step outside of torch.no_grad() and torch.inference_mode()"
         )
-    if not loss.requires_grad:
-        raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
     if not all(p.requires_grad for p in params):
         raise ValueError(
             f"the loss of player {name!r} freezes a parameter within the step: leave "
