@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fields import Field, GamePoint
-from .players import Player, check_loss, check_players, is_scaled
+from .players import Player, check_first_loss, check_loss, check_players
 
 _all_ = ["Player"]
 
@@ -403,18 +403,14 @@ class Game(GameWeights):
             batch: batch with its noise.
 
         Raises:
-            ValueError: if the loss is no real number, or a `GradScaler` has scaled it.
+            ValueError: if the loss is no real number, or uses what `check_first_loss` refuses.
         """
         with self.autocast():
             loss = self.players[name].loss(batch)
         check_loss(loss, name)
         if name not in self.checked_losses:
             self.checked_losses.add(name)
-            if is_scaled(loss, self.players[name].loss):
-                raise ValueError(
-                    f"the loss of player {name!r} is scaled by a GradScaler, and a game never "
-                    "divides by its scale: return the loss itself, and take bfloat16 for float16"
-                )
+            check_first_loss(loss, name, self.players[name].loss)
         return loss
 
     def step(self, batch: Any) -> dict[str, Tensor]:

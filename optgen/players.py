@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['number_tensors', 'optimized_tensors', 'check_optimizer', 'check_optimizer_owns', 'constant_factors',
-           'referenced_objects', 'reachable_scalers', 'is_scaled', 'check_loss', 'check_differentiable',
-           'differentiate', 'Player', 'weight_shapes', 'group_sizes', 'accumulate_with_hooks', 'check_one_owner',
-           'check_players']
+           'referenced_objects', 'reachable_objects', 'is_scaled', 'check_first_loss', 'check_loss',
+           'check_differentiable', 'differentiate', 'Player', 'weight_shapes', 'group_sizes', 'accumulate_with_hooks',
+           'check_one_owner', 'check_players']
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00003
 import functools
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -139,18 +140,19 @@ def referenced_objects(thing: Any) -> list[Any]:
     return list((thing if kind is dict else getattr(thing, "__dict__", {})).values())
 
 
-def reachable_scalers(function: Callable, depth: int = 5) -> list[torch.amp.GradScaler]:
-    """Return the gradient scalers that a function may use.
+def reachable_objects(function: Callable, kind: type, depth: int = 5) -> list[Any]:
+    """Return the objects of a kind that a function may use.
 
     Args:
         function: a loss.
+        kind: their class.
         depth: number of references followed, from at most 1000 objects each time.
     """
     found, seen, things = [], set(), [function]
     for _ in range(depth):
         things = [thing for thing in things if id(thing) not in seen][:1000]
         seen |= {id(thing) for thing in things}
-        found += [thing for thing in things if issubclass(type(thing), torch.amp.GradScaler)]
+        found += [thing for thing in things if issubclass(type(thing), kind)]
         things = [other for thing in things for other in referenced_objects(thing)]
     return found
 
@@ -162,8 +164,33 @@ def is_scaled(loss: Tensor, function: Callable) -> bool:
         loss: 0-dim, with its graph.
         function: the function that returned it.
     """
-    scales = [getattr(scaler, "_scale", None) for scaler in reachable_scalers(function)]
+    scalers = reachable_objects(function, torch.amp.GradScaler)
+    scales = [getattr(scaler, "_scale", None) for scaler in scalers]
     return any(scale is factor for scale in scales for factor in constant_factors(loss))
+
+
+def check_first_loss(loss: Tensor, name: str, function: Callable) -> None:
+    """Raise if the gradients of a loss would be left to something that a game does not call.
+
+    Args:
+        loss: 0-dim, with its graph.
+        name: the player, for the message.
+        function: the function that returned it.
+
+    Raises:
+        ValueError: if a `GradScaler` has scaled it, or a `DistributedDataParallel` is used.
+    """
+    if is_scaled(loss, function):
+        raise ValueError(
+            f"the loss of player {name!r} is scaled by a GradScaler, and a game never divides by "
+            "its scale: return the loss itself, and take bfloat16 for float16"
+        )
+    if reachable_objects(function, DistributedDataParallel):
+        raise ValueError(
+            f"the loss of player {name!r} uses DistributedDataParallel, which averages in a "
+            "backward pass that a game does not take: use the module itself, and "
+            "game.ranks = optgen.training.parallel.init_ranks()"
+        )
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00012
 def check_loss(loss: Any, name: str) -> None:
@@ -504,7 +531,7 @@ def check_players(players: Mapping[str, Player]) -> None:
     if not players:
         raise ValueError("a game needs a player: Game(model=Player(model, loss, optimizer))")
     for name, player in players.items():
-        if not isinstance(player, Player):
+        if not hasattr(player, "hold_params"):
             raise TypeError(
                 f"player {name!r} is a {type(player).__name__}: write "
                 f"Game({name}=Player(model, loss, optimizer))"

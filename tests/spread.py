@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.nn.parallel import DistributedDataParallel
 
 from optgen import opponents, rules
 from optgen.averaging import averages_of
@@ -418,7 +419,23 @@ def sparse_error(ranks):
     return ""
 
 
-OWN_LOOPS = {f.__name__: f for f in (begun_apart, routed, lone_warnings, sparse_error)}
+def parallel_error(ranks):
+    "What a game says of PyTorch's own data parallelism."
+    net = nn.Linear(2, 1)
+    wrapped = DistributedDataParallel(net) if ranks else net
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    game = Game(m=Player(net, lambda x: wrapped(x).square().mean(), optimizer))
+    game.ranks = ranks
+    try:
+        game.step(torch.ones(4, 2))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+OWN_LOOPS = {
+    f.__name__: f for f in (begun_apart, routed, lone_warnings, sparse_error, parallel_error)
+}
 
 
 def follow_one(out):

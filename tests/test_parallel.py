@@ -148,6 +148,7 @@ def test_ranks_that_are_forgotten_or_not_served_are_named(job, world):
         loops = result(job, rank, world)["loops"]
         assert len(loops["lone_warnings"]) == (world > 1)
         assert all(f"one of {world} processes" in text for text in loops["lone_warnings"])
+        assert ("uses DistributedDataParallel" in loops["parallel_error"]) == (world > 1)
         assert ("sparse: build its layer with sparse=False" in loops["sparse_error"]) == (world > 1)
 
 

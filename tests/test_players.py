@@ -26,6 +26,7 @@ from optgen.rules import (
     SymplecticAdjustment,
 )
 from optgen.testing import generator
+from optgen.training import checkpoint
 from optgen.training.guards import NonFinite, NonFiniteWatch
 
 F64 = torch.float64
@@ -694,7 +695,7 @@ BY_NAME = {
     "loss unfreezes": (partial(toggling, "DG"), "'D' unfreezes its parameters within the step"),
     "loss freezes all": (
         lambda: step_of(lambda m, x: mean(m.requires_grad_(False), x)),
-        "'m' does not depend on any parameter",
+        "'m' freezes a parameter within the step",
     ),
     "loss freezes one": (
         lambda: step_of(lambda m, x: mean(m, x) + m.bias.requires_grad_(False).sum()),
@@ -833,6 +834,32 @@ def test_a_memory_of_other_parameters():
     other.load_state_dict(state)
     game.step(x), other.step(x)
     assert same(net, twin)
+
+
+@pytest.mark.parametrize("rule", ["past", "optimistic", "lookahead", "competitive"])
+def test_memories_with_none_go_through_a_file(rule, tmp_path):
+    ends = []
+    for saved in (False, True):
+        a, b, spare = (torch.full((2,), x, requires_grad=True) for x in (1.0, -0.5, 3.0))
+
+        def new(a=a, b=b, spare=spare):
+            opt = torch.optim.AdamW([spare, a], 0.1, weight_decay=0.5)
+            return Game(
+                G=Player([spare, a], lambda _: (a * b).sum() + a.square().sum(), opt),
+                D=Player([b], lambda _: -(a * b).sum(), torch.optim.SGD([b], 0.1)),
+                rule=RULES[rule](),
+            )
+
+        game = new()
+        game.step(None), game.step(None)
+        if saved:
+            checkpoint.save(tmp_path / "game.pt", game.state_dict())
+            game = new()
+            game.load_state_dict(checkpoint.load(tmp_path / "game.pt"))
+        game.step(None), game.step(None)
+        assert torch.equal(spare, torch.full((2,), 3.0))
+        ends.append(torch.cat([a, b]).detach())
+    assert torch.equal(*ends)
 
 
 def test_a_rule_of_ones_own_forgets_fields_alone():

@@ -511,6 +511,8 @@ class Balanced(Rule):
             a: gradient of $L_{cls}$.
             r: gradient of $L_{rec}$.
         """
+        if not a:  # the classifier is frozen
+            return []
         length = inner_product(a, a)
         if self.norms:
             other = inner_product(r, r)

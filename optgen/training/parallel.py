@@ -325,7 +325,9 @@ class Ranks(ShardAveraging):
         state = [game.state_dict(), [average.state_dict() for average in game.averages]]
         if not self.different_parts(state=batch_tensors(state)):
             return
-        device = next(p.device for player in game.players.values() for p in player.params.values())
+        device = next(
+            p.device for player in game.players.values() for _, p in player.named_tensors()
+        )
         first = self.broadcast(state, device)
         if first is not state:
             game.load_state_dict(first[0])
