@@ -209,7 +209,7 @@ class GamePoint:
             return self._by_player((), players)
         check_differentiable(loss, params)
         if value.requires_grad:
-            grads = differentiate([value], params, loss, create_graph=self.graph)
+            grads = differentiate(value, params, loss, create_graph=self.graph)
         elif self.game.ranks:
             grads = [None] * len(params)  # The part of another rank may reach them.
         else:

@@ -411,15 +411,27 @@ def check_dense_gradient(owner: str, param: Tensor) -> None:
         )
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
-    """Return whether an optimizer evaluates the loss itself, as `torch.optim.LBFGS` does.
+def check_optimizer(optimizer: Optimizer, expected: str) -> None:
+    """Raise unless an object is an optimizer that steps along a given gradient.
 
     Args:
-        optimizer: any optimizer.
+        optimizer: the object.
+        expected: what is expected, and how it is written, for the message.
+
+    Raises:
+        TypeError: if it is no optimizer, but a class or a loss, say.
+        ValueError: if its step needs a closure, as that of `torch.optim.LBFGS`.
     """
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"{expected}; got a {kind}")
     arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(a.kind in kinds and a.default is a.empty for a in arguments)
+    if any(a.kind in kinds and a.default is a.empty for a in arguments):
+        raise ValueError(
+            f"{kind} evaluates the loss itself, as often as it likes: "
+            "take an optimizer that steps along a given gradient"
+        )
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #23a2fcf4-3
 class Descent(TorchCompatibleOptimizer):

@@ -718,7 +718,7 @@ BY_NAME = {
     ),
     "combined closure": (
         lambda: CombinedOptimizer(torch.optim.LBFGS([nn.Parameter(torch.ones(1))])),
-        "LBFGS evaluates the loss itself: step it alone",
+        "LBFGS evaluates the loss itself",
     ),
     "lazy": (lazy_player, "'weight' has no shape yet: run the model"),
 }
