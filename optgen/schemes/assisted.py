@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_labeled', 'check_parts', 'match_optimizers', 'Assisted', 'image_typicality', 'Predictions', 'predict_images',
-           'classification_metrics', 'detection_metrics', 'evaluate_assisted', 'gradient_or_zeros', 'inner_product',
-           'Balanced']
+           'classification_metrics', 'detection_metrics', 'evaluate_assisted', 'gradient_or_none', 'gradient_or_zeros',
+           'none_if_unreached', 'inner_product', 'Balanced']
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510002
 import math
@@ -32,6 +32,7 @@ from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import binarize_pixels
 from ..fields import Field
 from ..games import Game, Player, Rule
+from ..inner import zeros_if_none
 from optgen.metrics import (
     Calibration,
     auroc,
@@ -484,11 +485,26 @@ def evaluate_assisted(
     return result
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a55100a8
+def gradient_or_none(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """Return the gradient of a loss, whose graph is kept; None where there is none."""
+    if not loss.requires_grad or not params:
+        return [None] * len(params)
+    return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+
+
 def gradient_or_zeros(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
     """Return the gradient of a loss, whose graph is kept; zeros where there is none."""
-    if not loss.requires_grad:
-        return [torch.zeros_like(p) for p in params]
-    return torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+    return zeros_if_none(gradient_or_none(loss, params), params)
+
+
+def none_if_unreached(
+    values: Iterable[Tensor], *terms: Iterable[Tensor | None]
+) -> list[Tensor | None]:
+    """Return values, with None where each of some gradients is None."""
+    return [
+        value if any(t is not None for t in gradients) else None
+        for value, *gradients in zip(values, *terms)
+    ]
 
 
 def inner_product(u: Sequence[Tensor], v: Sequence[Tensor]) -> Tensor:
@@ -531,6 +547,8 @@ class Balanced(Rule):
             a: gradient of $L_{cls}$.
             r: gradient of $L_{rec}$.
         """
+        if not a:  # the classifier is frozen
+            return []
         length = inner_product(a, a)
         if self.norms:
             other = inner_product(r, r)
@@ -555,21 +573,31 @@ class Balanced(Rule):
         with game.autocast():
             terms = game.terms(batch)
         pieces = [
-            gradient_or_zeros(terms.classification, d),
-            gradient_or_zeros(terms.coupling, [*d, *g]),
-            gradient_or_zeros(terms.generation, g),
+            gradient_or_none(terms.classification, d),
+            gradient_or_none(terms.coupling, [*d, *g]),
+            gradient_or_none(terms.generation, g),
         ]
         local = [x for piece in pieces for x in piece]
-        averaged = iter(game.average_over_ranks([*local, *(t.detach() for t in terms)]))
+        values = [t.detach() for t in terms]
+        averaged = iter(game.average_over_ranks([*local, *values], [*d, *d, *g, *g, *values]))
         a, r, r_generator, own = ([next(averaged) for _ in params] for params in (d, d, g, g))
         found = LossTerms(*averaged)
         weight = game.multiplier(found)
-        r = self.balance(a, r)
+        balanced = self.balance(zeros_if_none(a, d), zeros_if_none(r, d))
         others = [name for name in game.players if name not in ("classifier", "generator")]
         rest = game.at(batch, movers=others)
         direction = {
-            "classifier": [game.alpha * x + weight * y for x, y in zip(a, r)],
-            "generator": [weight * y + z for y, z in zip(r_generator, own)],
+            "classifier": none_if_unreached(
+                [game.alpha * x + weight * y for x, y in zip(zeros_if_none(a, d), balanced)], a, r
+            ),
+            "generator": none_if_unreached(
+                [
+                    weight * y + z
+                    for y, z in zip(zeros_if_none(r_generator, g), zeros_if_none(own, g))
+                ],
+                r_generator,
+                own,
+            ),
         }
         game.step_optimizers(Field(direction | (rest.v if rest.movers else {})))
         value = game.alpha * found.classification + weight * found.coupling + found.generation

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RankError', 'ReportedByOtherRank', 'launcher_number', 'launched_processes', 'init_ranks', 'batch_tensors',
-           'slice_batch', 'rank_slice', 'ShardAveraging', 'checksum', 'Ranks', 'abort_all_on_error',
+           'slice_batch', 'rank_slice', 'reached_flags', 'ShardAveraging', 'checksum', 'Ranks', 'abort_all_on_error',
            'claim_error_report', 'release_other_ranks', 'exit_quietly']
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4
@@ -96,7 +96,7 @@ def init_ranks() -> "Ranks | None":
         RankError: if a variable is out of range, or the processes do not find one another.
     """
     started = dist.is_available() and dist.is_initialized()
-    if not started and launched_processes() == 1:
+    if (dist.get_world_size() if started else launched_processes()) == 1:
         return None
     if not started:
         try:
@@ -110,7 +110,7 @@ def init_ranks() -> "Ranks | None":
                 "torchrun, or unset WORLD_SIZE for a lone process"
             ) from None
         atexit.register(dist.destroy_process_group)
-    return Ranks() if dist.get_world_size() > 1 else None
+    return Ranks()
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4-3
 def batch_tensors(batch: Any) -> list[Tensor]:
@@ -163,6 +163,15 @@ def rank_slice(n: int, rank: int, world: int) -> tuple[slice, float]:
     return slice(lent, lent + 1), 0.0
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4-4
+def reached_flags(tensors: list[Tensor | None], like: Tensor) -> Tensor:
+    """Return 1 for each tensor and 0 for each None, with the dtype and device of `like`."""
+    flags = like.new_ones(len(tensors))
+    for i, t in enumerate(tensors):
+        if t is None:
+            flags[i] = 0
+    return flags
+
+
 class ShardAveraging:
     """This rank's part of a batch, and means over the ranks."""
 
@@ -184,19 +193,41 @@ class ShardAveraging:
         rows, self.share = rank_slice(*lengths or {self.world}, self.rank, self.world)
         return slice_batch(batch, rows)
 
-    def mean(self, tensors: list[Tensor]) -> list[Tensor]:
+    def mean(
+        self, tensors: list[Tensor | None], like: list[Tensor] | None = None
+    ) -> list[Tensor | None]:
         """Return means over the ranks, Eq. (ranks-mean), the same on every rank to the last bit.
 
         Args:
-            tensors: this rank's; they enter with the share of the last `shard`.
+            tensors: this rank's; they enter with the share of the last `shard`. None counts as
+                zero; where all ranks have it, it stays None.
+            like: tensors of the same shapes, on every rank, if one may be None.
+
+        Raises:
+            TypeError: for a sparse tensor.
         """
         if not tensors:
             return []
-        wide = functools.reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
-        flat = torch.cat([t.reshape(-1).to(wide) for t in tensors]).mul_(self.share)
+        dense = [torch.zeros_like(x) if t is None else t for t, x in zip(tensors, like or tensors)]
+        for t in dense:
+            if t.layout is not torch.strided:
+                raise TypeError(
+                    f"ranks average dense gradients, and one of shape {tuple(t.shape)} is sparse: "
+                    "build its layer with sparse=False"
+                )
+        parts = [torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in dense]
+        wide = functools.reduce(torch.promote_types, (t.dtype for t in parts), torch.float32)
+        flat = torch.cat([t.reshape(-1).to(wide) for t in parts]).mul_(self.share)
+        if like is not None:
+            flat = torch.cat([flat, reached_flags(tensors, flat)])
         self.reduce(flat, dist.ReduceOp.SUM)
-        means = flat.split([t.numel() for t in tensors])
-        return [mean.view(t.shape).to(t.dtype) for t, mean in zip(tensors, means)]
+        means = flat[: sum(t.numel() for t in parts)].split([t.numel() for t in parts])
+        means = [mean.view(t.shape).to(t.dtype) for t, mean in zip(parts, means)]
+        means = [torch.view_as_complex(m) if t.is_complex() else m for t, m in zip(dense, means)]
+        if not any(t is None for t in tensors):
+            return means
+        reached = flat[-len(tensors) :].tolist()  # waits, but only where a tensor is None
+        return [mean if count else None for mean, count in zip(means, reached)]
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4-5
 def checksum(tensors: list[Tensor]) -> int:
@@ -225,6 +256,7 @@ class Ranks(ShardAveraging):
         self.store = dist.distributed_c10d._get_default_store()
         self.steps_left = self.steps_between = 1
         self.last_asked = time.monotonic()
+        self.warned_modules: set[int] = set()
 
     def reduce(self, x: Tensor, op: dist.ReduceOp) -> None:
         """Reduce a tensor over the ranks, in place.
@@ -336,8 +368,9 @@ class Ranks(ShardAveraging):
         Args:
             module: a player's, or None.
         """
-        if self.rank or module is None:
+        if self.rank or module is None or id(module) in self.warned_modules:
             return
+        self.warned_modules.add(id(module))
         for name, m in module.named_modules():
             is_batch_norm = isinstance(m, nn.modules.batchnorm._BatchNorm)
             if is_batch_norm or getattr(m, "normalizes_batch", False):
@@ -348,6 +381,38 @@ class Ranks(ShardAveraging):
                     stacklevel=2,
                 )
 
+    def join(self, game: Any) -> None:
+        """Give a game, its optimizers and its averages the state of rank 0, unless they have it.
+
+        Args:
+            game: of the same players on every rank.
+        """
+        for player in game.players.values():
+            self.warn_batch_norm(player.module)
+        state = [game.state_dict(), [average.state_dict() for average in game.averages]]
+        if not self.different_parts(state=batch_tensors(state)):
+            return
+        device = next(
+            p.device for player in game.players.values() for _, p in player.named_tensors()
+        )
+        first = self.broadcast(state, device)
+        if first is not state:
+            game.load_state_dict(first[0])
+            for average, own in zip(game.averages, first[1]):
+                average.load_state_dict(own)
+
+    def different_parts(self, **parts: list[Tensor]) -> list[str]:
+        """Return the names of the parts whose tensors are not the same on all ranks.
+
+        Args:
+            **parts: lists of tensors, by name.
+        """
+        sums = torch.tensor([checksum(tensors) for tensors in parts.values()])
+        both = torch.cat([sums, -sums])
+        self.reduce(both, dist.ReduceOp.MAX)
+        highs, lows = both.view(2, -1).tolist()
+        return [name for name, high, low in zip(parts, highs, lows) if high != -low]
+
     def check(self, **parts: list[Tensor]) -> None:
         """Check that tensors are the same on all ranks, to the last bit.
 
@@ -357,13 +422,7 @@ class Ranks(ShardAveraging):
         Raises:
             RankError: if they are not.
         """
-        sums = torch.tensor([checksum(tensors) for tensors in parts.values()])
-        both = torch.cat([sums, -sums])
-        self.reduce(both, dist.ReduceOp.MAX)
-        highs, lows = both.view(2, -1).tolist()
-        different = [
-            name.replace("_", " ") for name, high, low in zip(parts, highs, lows) if high != -low
-        ]
+        different = [name.replace("_", " ") for name in self.different_parts(**parts)]
         if different:
             raise RankError(
                 f"the ranks have different {' and '.join(different)}: a loss draws its own noise "

@@ -76,8 +76,8 @@ def check_fit_arguments(
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00006
 def first_parameter(scheme: Game) -> Tensor:
-    """Return the first parameter of the first player."""
-    return next(p for player in scheme.players.values() for p in player.params.values())
+    """Return the first parameter of the first player, which may be frozen."""
+    return next(p for player in scheme.players.values() for _, p in player.named_tensors())
 
 
 def move_to_device(
