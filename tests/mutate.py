@@ -10,11 +10,10 @@ A mutant is an entry of a list `tests/mutants/AREA.json`:
      "before": "text that occurs once in the module", "after": "what stands there instead",
      "tests": ["tests/test_elbo.py"]}
 
-Each is applied to a copy of the repository in a temporary folder, never to the working tree. pytest
-runs there and stops at the first failure: first the tests that the entry names (files or node
-ids), then, if it survives those, all of `tests/` unless `--only-named`. A test kills a mutant only if
-it passes without the mutant; this is tried once a test. A run without end is a kill, after
-`--timeout`. To import anew what changed, no bytecode is written.
+Each is applied to a copy of the repository in a temporary folder, never to the working tree. There
+pytest runs until the first failure: first the tests that the entry names (files or node ids), then,
+if it survives those, all of `tests/` unless `--only-named`. A test kills a mutant only if it passes
+without the mutant; this is tried once a test. A run without end is a kill, after `--timeout`.
 
 Left out (`SKIPPED`) is what cannot kill by a wrong number, or would kill by the text alone: the
 style of the text, the built pages, the pip installation, the layers of the imports, and the test of
@@ -166,6 +165,7 @@ class Copy:
                 shutil.copytree(source, folder / name, ignore=ignored)
             elif source.exists():
                 shutil.copy2(source, folder / name)
+        # No bytecode is kept: a mutant may have the size and the second of what it replaces.
         self.env = os.environ | {
             "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
