@@ -13,7 +13,8 @@ A mutant is an entry of a list `tests/mutants/AREA.json`:
 Each is applied to a copy of the repository in a temporary folder, never to the working tree. There
 pytest runs until the first failure: first the tests that the entry names (files or node ids), then,
 if it survives those, all of `tests/` unless `--only-named`. A test kills a mutant only if it passes
-without the mutant; this is tried once a test. A run without end is a kill, after `--timeout`.
+without the mutant; this is tried once a test. A run that the mutant keeps from its end is a kill,
+after `--timeout`.
 
 Left out (`SKIPPED`) is what cannot kill by a wrong number, or would kill by the text alone: the
 style of the text, the built pages, the pip installation, the layers of the imports, and the test of
@@ -213,11 +214,11 @@ class Copy:
             raise RuntimeError(f"pytest {' '.join(tests)} ended with {process.exitcode}: {found}")
         return failed[1]
 
-    def passes_unbroken(self, test: str) -> bool:
-        """Return whether a test passes without a mutant."""
-        if test not in self.sound:
-            self.sound[test] = test == "timeout" or self.first_failure(test) is None
-        return self.sound[test]
+    def passes_unbroken(self, *tests: str) -> bool:
+        """Return whether tests pass without a mutant."""
+        if tests not in self.sound:
+            self.sound[tests] = self.first_failure(*tests) is None
+        return self.sound[tests]
 
     def killer(self, mutant: Mutant, only_named: bool) -> str:
         """Return the test that kills a mutant, or `SURVIVED`.
@@ -236,7 +237,7 @@ class Copy:
             path.write_text(text, encoding="utf-8")
         if failed is None:
             return SURVIVED
-        if not self.passes_unbroken(failed):
+        if not self.passes_unbroken(*(mutant.tests if failed == "timeout" else [failed])):
             raise RuntimeError(f"{failed} fails without the mutant {mutant.name!r} too")
         return failed
 

@@ -88,7 +88,7 @@ def digit_like(n, seed=0):
 
 def test_the_loss_and_the_errors_of_a_trained_classifier(monkeypatch):
     # At a rate of next to nothing the weights stay, and the loss of every epoch is that of all.
-    data, valid = digit_like(40), digit_like(31, seed=1)
+    data, valid = digit_like(41), digit_like(31, seed=1)  # a last batch of one
     sizes = {"width": 2, "dim": 8, "dropout": 0.0}
     settings = {"epochs": 2, "batch_size": 10, "lr": 1e-12, "shift": 0, "seed": 3}
     model, records = train_classifier(data, valid, **settings, **sizes)
