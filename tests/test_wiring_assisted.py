@@ -448,6 +448,34 @@ def test_every_number_of_the_evaluation(on_latents, seed):
     assert low < found["error"] < high
 
 
+def test_samples_come_from_the_generative_half():
+    torch.manual_seed(9)
+    joint = ConditionalVAE(6, CLASSES, 2, 5)
+    scheme = make(classifier=Net(), generator=joint)
+
+    def decoded(net, z, y):
+        return net.out((net.x(z) + net.y.weight.T[y]).relu())
+
+    y = torch.tensor([0, 1, 2, 0, 1])
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    z = torch.randn(5, 2, dtype=F64)
+    assert torch.allclose(found, decoded(joint.p_net, z, y).sigmoid())
+    scheme, _, joint, vae = m1_m2()
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    mean = decoded(joint.p_net, torch.randn(5, 3, dtype=F64), y).chunk(2, -1)[0]
+    assert torch.allclose(found, vae.p_net(mean).sigmoid())
+    scheme = make(classifier=Net(2), features=vae)
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    assert torch.allclose(found, vae.p_net(torch.randn(5, 2, dtype=F64)).sigmoid())
+    assert make(classifier=Net()).sample(5) is None
+
+
 # The networks of each method
 
 PLAN = {"z_dim": 4, "units": 9, "dropout": 0.25, "noise": 0.7, "x_mean": torch.full((6,), 0.2)}

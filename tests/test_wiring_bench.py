@@ -9,13 +9,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from optgen.averaging import Average
 from optgen.bench import assisted as bench_assisted
+from optgen.bench import elbo as bench_elbo
 from optgen.bench import epochs as bench_epochs
+from optgen.bench import generative as bench_generative
 from optgen.bench import optimizers as bench_optimizers
+from optgen.bench import rules as bench_rules
 from optgen.bench import scaling as bench_scaling
 from optgen.bench import trainers as bench_trainers
 from optgen.data.images import Batch, Images
-from optgen.evidence import assisted, feedback
+from optgen.evidence import assisted, elbo, feedback, likelihood
 from optgen.evidence.classifier import train_classifier, warmup_linear_decay
 from optgen.evidence.reproduce import (
     constant_then_linear_decay,
@@ -296,6 +300,106 @@ def test_the_best_settings_have_the_largest_score(tmp_path):
         assert best[rule] == tried[first]
 
 
+# Likelihoods
+
+
+def by_weight(self, batches, **more):
+    """Report numbers that follow from a weight, the images and the options, as an evaluation."""
+    x = torch.cat([batch.x for batch in batches])
+    value = self.weight.item() + x.mean().item()
+    options = {"k": more.get("k", 0), "ode_steps": more.get("ode_steps", 0)}
+    return {"nll": value, "nll_se": value / 10, "loss": -1.0, "n": float(len(x)), **options}
+
+
+class Weighted:
+    """A scheme of one weight, evaluated by `by_weight`."""
+
+    evaluate = by_weight
+
+    def __init__(self, module):
+        self.weight = module.weight
+
+
+def test_likelihoods_of_the_weights_and_of_their_average():
+    module = nn.Linear(1, 1, bias=False)
+    average = Average(module, 0.5)
+    with torch.no_grad():
+        module.weight.fill_(3.0)
+    average.update()  # the first step is the whole average
+    with torch.no_grad():
+        module.weight.fill_(7.0)
+    valid, test = digit_like(600, seed=4), digit_like(20, seed=5)
+    found = likelihood.measure(Weighted(module), average, valid, test, None)
+    a, b = ((data.images / 255).mean().item() for data in (valid, test))
+    expected = {
+        "valid": 7 + a,
+        "valid_averaged": 3 + a,
+        "test": 3 + b,
+        "test_se": (3 + b) / 10,
+    }
+    assert found == pytest.approx(expected, abs=1e-4) and module.weight.item() == 7.0
+    black_and_white = likelihood.measure(Weighted(module), average, valid, test, "static")
+    assert black_and_white["valid"] != pytest.approx(7 + a, abs=1e-4)
+    curve = [{"valid": 1.0, "valid_averaged": 3.0}, {"valid": 5.0, "valid_averaged": 2.0}]
+    assert likelihood.best_look(curve) is curve[1]
+
+
+def test_numbers_of_the_first_examples():
+    module = nn.Linear(1, 1, bias=False)
+    data = digit_like(250, seed=6)
+    found = elbo.measure_rounded(Weighted(module), data, 120, 9)
+    mean = (data.images[:120] / 255).mean().item()
+    nll = pytest.approx(module.weight.item() + mean, abs=1e-4)
+    assert found.pop("nll") == nll and found.pop("nll_se") == pytest.approx(
+        nll.expected / 10, abs=1e-4
+    )
+    assert found == {"n": 120.0, "k": 9, "ode_steps": 0}
+    assert elbo.measure_rounded(Weighted(module), data, 900, 1)["n"] == 250
+
+
+def test_the_samples_of_an_epoch():
+    steps = [[0, 1], [2, 5], [4, 50]]
+    found = [elbo.samples_in_epoch(epoch, steps) for epoch in (0, 1.9, 2, 3.5, 4, 9)]
+    assert found == [1, 1, 5, 5, 50, 50] and elbo.samples_in_epoch(3, 8) == 8
+
+
+def test_the_truth_and_its_error(monkeypatch):
+    log_p = torch.randn(40, generator=generator(0), dtype=torch.float64)
+    asked = []
+
+    class Source:
+        """A source whose likelihoods are known."""
+
+        def __init__(self, **more):
+            pass
+
+        def log_marginal(self, x):
+            """Return the likelihoods."""
+            asked.append(x)
+            return log_p[: len(x)]
+
+    monkeypatch.setattr(elbo, "SyntheticSequences", Source)
+    found = elbo.run_truth({"n": 30}, 0)
+    assert torch.equal(asked[0], elbo.synthetic_sequences("test").images[:30])
+    assert found["nll"] == pytest.approx(-log_p[:30].mean().item())
+    assert found["se"] == pytest.approx(log_p[:30].std().item() / math.sqrt(30))
+
+
+def test_the_likeliest_trial_of_each_variant(tmp_path):
+    for i, (variant, nlls) in enumerate(
+        [("a", (3.0, 9.0)), ("a", (8.0, 4.0)), ("b", (1.0, 7.0)), ("b", (2.0, 6.0))]
+    ):
+        record = {
+            "variant": f"{variant}{i}",
+            "seed": 100,
+            "config": {"variant": variant, "trial": i},
+            "result": {"curve": [{"nll": nll} for nll in nlls]},
+        }
+        write_json(tmp_path / "tune" / f"{i}-100.json", record)
+    best = elbo.best_of_each(tmp_path, "tune")
+    assert {variant: config["trial"] for variant, config in best.items()} == {"a": 1, "b": 3}
+
+
 # Benchmarks
 
 
@@ -344,6 +448,81 @@ def test_speed_ups_of_epochs(monkeypatch):
         assert row["seconds"] == median[name]
         assert row["images_per_second"] == pytest.approx(30 / median[name])
     assert found["fit_overhead"] == 0.25
+
+
+def test_overheads_of_rules_are_beside_their_passes(monkeypatch):
+    names = ("simultaneous", "alternating", "consensus")
+    ms = {"hand": 5.0, "simultaneous": 4.0, "alternating": 6.0, "consensus": 10.0}
+    flops = {"simultaneous": 100, "alternating": 120, "consensus": 200}
+    known_times(monkeypatch, bench_rules, ms)
+    monkeypatch.setattr(bench_rules, "seeded_game", NamedGame)
+    monkeypatch.setattr(bench_rules, "step_flops", lambda game, batch: flops[game.name])
+    monkeypatch.setattr(bench_rules, "run_module", lambda module, name: len(name))
+    found = bench_rules.bench_rules(1, names)
+    assert found["alternating_over_hand"] == pytest.approx(1.2) and found["hand_ms"] == 5.0
+    rows = {
+        "simultaneous": {"ms": 4.0, "passes": 1.0, "overhead": 0.0, "peak_mib": 12},
+        "alternating": {"ms": 6.0, "passes": 1.2, "overhead": 0.25, "peak_mib": 11},
+        "consensus": {"ms": 10.0, "passes": 2.0, "overhead": 0.25, "peak_mib": 9},
+    }
+    assert found["rules"].keys() == rows.keys()
+    for name, row in rows.items():
+        assert found["rules"][name] == pytest.approx(row), name
+
+
+class NamedGame:
+    """A game that knows its rule's name and does nothing."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def step(self, batch):
+        """Do nothing."""
+
+
+def test_ratios_of_a_vae(monkeypatch):
+    batch = Batch(torch.zeros(4, 1, 28, 28))
+    ms = dict.fromkeys(bench_elbo.BENCHED_CONTROLLERS, 6.0) | {"hand": 2.0, "plain": 4.0}
+    known_times(monkeypatch, bench_elbo, ms)
+    found = bench_elbo.bench_controllers(batch, 1)
+    assert found["plain_ms"] == 4.0 and found["plain_over_hand"] == 2.0
+    assert set(found["controllers"].values()) == {1.5}
+    known_times(monkeypatch, bench_elbo, dict.fromkeys(bench_elbo.BOUNDS, 6.0) | {"hand": 4.0})
+    found = bench_elbo.bench_bounds(batch, 1)
+    assert found["passes_ms"] == 4.0 and set(found["bounds"].values()) == {1.5}
+    modes = dict.fromkeys(bench_elbo.DECODER_PASSES, 13.0) | {"plain": 5.0, "optimizer": 1.0}
+    known_times(monkeypatch, bench_elbo, modes)
+    monkeypatch.setattr(bench_elbo, "vae_scheme", PricedScheme)
+    monkeypatch.setattr(bench_elbo, "step_flops", lambda scheme, batch: scheme.flops)
+    found = bench_elbo.bench_inner(batch, 1)
+    assert found["optimizer_ms"] == 1.0
+    for row in found["semi"].values():  # three times the time beside the optimizer's, two passes
+        assert row == pytest.approx({"ms": 13.0, "passes": 2.0, "overhead": 0.5})
+
+
+class PricedScheme:
+    """A scheme that costs twice as much with inner steps."""
+
+    def __init__(self, inner=None):
+        self.flops = 200 if inner else 100
+        self.players = {"model": self}
+        self.optimizer = self
+
+    def step(self, batch=None):
+        """Do nothing."""
+
+
+def test_times_of_generative_models(monkeypatch):
+    assert bench_generative.add_speeds({"a": 20.0}, 50) == {
+        "a": {"ms": 20.0, "images_per_second": 2500.0}
+    }
+    known_times(monkeypatch, bench_generative, {"step": 8.0, "update": 2.0})
+    found = bench_generative.bench_averaging(1, shape=(1, 8, 8))
+    assert found == {"step_ms": 8.0, "update_ms": 2.0, "share": 0.25}
+    times = {"kept 2": 4.0, "kept 4": 8.0, "not kept 2": 12.0}
+    known_times(monkeypatch, bench_generative, times)
+    found = bench_generative.bench_pixel(1, sides=(2, 4), n=2)
+    assert found == {"kept": {2: 1000.0, 4: 500.0}, "not kept": {2: 3000.0}}
 
 
 VARIANTS = list(bench_epochs.VARIANTS)

@@ -116,9 +116,13 @@ def test_options_of_a_run_reach_fit(train, capsys):
     assert len(settings["valid"]) == 6
 
 
-def test_held_out_images_are_not_trained_on(train):
-    for scheme, more in (("beta-vae", "--hidden 6,5"), ("assisted", "--labels 12 --hidden 6,5")):
+def test_held_out_images_are_not_trained_on(train, capsys):
+    for scheme, more, said in (
+        ("beta-vae", "--hidden 6,5 --epochs 4", "54 images to train on, 6 to validate, 4 epochs"),
+        ("assisted", "--labels 12 --hidden 6,5", "54 images to train on (12 labeled), 6 to"),
+    ):
         _, data, settings = train(scheme, more)
+        assert f"{scheme} on mine: {said}" in capsys.readouterr().out
         assert len(data) == 54 and len(settings["valid"]) == 6
         assert len(pixels_of(data) | pixels_of(settings["valid"])) == 60
 
