@@ -252,9 +252,11 @@ def m1_m2(**more):
     return make(labeled=labeled_images(), **parts, **more), net, joint, vae
 
 
-def test_m1_m2_is_m2_on_latents():
+@pytest.mark.parametrize("make_rule", [lambda: None, lambda: Balanced(norms=False)])
+def test_m1_m2_is_m2_on_latents(make_rule):
+    # Balanced without its norms is the plain gradient, and leaves the features to their own.
     torch.manual_seed(3)
-    scheme, net, joint, vae = m1_m2(weight=0.6)
+    scheme, net, joint, vae = m1_m2(weight=0.6, rule=make_rule())
     drawn = scheme.draw_noise(Batch(images(4, 4)))
 
     def loss():
@@ -394,13 +396,17 @@ def agreement_typicality(joint, x, eps):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("on_latents", [False, True])
-def test_every_number_of_the_evaluation(on_latents, seed):
+@pytest.mark.parametrize("method", ["m2", "m1", "m1+m2"])
+def test_every_number_of_the_evaluation(method, seed):
     torch.manual_seed(7)
-    if on_latents:
+    joint = vae = None
+    if method == "m1+m2":
         scheme, net, joint, vae = m1_m2()
+    elif method == "m1":
+        net, vae = Net(2), VAE(6, 5, 4, 2)
+        scheme = make(classifier=net, features=vae, labeled=labeled_images())
     else:
-        net, joint, vae = Net(), ConditionalVAE(6, CLASSES, 2, 5), None
+        net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
         scheme = make(classifier=net, generator=joint, labeled=labeled_images())
     with torch.no_grad():
         net.head.weight.mul_(6)
@@ -422,9 +428,12 @@ def test_every_number_of_the_evaluation(on_latents, seed):
             eps = torch.randn(len(x), 2, generator=rng, dtype=F64)
             mean, std, z = sample_q(vae, x, eps)
             p = Bernoulli(logits=vae.p_net(z), validate_args=False).log_prob(x.flatten(1)).sum(1)
-            inner = torch.randn(len(x), 3, generator=rng, dtype=F64)
-            entropy = -Normal(mean, std).log_prob(z).sum(1)
-            own_scores.append(p + entropy + agreement_typicality(joint, z, inner))
+            p = p - Normal(mean, std).log_prob(z).sum(1)
+            if joint is None:
+                own_scores.append(p + Normal(0.0, 1.0).log_prob(z).sum(1))
+            else:
+                inner = torch.randn(len(x), 3, generator=rng, dtype=F64)
+                own_scores.append(p + agreement_typicality(joint, z, inner))
             own_logits.append(logits_by_hand(net, mean, training=False))
         scores.append(torch.cat(own_scores))
         logits.append(torch.cat(own_logits))
@@ -446,6 +455,27 @@ def test_every_number_of_the_evaluation(on_latents, seed):
         spread = 1.96 * math.sqrt(end * (1 - end) / found["n"])
         assert abs(end - found["error"]) == pytest.approx(spread)
     assert low < found["error"] < high
+
+
+def test_what_is_left_out_has_its_default():
+    net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
+    scheme = Assisted(net, joint)
+    assert isinstance(scheme.coupling, Agreement) and scheme.coupling.kind == "classifier"
+    assert (scheme.weight.value, scheme.alpha, scheme.binarize) == (1, 1, False)
+    for player in scheme.players.values():
+        (group,) = player.optimizer.param_groups
+        assert group["lr"] == 1e-3 and tuple(group["betas"]) == (0.9, 0.999)
+    plain = Assisted(Net())
+    assert list(plain.players) == ["classifier"]
+    y = torch.arange(4) % 3
+    found = plain.evaluate([Batch(images(4, 0).float(), y)], [Batch(images(5, 1).float())])
+    assert "auroc" not in found and found["n_outside"] == 5
+    # Without labeled images the labels are the batch's own.
+    x = images(4, 0).float()
+    batch = plain.draw_noise(Batch(x, y))
+    assert torch.equal(batch.labeled, x) and torch.equal(batch.y, y)
+    loss = cross_entropy(logits_by_hand(plain.classifier, x), y)
+    assert plain.step(Batch(x, y))["classifier"].item() == pytest.approx(loss.item())
 
 
 def test_samples_come_from_the_generative_half():

@@ -32,6 +32,7 @@ from optgen.evidence.reproduce import (
 from optgen.games import Game, Player
 from optgen.models.classifier import Classifier
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
+from optgen.sample_quality import feature_stats
 from optgen.schemes.assisted import Assisted
 from optgen.testing import generator
 from optgen.training.callbacks import Looks
@@ -253,6 +254,50 @@ def test_the_result_of_a_mixture():
     found = feedback.mixture_result(looks_of(records, 350), 9, counts, samples)
     assert (found["modes"], found["share"], found["diverged"]) == (0, 0.0, 350)
     assert found["all_modes"] is None and found["points"] is None
+
+
+class Mean(nn.Module):
+    """A generator of images that are one number each, and a judge that returns them."""
+
+    z_dim = 3
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, z):
+        """Return images."""
+        return self.scale * z.mean(1)[:, None, None, None]
+
+    def features(self, x):
+        """Return features."""
+        return x.flatten(1)
+
+
+def test_samples_are_judged_by_their_distance():
+    G, n = Mean(), 1200
+    real = feature_stats([torch.randn(300, 1, generator=generator(1))])
+    sampler = feedback.ImageSampler(G, generator(2), G, real)
+    rng = generator(2)
+    x = torch.cat([G(torch.randn(m, 3, generator=rng)) for m in (500, 500, 200)]).flatten().double()
+    expected = (x.mean() - real.mean) ** 2 + (x.std() - real.cov.sqrt()) ** 2
+    assert sampler.measure(n) == {"fid": pytest.approx(expected.item(), abs=6e-4)}
+    with torch.no_grad():
+        G.scale.fill_(math.inf)
+    assert sampler.measure(n) is None
+
+
+def test_the_result_of_a_run_on_images():
+    records = [{"step": 5, "cpu": 1.0, "wall": 2.0, "fid": 3.0}]
+    samples = torch.tensor([[0.0, 0.5, 1.0]])
+    found = feedback.images_result(looks_of(records), 9, {"fid": 1.5}, samples)
+    assert found == {
+        "fid": 1.5,
+        "diverged": None,
+        "steps": 9,
+        "curve": [[5, 1.0, 2.0, 3.0]],
+        "pixels": bytes([0, 128, 255]).hex(),
+    }
 
 
 # A step of extragradient evaluates both losses twice.

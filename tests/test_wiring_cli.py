@@ -457,6 +457,7 @@ def test_an_evaluation_with_images_from_outside(assisted_run, folder, tmp_path, 
     )
     assert found["loose", 0]["nll"] == pytest.approx(-log_p[range(225), y].mean().item(), rel=1e-5)
     assert math.isclose(found["loose", 0]["weight"], 1.0)
+    assert found["loose", 0]["diagram"] == str(assisted_run / "reliability-test.png")
 
 
 # Benchmarks and claims

@@ -270,9 +270,10 @@ def test_validation_sees_the_same_and_draws_its_own_numbers():
 
 @pytest.mark.parametrize("how", ["static", "dynamic"])
 def test_validation_images_are_black_and_white_and_stay(how):
-    game, valid = Regression(), images(30, 1)
+    game, other, valid = Regression(), Regression(), images(30, 1)
     quick(game, images(23), valid=valid, binarize=how)
-    first, *others = (x for x, *_ in game.validated)
+    quick(other, images(23), valid=valid, binarize=how, seed=5)
+    first, *others = (x for g in (game, other) for x, *_ in g.validated)
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert all(torch.equal(first, x) for x in others)
     p = valid.images.double() / 255
