@@ -18,6 +18,7 @@ from optgen.games import Game, Player
 from optgen.testing import generator
 from optgen.training.callbacks import watch_training
 from optgen.training.loop import TrainingLoop
+from optgen.training.parallel import ShardAveraging
 from optgen.training.trainer import fit
 from optgen.viz import image_grid, plot_curves, reliability_diagram, save_image_grid
 
@@ -421,6 +422,30 @@ def test_a_loop_counts_steps_and_stops_by_request():
     loop = TrainingLoop(game, callbacks=[Stop()])
     loop.run(Loader(images(20), 5))
     assert loop.step == 2 and len(game.seen) == 2
+
+
+class Alone(ShardAveraging):
+    """A rank whose sums over the ranks are its own terms."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+    def reduce(self, x, op):
+        """Leave the terms as they are."""
+
+
+@pytest.mark.parametrize("n, world", [(7, 3), (2, 3), (10, 4), (9, 3)])
+def test_means_over_ranks_are_means_over_rows(n, world):
+    x = torch.randn(n, 2, generator=generator(n), dtype=torch.float64)
+    total, rows = 0.0, []
+    for rank in range(world):
+        one = Alone(rank, world)
+        part = one.shard((x, 3 * x[:, 0]))
+        assert torch.equal(part[1], 3 * part[0][:, 0])
+        total = total + torch.stack(one.mean([part[0].mean(), part[1].square().mean()]))
+        rows += part[0].tolist() if one.share else []
+    assert torch.allclose(total, torch.stack([x.mean(), (9 * x[:, 0] ** 2).mean()]))
+    assert rows == x.tolist()
 
 
 # Pictures of a run
