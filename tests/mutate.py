@@ -243,7 +243,7 @@ class Copy:
 
 
 def run(mutants: list[Mutant], results: Results, jobs: int, timeout: float) -> None:
-    """Run mutants, several at a time, and keep each result as it comes."""
+    """Run mutants, several at a time, and keep each result as it comes; print errors."""
     copies = queue.SimpleQueue()
     for name in IMPORTED:
         importlib.import_module(name)
@@ -262,6 +262,9 @@ def run(mutants: list[Mutant], results: Results, jobs: int, timeout: float) -> N
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             found = {pool.submit(killer, mutant): mutant for mutant in mutants}
             for done in concurrent.futures.as_completed(found):
+                if error := done.exception():
+                    print(f"{found[done].name}: {error}", file=sys.stderr, flush=True)
+                    continue
                 results.keep(found[done], done.result())
                 print(row(found[done], results), flush=True)
 

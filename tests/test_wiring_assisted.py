@@ -309,11 +309,13 @@ class Conflict(Coupling):
         """Return the terms: the coupling is the classification and a bit more, times a number."""
         nll = cross_entropy(classifier(batch.labeled), batch.y)
         (g,) = generator.parameters()
-        more = sum((p * torch.linspace(-0.01, 0.02, p.numel()).view_as(p)).sum() for p in g_free)
+        more = sum((p.flatten() @ tilt(p)) for p in classifier.parameters())
         return LossTerms(nll, (self.sign * nll + more + 3) * g.sum() ** 2, (g - 1).square().sum())
 
 
-g_free = []  # parameters of the classifier, for `Conflict`
+def tilt(p):
+    """Return a small constant gradient."""
+    return torch.linspace(-0.01, 0.02, p.numel(), dtype=p.dtype)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -321,15 +323,14 @@ g_free = []  # parameters of the classifier, for `Conflict`
 def test_balanced_gradients(norms, project, sign):
     torch.manual_seed(5)
     net, number, weight = Net(), nn.Linear(1, 1, bias=False), 0.6
-    g_free[:] = [p for p in net.double().parameters()]
     parts = {"classifier": net, "generator": number, "coupling": Conflict(sign), "weight": weight}
     scheme = make(labeled=labeled_images(), rule=Balanced(norms, project), **parts)
     with torch.no_grad():
         number.weight.fill_(1.7)
-    drawn = scheme.draw_noise(Batch(images(4, 5)))
+    drawn, params = scheme.draw_noise(Batch(images(4, 5))), scheme.params("classifier")
     terms = scheme.coupling.terms(net, number, drawn)
     flat = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(term, g_free, retain_graph=True)])
+        torch.cat([g.flatten() for g in torch.autograd.grad(term, params, retain_graph=True)])
         for term in terms[:2]
     ]
     a, r = flat
@@ -338,12 +339,12 @@ def test_balanced_gradients(norms, project, sign):
         r = r * a.norm() / r.norm()
     if project and a @ r < 0:
         r = r - (a @ r) / (a @ a) * a
-    before = torch.cat([p.detach().flatten() for p in g_free])
+    before = torch.cat([p.detach().flatten() for p in params])
     w = number.weight.item()
     dw = weight * 2 * (terms.coupling / w).item() + 2 * (w - 1)
     scheme.draw = lambda batch: drawn
     losses = scheme.step(None)
-    after = torch.cat([p.detach().flatten() for p in g_free])
+    after = torch.cat([p.detach().flatten() for p in params])
     assert torch.allclose(after, before - RATE * (ALPHA * a + weight * r), rtol=1e-9, atol=1e-12)
     assert number.weight.item() == pytest.approx(w - RATE * dw)
     value = ALPHA * terms.classification + weight * terms.coupling + terms.generation
