@@ -133,6 +133,12 @@ class Results:
         tests = sorted((REPO / "tests").glob("*.py"))
         self.tests = digest(*(path.read_text(encoding="utf-8") for path in tests))
 
+    def forget_others(self, mutants: list[Mutant]) -> None:
+        """Leave out what is of no mutant any more."""
+        keys = {mutant.key for mutant in mutants}
+        for area, kept in self.by_area.items():
+            self.by_area[area] = {key: result for key, result in kept.items() if key in keys}
+
     def killer(self, mutant: Mutant) -> str | None:
         """Return what killed the mutant when it was run last, None if it never was."""
         return self.by_area.get(mutant.area, {}).get(mutant.key, {}).get("killer")
@@ -310,6 +316,7 @@ def main() -> None:
     for mutant in mutants:
         mutant.apply((REPO / mutant.module).read_text(encoding="utf-8"))
     results = Results(FOLDER / "results", arguments.only_named)
+    results.forget_others(mutants)
     chosen = [m for m in mutants if arguments.only in m.name or arguments.only in m.module]
     waiting = [m for m in chosen if not results.holds(m)]
     if waiting and not arguments.kept:
