@@ -458,6 +458,18 @@ def test_every_number_of_the_evaluation(method, seed):
     assert low < found["error"] < high
 
 
+def test_the_typicality_of_latents_is_a_bound_in_nats():
+    torch.manual_seed(8)
+    scheme, _, joint, vae = m1_m2()
+    x, rng = images(6, 3), generator(4)
+    found = scheme.typicality(x, generator(4))
+    eps, inner = (torch.randn(6, n, generator=rng, dtype=F64) for n in (2, 3))
+    mean, std, z = sample_q(vae, x, eps)
+    p = Bernoulli(logits=vae.p_net(z), validate_args=False).log_prob(x.flatten(1)).sum(1)
+    bound = p - Normal(mean, std).log_prob(z).sum(1) + agreement_typicality(joint, z, inner)
+    assert torch.allclose(found, bound, rtol=1e-7)
+
+
 def test_what_is_left_out_has_its_default():
     net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
     scheme = Assisted(net, joint)

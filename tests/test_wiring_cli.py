@@ -24,6 +24,7 @@ from optgen.schemes.assisted_command import split_labeled
 from optgen.schemes.command import build_optimizer
 from optgen.schemes.couplings import Agreement, Reconstruction
 from optgen.schemes.elbo import BetaVAE
+from optgen.schemes.feedback import FeedbackGANCommand
 from optgen.testing import generator
 from optgen.training import checkpoint
 
@@ -420,6 +421,25 @@ def test_options_of_samples_reach_the_scheme(vae_run, tmp_path, monkeypatch):
     out = tmp_path / "x.png"
     assert run("sample", vae_run, "--n 2 --warmth 0.5 --out", out) == 0
     assert given == [(2, {"warmth": 0.5})]
+
+
+class Keeping:
+    """A scheme that returns what it receives."""
+
+    def evaluate(self, batches, **given):
+        """Return the arguments."""
+        return {"batches": batches, **given}
+
+    def sample(self, n, **given):
+        """Return the arguments."""
+        return {"n": n, **given}
+
+
+def test_a_command_passes_everything_on_by_default():
+    command, scheme = FeedbackGANCommand(), Keeping()
+    found = command.evaluate(scheme, None, [1, 2], 4, k=3)
+    assert found == {"batches": [1, 2], "seed": 4, "k": 3}
+    assert command.sample(scheme, 5, steps=6) == {"n": 5, "steps": 6}
 
 
 @pytest.fixture(scope="module")
