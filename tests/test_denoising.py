@@ -16,7 +16,7 @@ from optgen.models.diffusion import Denoiser, UNet
 from optgen.models.schedules import CosineSchedule, LinearSchedule, StraightSchedule
 from optgen.rules import Extragradient
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty, optimal_coupling
+from optgen.schemes.levels import AdaptiveLevels, Uncertainty, optimal_coupling
 from optgen.testing import generator
 from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit
@@ -190,8 +190,6 @@ def test_evaluates():
     assert found != scheme.evaluate(batches, seed=1, **steps)
     assert scheme.model.training
     assert found["n"] == 60 and all(map(math.isfinite, found.values()))
-    likelihoods = {name + end for name in ("bound", "nll") for end in ("", "_se", "_bits_per_dim")}
-    assert found.keys() == {"n", "loss", "fid", "fid_floor"} | likelihoods
 
 
 def test_samples_are_seeded_and_conditioned():
@@ -204,10 +202,6 @@ def test_samples_are_seeded_and_conditioned():
     )
     assert drawn.shape == (5, 1, 8, 8) and 0 <= drawn.min() and drawn.max() <= 1
     assert torch.equal(drawn, again) and not torch.equal(drawn, of_others)
-
-
-def test_weights_have_names():
-    assert WEIGHTS.keys() == {"x0", "eps", "v", "flow", "min-snr", "p2"}
 
 
 @pytest.mark.cuda

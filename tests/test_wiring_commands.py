@@ -196,9 +196,7 @@ BETAS = {  # the run has 18 steps, six an epoch
     "capacity:target=3": attributes(Capacity, steps=18, target=3, weight=10.0),
     "free-bits": attributes(FreeBits, minimum=0.1, groups=None),
     "free-bits:minimum=0.4,groups=2": attributes(FreeBits, minimum=0.4, groups=2),
-    "geco:target=40": attributes(
-        Geco, target=40, rate=2e-3, smoothing=0.9, clip=0.02, low=0.01
-    ),
+    "geco:target=40": attributes(Geco, target=40, rate=2e-3, smoothing=0.9, clip=0.02, low=0.01),
     "control:kl=2": attributes(ControlVAE, target=2, ki=1e-3, kp=0.01),
 }
 
@@ -224,7 +222,10 @@ VAES = {
     ),
     "--likelihood gaussian --binarize none": (lambda s: type(s.model), GaussianVAE),
     "--estimator dreg --k 4": (lambda s: (s.estimator, s.k, s.sampled), ("dreg", 4, False)),
-    "--estimator iwae --k 3 --sampled": (lambda s: (s.estimator, s.k, s.sampled), ("iwae", 3, True)),
+    "--estimator iwae --k 3 --sampled": (
+        lambda s: (s.estimator, s.k, s.sampled),
+        ("iwae", 3, True),
+    ),
     "": (lambda s: (s.estimator, s.k, s.sampled, s.inner), ("elbo", 1, False, None)),
     "--inference semi": (
         lambda s: (type(s.inner), s.inner.steps, s.inner.beta, s.inner.clip, s.inner.mode),

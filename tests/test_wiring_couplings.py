@@ -115,12 +115,12 @@ def test_the_bound_of_a_class_is_the_sum_of_its_densities(likelihood):
     torch.testing.assert_close(vae.bound(b.labeled, b.y, b.eps_labeled), expected)
     torch.testing.assert_close(vae(b.x, b.eps), all_bounds(vae, b.x, b.eps))
     own = randn(len(b.x), K, Z, seed=9)
-    by_class = [
-        reference_bound(vae, b.x, torch.full((len(b.x),), y), own[:, y]) for y in range(K)
-    ]
+    by_class = [reference_bound(vae, b.x, torch.full((len(b.x),), y), own[:, y]) for y in range(K)]
     torch.testing.assert_close(vae.bound(b.x, eps=own), torch.stack(by_class, 1))
     z = randn(4, Z, seed=3)
-    out = vae.p_net.out(F.softplus(vae.p_net.x(z) + vae.p_net.y.weight.T[torch.tensor([0, 2, 1, 1])]))
+    out = vae.p_net.out(
+        F.softplus(vae.p_net.x(z) + vae.p_net.y.weight.T[torch.tensor([0, 2, 1, 1])])
+    )
     image = out[:, :D] if likelihood == "gaussian" else 1 / (1 + (-out).exp())
     torch.testing.assert_close(vae.decoder(z, torch.tensor([0, 2, 1, 1])), image)
     torch.manual_seed(4)

@@ -14,6 +14,7 @@ from torch import nn
 from optgen.data.images import Batch
 from optgen.models.diffusion import Denoiser
 from optgen.models.schedules import (
+    TARGETS,
     CosineSchedule,
     LinearSchedule,
     LogNormalSchedule,
@@ -22,7 +23,7 @@ from optgen.models.schedules import (
 )
 from optgen.optim import SGD
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.levels import AdaptiveLevels, Uncertainty, UniformLevels
+from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty, UniformLevels
 from optgen.testing import generator, randn
 
 F64 = torch.float64
@@ -201,6 +202,12 @@ LOSSES = [  # target, weight, schedule, further settings
 ]
 
 
+def test_every_weight_target_and_schedule_is_tried():
+    targets, weights, schedules, _ = map(set, zip(*[(*case[:3], "") for case in LOSSES]))
+    assert targets == set(TARGETS) and schedules == set(SCHEDULES)
+    assert weights == {*WEIGHTS, "elbo", "own"}
+
+
 @pytest.mark.parametrize("target, weight, schedule, more", LOSSES)
 def test_the_loss_is_the_weighted_error_of_the_image(target, weight, schedule, more):
     more = {k: v() if k == "levels" else v for k, v in more.items()}
@@ -267,9 +274,7 @@ class ReferenceLevels:
         """Fold the mean square of a batch's losses into its bin: a mean at first, then decaying."""
         bins = len(self.square)
         for j in range(bins):
-            squares = [
-                e**2 for p, e in zip(u, loss) if int(p * bins) == j and math.isfinite(e)
-            ]
+            squares = [e**2 for p, e in zip(u, loss) if int(p * bins) == j and math.isfinite(e)]
             if squares:
                 self.met[j] += 1
                 step = max(1 / self.met[j], 1 - self.decay)
@@ -563,3 +568,29 @@ def test_the_players_descend_by_the_optimizers_that_are_given():
         params = list(module.parameters())
         for p, g in zip(params, torch.autograd.grad(loss, params, retain_graph=True)):
             torch.testing.assert_close(after[p], before[p] - lr * g, rtol=1e-5, atol=1e-9)
+
+
+def test_the_defaults_are_those_of_karras_et_al():
+    model = Denoiser(Net(True), SHAPE)
+    scheme = DenoisingDiffusion(model, uncertainty=Uncertainty(), conditional=True)
+    assert scheme.weight == "v" and type(scheme.levels) is UniformLevels
+    u = torch.linspace(0, 1, 7, dtype=F64)
+    torch.testing.assert_close(scheme.schedule(u), reference_sigma("log-normal", 0.002, 80.0, u))
+    rates = {
+        name: player.optimizer.param_groups[0]["lr"] for name, player in scheme.players.items()
+    }
+    assert rates == {"model": 1e-3, "uncertainty": 1e-2}
+    assert not scheme.uncertainty(torch.tensor([0.01, 1.0, 50.0])).any()
+    assert not scheme.coupling and scheme.pixels
+
+
+def test_a_sampler_and_labels_must_fit_the_scheme():
+    labels = torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="labels go with a conditional model"):
+        make_scheme().sample(2)
+    with pytest.raises(ValueError, match="labels go with a conditional model"):
+        make_scheme(conditional=False).sample(2, labels=labels)
+    with pytest.raises(ValueError, match="ddim or heun"):
+        make_scheme(coupling=True).sample(2, "ancestral", labels=labels)
+    with pytest.raises(ValueError, match="needs labels"):
+        make_scheme().loss(make_scheme().draw(Batch(make_batch(0).x)))

@@ -207,6 +207,32 @@ def test_a_step_descends_the_estimators_gradient_at_the_controllers_weight(estim
     assert len(controller.given) == 2 and controller.t == 2
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_noise_of_a_step_is_normal_and_of_every_image_and_sample(seed):
+    scheme = BetaVAE(make_model(), estimator="iwae", k=3, sampled=True, inner=Refinement(2))
+    n = 2000
+    torch.manual_seed(seed)
+    noisy = scheme.draw(Batch(torch.zeros(n, 1, 2, 3, dtype=F64)))
+    columns = torch.cat([noisy.eps.flatten(1), noisy.inner.flatten(1)], 1)
+    assert columns.shape == (n, 3 * Z + 2 * Z) and noisy.u.shape == (n, 1)
+    assert (columns.mean(0).abs() < 5 / n**0.5).all()
+    covariance = torch.cov(columns.T) - torch.eye(5 * Z, dtype=F64)
+    assert covariance.abs().max() < 6 * (2 / n) ** 0.5
+    ends = noisy.u.sort(0).values[:, 0] - (torch.arange(n) + 0.5) / n
+    assert ends.abs().max() < 2 / n**0.5
+
+
+def test_the_information_is_that_of_the_batch_and_its_posteriors():
+    model, x = make_model(), make_batch(3, 9).x
+    scheme = BetaVAE(model)
+    q = posterior(model, x)
+    z = q.loc + q.scale * torch.randn(9, Z, generator=generator(0), dtype=F64)
+    log_q = q.log_prob(z[:, None]).sum(2)  # of z_i under each image j
+    mixture = log_q.logsumexp(1) - math.log(9)
+    expected = (log_q.diagonal() - mixture).mean()
+    torch.testing.assert_close(scheme.information(scheme.draw(Batch(x))), expected.detach())
+
+
 def test_one_of_k_samples_is_drawn_by_its_weight():
     model, x = make_model(), make_batch(n=1).x
     scheme = BetaVAE(model, 0.8, estimator="iwae", k=3, sampled=True)

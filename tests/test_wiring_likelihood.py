@@ -457,3 +457,17 @@ def test_made_starts_at_the_mean_image_and_drops_units():
     torch.testing.assert_close(model.logits(x)[..., 0].sigmoid(), mean.expand(3, 4))
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.4, 0.4]
     assert model.direct.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2, 4)])
+def test_an_act_norm_takes_a_small_deviation_for_a_thousandth(shape):
+    norm, x = ActNorm(shape).to(F64), torch.rand(50, *shape, generator=generator(1), dtype=F64)
+    x[:, 1] = 0.25
+    norm.calibrate(x)
+    z, log_det = norm(x)
+    assert norm.log_scale[1].item() == pytest.approx(math.log(1000))
+    assert z[:, 1].abs().max() < 1e-9
+    pixels = math.prod(shape[1:])
+    expected = pixels * norm.log_scale.sum()
+    torch.testing.assert_close(log_det, expected.expand(50))
+    torch.testing.assert_close(norm.inverse(z), x)
