@@ -28,16 +28,21 @@ table is `tests/mutants/README.md`. None of this is part of continuous integrati
 import argparse
 import concurrent.futures
 import hashlib
+import importlib
 import json
+import multiprocessing
 import os
 import queue
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 FOLDER = REPO / "tests" / "mutants"
@@ -51,6 +56,9 @@ SKIPPED = (
     "--deselect=tests/test_cli.py::test_another_package_registers_a_scheme",
 )
 SURVIVED, NOT_RUN = "SURVIVED", "not run"
+# What takes most of the start of pytest is imported once, and each run is forked.
+FORK = multiprocessing.get_context("fork")
+IMPORTED = ("torch", "torch._dynamo.testing", "torchvision", "scipy.linalg", "matplotlib.figure")
 
 
 @dataclass(frozen=True)
@@ -148,6 +156,27 @@ class Results:
         path.with_suffix(".tmp").replace(path)
 
 
+def run_pytest(folder: Path, output: Path, tests: Sequence[str]) -> None:
+    """Run tests in a copy, in a process that was forked for it, and exit with pytest's code.
+
+    No bytecode is kept: a mutant may have the size and the second of what it replaces.
+    """
+    os.setsid()
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *SKIPPED, *tests])
+    if not Path(sys.modules["optgen"].__file__).is_relative_to(folder):
+        print(f"the copy imports {sys.modules['optgen'].__file__}", flush=True)
+        code = 3
+    sys.stdout.flush()
+    os._exit(code)
+
+
 class Copy:
     """A copy of the repository, to break and to mend again.
 
@@ -165,37 +194,23 @@ class Copy:
                 shutil.copytree(source, folder / name, ignore=ignored)
             elif source.exists():
                 shutil.copy2(source, folder / name)
-        # No bytecode is kept: a mutant may have the size and the second of what it replaces.
-        self.env = os.environ | {
-            "PYTHONPATH": str(folder),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", "import optgen; print(optgen.__file__)"]
-        found = subprocess.run(command, cwd=folder, env=self.env, capture_output=True, text=True)
-        if not Path(found.stdout.strip()).is_relative_to(folder):
-            raise RuntimeError(f"the copy does not import itself: {found.stdout}{found.stderr}")
 
     def first_failure(self, *tests: str) -> str | None:
         """Run tests and return the node id of the first that fails, None if all pass."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-        command += [*SKIPPED, *tests]
-        try:
-            done = subprocess.run(
-                command,
-                cwd=self.folder,
-                env=self.env,
-                capture_output=True,
-                text=True,
-                timeout=self.timeout,
-            )
-        except subprocess.TimeoutExpired:
+        output = self.folder / "pytest.txt"
+        process = FORK.Process(target=run_pytest, args=(self.folder, output, tests))
+        process.start()
+        process.join(self.timeout)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
             return "timeout"
-        if done.returncode == 0:
+        if process.exitcode == 0:
             return None
-        failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", done.stdout, re.M)
+        found = output.read_text(encoding="utf-8")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S.*?)(?: - .*)?$", found, re.M)
         if not failed:
-            raise RuntimeError(f"pytest {' '.join(tests)}: {done.stdout[-2000:]}{done.stderr}")
+            raise RuntimeError(f"pytest {' '.join(tests)} ended with {process.exitcode}: {found}")
         return failed[1]
 
     def passes_unbroken(self, test: str) -> bool:
@@ -229,6 +244,8 @@ class Copy:
 def run(mutants: list[Mutant], results: Results, jobs: int, timeout: float) -> None:
     """Run mutants, several at a time, and keep each result as it comes."""
     copies = queue.SimpleQueue()
+    for name in IMPORTED:
+        importlib.import_module(name)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         for job in range(min(jobs, len(mutants))):
             (Path(folder) / str(job)).mkdir()
