@@ -42,7 +42,7 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, y, c, labels=None):
-        """Return the output (B, ...) for images of unit scale, a quarter of log sigma and labels."""
+        """Return the output for images of unit scale, a quarter of log sigma, and labels."""
         h = y.flatten(1) @ self.mix + c[:, None] * self.level
         if self.conditional:
             h = h + self.table[labels]

@@ -3,13 +3,24 @@
 The references are plain torch in float64, with densities from `torch.distributions`.
 """
 
-import itertools
 import math
-from functools import partial
 
 import pytest
 import torch
-from torch import nn
+from vae_reference import (
+    F64,
+    DropoutVAE,
+    Normal,
+    Z,
+    kl,
+    log_likelihood,
+    log_prior,
+    make_batch,
+    make_model,
+    posterior,
+    record_draws,
+    reference_loss,
+)
 
 from optgen.controllers import (
     Capacity,
@@ -23,74 +34,11 @@ from optgen.controllers import (
 )
 from optgen.data.images import Batch
 from optgen.inner import Refinement
-from optgen.models.vae import VAE, ConvVAE, GaussianVAE, vae_loss
-from optgen.optim import SGD, Adam, Momentum
+from optgen.models.vae import GaussianVAE
+from optgen.optim import SGD, Adam
 from optgen.rules import Extragradient
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.testing import generator, randn
-
-F64, Z = torch.float64, 2
-Normal, Bernoulli = torch.distributions.Normal, torch.distributions.Bernoulli
-
-
-class DropoutVAE(VAE):
-    """A VAE whose encoder drops units in training."""
-
-    def __init__(self, *sizes):
-        super().__init__(*sizes)
-        self.q_net.insert(1, nn.Dropout(0.5))
-
-
-def make_model(seed=0, kind=VAE):
-    """Return a small VAE of six pixels with seeded weights, in float64."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(6, 5, 4, Z).to(F64)
-    for p in model.parameters():
-        p.data.mul_(3)
-    return model
-
-
-def make_batch(seed=0, n=7):
-    """Return binary images."""
-    return Batch(torch.randint(2, (n, 1, 2, 3), generator=generator(seed)).to(F64))
-
-
-def posterior(model, x):
-    """Return the encoder's distribution."""
-    mean, log_var = model.q_net(x.flatten(1)).chunk(2, 1)
-    return Normal(mean, (log_var / 2).exp())
-
-
-def log_likelihood(model, x, z):
-    """Return log p(x | z) of black and white or, where there is a variance, of gray pixels."""
-    logits = model.p_net(z)
-    if hasattr(model, "variance"):
-        return Normal(logits.sigmoid(), model.variance.sqrt()).log_prob(x.flatten(1)).sum(-1)
-    return Bernoulli(logits=logits).log_prob(x.flatten(1).expand_as(logits)).sum(-1)
-
-
-def log_prior(z):
-    """Return log p(z) of each latent."""
-    return Normal(torch.zeros_like(z), 1.0).log_prob(z)
-
-
-def kl(q):
-    """Return the KL divergence of each latent to the prior."""
-    return torch.distributions.kl_divergence(q, Normal(torch.zeros_like(q.loc), 1.0))
-
-
-def reference_loss(model, x, eps, estimator, beta, q=None):
-    """Return the loss of each image, (B,); the bound's value, with autograd's own gradient."""
-    q = posterior(model, x) if q is None else q
-    z = q.loc + q.scale * eps  # (k, B, z_dim)
-    log_p = log_likelihood(model, x, z)
-    if estimator == "elbo":
-        return -log_p.mean(0) + (beta * kl(q)).sum(-1)
-    log_w = log_p + (beta * (log_prior(z) - q.log_prob(z))).sum(-1)
-    if estimator == "stl":
-        return -log_w.mean(0)
-    return math.log(len(eps)) - log_w.logsumexp(0)
 
 
 def reference_gradients(model, x, eps, estimator, beta, chosen=None):
@@ -142,24 +90,6 @@ class Prescribed(Controller):
 
 ESTIMATORS = [("elbo", 1), ("elbo", 3), ("stl", 3), ("iwae", 4), ("dreg", 4)]
 BETAS = torch.tensor([0.3, 1.7], dtype=F64), torch.tensor(2.5, dtype=F64)
-
-
-def record_draws(scheme):
-    """Return a list that receives what the scheme draws."""
-    drawn, draw = [], scheme.draw
-
-    def recording_draw(batch):
-        """Draw the noise and keep it."""
-        drawn.append(draw(batch))
-        return drawn[-1]
-
-    scheme.draw = recording_draw
-    return drawn
-
-
-def gradients_of(model):
-    """Return copies of the gradients of encoder and decoder."""
-    return [p.grad.clone() for net in (model.q_net, model.p_net) for p in net.parameters()]
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -375,115 +305,6 @@ def test_the_sigma_vae_weighs_by_the_variance_of_the_step_and_passes_it_to_the_n
     assert found["loss"] == pytest.approx(found["distortion"] + kl(q).sum(1).mean().item())
 
 
-def refined(model, x, eps, beta, clip, lr=0.02, momentum=0.5):
-    """Return the posterior after steps of momentum on each image's own bound."""
-    q = posterior(model, x)
-    mean, log_var = (t.detach() for t in (q.loc, 2 * q.scale.log()))
-    velocity = [torch.zeros_like(mean), torch.zeros_like(mean)]
-    for noise in eps:
-        leaf = [t.clone().requires_grad_() for t in (mean, log_var)]
-        q = Normal(leaf[0], (leaf[1] / 2).exp())
-        z = q.loc + q.scale * noise
-        bounds = beta * kl(q).sum(1) - log_likelihood(model, x, z)
-        g = torch.autograd.grad(bounds.sum(), leaf)
-        if clip is not None:
-            norm = (g[0].square().sum(1) + g[1].square().sum(1)).sqrt()
-            shrink = (clip / norm).clamp(max=1)[:, None]
-            g = [t * shrink for t in g]
-        velocity = [momentum * v + t for v, t in zip(velocity, g)]
-        mean, log_var = (t - lr * v for t, v in zip((mean, log_var), velocity))
-    return Normal(mean, (log_var / 2).exp())
-
-
-momentum_descent = partial(Momentum, lr=0.2, momentum=0.7)
-
-REFINEMENTS = {
-    "default": (lambda: Refinement(3), {"beta": 1.0, "clip": 5.0}),
-    "all set": (
-        lambda: Refinement(4, momentum_descent, beta=0.4, clip=0.5),
-        {"beta": 0.4, "clip": 0.5, "lr": 0.2, "momentum": 0.7},
-    ),
-    "without a clip": (
-        lambda: Refinement(2, momentum_descent, beta=3.0, clip=None),
-        {"beta": 3.0, "clip": None, "lr": 0.2, "momentum": 0.7},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFINEMENTS)
-def test_the_inner_optimizer_refines_loss_evaluation_and_reconstruction(name):
-    make, settings = REFINEMENTS[name]
-    model, x = make_model(), make_batch(2).x
-    scheme = BetaVAE(model, 0.6, estimator="iwae", k=3, inner=make())
-    steps = scheme.inner.steps
-    noisy = scheme.draw(Batch(x))
-    assert noisy.inner.shape == (7, steps, Z)
-    q = refined(model, x, noisy.inner.transpose(0, 1), **settings)
-    expected = reference_loss(model, x, noisy.eps.transpose(0, 1), "iwae", 0.6, q).mean()
-    torch.testing.assert_close(scheme.loss(noisy), expected)
-
-    fixed = torch.randn(steps, 7, Z, generator=generator(0), dtype=F64)
-    q = refined(model, x, fixed, **settings)
-    plain = posterior(model, x)
-    assert (q.loc - plain.loc).abs().max() > 1e-3
-    pictures = model.p_net(q.loc).sigmoid().view_as(x)
-    torch.testing.assert_close(scheme.reconstruct(x), pictures.detach())
-
-    found = scheme.evaluate([Batch(x)], seed=5)
-    z = q.loc + q.scale * torch.randn(1, 7, Z, generator=generator(5), dtype=F64)
-    distortion = -log_likelihood(model, x, z).mean().item()
-    rate = kl(q).sum(1).mean().item()
-    assert found["distortion"] == pytest.approx(distortion)
-    assert found["rate"] == pytest.approx(rate)
-    assert found["loss"] == pytest.approx(distortion + 0.6 * rate)
-
-
-def test_a_refined_model_of_another_seed_takes_other_noise():
-    model, x = make_model(), make_batch(2).x
-    view = Refinement(3, momentum_descent, clip=None).refined_model(model, seed=8)
-    noise = torch.randn(3, 7, Z, generator=generator(8), dtype=F64)
-    q = refined(model, x, noise, 1.0, None, 0.2, 0.7)
-    for _ in range(2):
-        mean, log_var = view.encoder(x)
-        torch.testing.assert_close(mean, q.loc)
-        torch.testing.assert_close(log_var, 2 * q.scale.log())
-
-
-@pytest.mark.parametrize("mode", ["graph", "adjoint", "difference", "first-order"])
-def test_the_gradient_passes_the_inner_steps_as_its_mode_says(mode):
-    model, x, h = make_model(), make_batch(2, 4).x, 1e-5
-    scheme = BetaVAE(model, inner=Refinement(2, momentum_descent, clip=None, mode=mode))
-    noisy = scheme.draw(Batch(x))
-    params = list(model.parameters())
-    found = torch.autograd.grad(scheme.loss(noisy), params)
-    start = posterior(model, x)
-    end = refined(model, x, noisy.inner.transpose(0, 1), 1.0, None, 0.2, 0.7)
-    if mode == "first-order":  # the steps are a constant shift of the encoder's output
-        shift = end.loc - start.loc.detach(), end.scale.log() - start.scale.log().detach()
-        q = Normal(start.loc + shift[0], (start.scale.log() + shift[1]).exp())
-        loss = reference_loss(model, x, noisy.eps.transpose(0, 1), "elbo", 1.0, q).mean()
-        expected = torch.autograd.grad(loss, params)
-        for a, b in zip(found, expected):
-            torch.testing.assert_close(a, b)
-        return
-    rng = generator(3)
-    directions = [torch.randn(p.shape, generator=rng, dtype=F64) for p in params]
-
-    def loss_at(step):
-        """Return the reference loss at weights moved along the directions."""
-        for p, v in zip(params, directions):
-            p.data.add_(step * v)
-        q = refined(model, x, noisy.inner.transpose(0, 1), 1.0, None, 0.2, 0.7)
-        loss = reference_loss(model, x, noisy.eps.transpose(0, 1), "elbo", 1.0, q).mean()
-        for p, v in zip(params, directions):
-            p.data.sub_(step * v)
-        return loss.item()
-
-    slope = (loss_at(h) - loss_at(-h)) / (2 * h)
-    along = sum((g * v).sum() for g, v in zip(found, directions)).item()
-    assert along == pytest.approx(slope, rel=1e-4)
-
-
 @pytest.mark.parametrize("beta, weight", [(Constant(2.5), 2.5), (LinearWarmup(9, 0.8, 0.3), 1.0)])
 @pytest.mark.parametrize("k", [1, 6])
 def test_an_evaluation_is_seeded_without_dropout_and_of_all_batches(k, beta, weight):
@@ -618,36 +439,6 @@ def test_aggressive_inference_waits_and_stops_as_its_paper_says(seed, monkeypatc
     scheme.at = at
     scheme.step(make_batch(1))
     assert movers[-1] == "encoder+decoder"
-
-
-def test_the_article_s_loss_and_the_decoders_start():
-    x, recon = torch.rand(2, 3, 6, generator=generator(1), dtype=F64)
-    mean, log_var = randn(2, 3, Z, seed=2)
-    q = Normal(mean, (log_var / 2).exp())
-    bits = -(x * recon.log() + (1 - x) * (1 - recon).log()).sum()
-    torch.testing.assert_close(vae_loss(x, recon, mean, log_var, 0.3), bits + 0.3 * kl(q).sum())
-    average = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.7, 0.4])
-    model = VAE(6, 5, 4, Z, x_mean=average, activation=nn.Tanh)
-    for p in list(model.p_net.parameters())[:-1]:
-        nn.init.zeros_(p)
-    torch.testing.assert_close(model.decoder(torch.randn(3, Z)), average.expand(3, 6))
-    kinds = [type(m) for net in (model.q_net, model.p_net) for m in net]
-    assert kinds.count(nn.Tanh) == 4 and nn.ReLU not in kinds
-
-
-@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7)])
-def test_a_convolutional_vae_has_the_width_that_is_asked_for(shape):
-    model = ConvVAE(shape, Z, width=3)
-    channels = [m.out_channels for m in model.modules() if hasattr(m, "out_channels")]
-    assert channels == [3, 6, 3, shape[0]]
-    x = torch.rand(2, *shape, generator=generator(1)).round()
-    z = torch.randn(4, 2, Z, generator=generator(2))
-    one_by_one = [
-        Bernoulli(logits=model.p_net(z[i, j][None])).log_prob(x[j][None]).sum()
-        for i, j in itertools.product(range(4), range(2))
-    ]
-    expected = torch.stack(one_by_one).view(4, 2)
-    torch.testing.assert_close(model.log_likelihood(x, z), expected)
 
 
 def test_the_default_optimizer_is_adam_of_all_parameters():
