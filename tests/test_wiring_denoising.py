@@ -23,7 +23,12 @@ from optgen.models.schedules import (
 )
 from optgen.optim import SGD
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.levels import WEIGHTS, AdaptiveLevels, Uncertainty, UniformLevels
+from optgen.schemes.levels import (
+    WEIGHTS,
+    AdaptiveLevels,
+    Uncertainty,
+    UniformLevels,
+)
 from optgen.testing import generator, randn
 
 F64 = torch.float64
@@ -320,31 +325,6 @@ def test_levels_adapt_to_the_losses_of_every_step(with_uncertainty):
         assert levels.square.tolist() == pytest.approx(reference.square, rel=1e-5)
     assert min(reference.met) > 2 and torch.equal(drawn[0].density, torch.ones(5, dtype=F64))
     assert drawn[-1].density.max() > 1.2 * drawn[-1].density.min()
-
-
-def test_levels_stay_uniform_until_every_bin_has_a_loss_and_skip_losses_that_are_not_finite():
-    levels, u = AdaptiveLevels(3, decay=0.5), torch.tensor([0.1, 0.2, 0.5], dtype=F64)
-    levels.draw(1, u)
-    levels.update(u, torch.tensor([1.0, 3.0, math.inf], dtype=F64))
-    assert levels.square.tolist() == [5.0, 0.0, 0.0] and levels.met.tolist() == [1, 0, 0]
-    assert torch.equal(levels.shares(), torch.full((3,), 1 / 3, dtype=F64))
-    levels.update(torch.tensor([0.5, 0.9], dtype=F64), torch.tensor([2.0, 4.0], dtype=F64))
-    assert levels.square.tolist() == [5.0, 4.0, 16.0] and levels.met.tolist() == [1, 1, 1]
-    root = torch.tensor([5**0.5, 2.0, 4.0], dtype=F64)
-    torch.testing.assert_close(levels.shares(), 0.1 / 3 + 0.9 * root / root.sum())
-
-
-def test_levels_adapt_to_the_mean_over_ranks():
-    levels, u = AdaptiveLevels(2), torch.tensor([0.1, 0.9], dtype=F64)
-    levels.draw(1, u)
-    other = [torch.tensor([3.0, 0.0], dtype=F64), torch.tensor([3.0, 0.0], dtype=F64)]
-
-    def average(tensors):
-        """Return the mean with another rank: three losses of 1 in the first bin."""
-        return [(a + b) / 2 for a, b in zip(tensors, other)]
-
-    levels.update(u, torch.tensor([5.0, 2.0], dtype=F64), average)
-    assert levels.square.tolist() == pytest.approx([(25 + 3) / 4, 4.0])
 
 
 @pytest.mark.parametrize("seed", range(3))

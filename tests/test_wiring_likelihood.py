@@ -36,17 +36,22 @@ def randomized(module, seed=0, scale=0.5):
 # The scheme
 
 
-class Triangles(nn.Module):
-    """A density on [0, 1]^D, p(y) = prod of 1 + a (y - 1/2), with dropout of its parameter."""
+def waves(y, a):
+    """Return the sum of log(1 + a sin(1300 y)), (B,)."""
+    return (1 + a * (1300 * y.flatten(1)).sin()).log().sum(1)
 
-    def __init__(self, a=1.5, dropout=0.0):
+
+class Waves(nn.Module):
+    """A density that changes within a gray level, with dropout of its parameter."""
+
+    def __init__(self, a=0.8, dropout=0.0):
         super().__init__()
         self.a = nn.Parameter(torch.tensor([a] * 4, dtype=F64))
         self.dropout, self.is_density = nn.Dropout(dropout), True
 
     def log_prob(self, y):
         """Return the log-density (B,)."""
-        return (1 + self.dropout(self.a) * (y.flatten(1) - 0.5)).log().sum(1)
+        return waves(y, self.dropout(self.a))
 
     def sample(self, n):
         """Return numbers that touch both ends of the interval and cells between."""
@@ -62,7 +67,7 @@ def gray_batch(seed, n):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_a_density_is_evaluated_by_the_k_sample_bound_of_gray_levels(k):
-    scheme, rng, seed = MaximumLikelihood(Triangles(dropout=0.5), "dequantized"), generator(8), 8
+    scheme, rng, seed = MaximumLikelihood(Waves(dropout=0.5), "dequantized"), generator(8), 8
     (n1, first), (n2, second) = gray_batch(1, 11), gray_batch(2, 5)
     found = scheme.evaluate([first, second], seed=seed, k=k, chunk=4)
     assert scheme.model.training
@@ -71,7 +76,7 @@ def test_a_density_is_evaluated_by_the_k_sample_bound_of_gray_levels(k):
         # P(n) is the integral of the density over the cell of the width 1/256.
         noise = [torch.rand(n.shape, generator=rng, dtype=F64) for _ in range(k)]
         y = (n + torch.stack(noise)) / 256
-        log_p = (1 + 1.5 * (y - 0.5)).log().flatten(2).sum(2)
+        log_p = torch.stack([waves(sample, 0.8) for sample in y])
         nats.append(4 * math.log(256) - log_p)
     nats = torch.cat(nats, 1)
     bound = -((-nats).exp().mean(0)).log()
@@ -81,7 +86,7 @@ def test_a_density_is_evaluated_by_the_k_sample_bound_of_gray_levels(k):
     assert found["nll_se"] == pytest.approx(bound.std().item() / 4)
     assert found["bits_per_dim"] == pytest.approx(bound.mean().item() / 4 / math.log(2))
     if k > 1:
-        assert found["nll"] < found["loss"] - 1e-6
+        assert found["nll"] < found["loss"] - 0.1
     assert scheme.evaluate([first, second], seed=9, k=k)["loss"] != found["loss"]
     torch.manual_seed(3)
     assert scheme.evaluate([first, second], seed=seed, k=k, chunk=4) == found
@@ -103,23 +108,22 @@ def test_gray_levels_are_rounded_down(levels):
 
 
 def test_a_step_descends_the_mean_over_the_batch():
-    model = Triangles()
+    model = Waves()
     scheme = MaximumLikelihood(model, "dequantized", SGD(model.parameters(), lr=0.1))
     n, batch = gray_batch(1, 6)
     torch.manual_seed(2)
     noise = torch.rand(n.shape, dtype=F64)
     torch.manual_seed(2)
     loss = scheme.step(batch)["model"]
-    a = torch.full((4,), 1.5, dtype=F64, requires_grad=True)
-    y = ((n + noise) / 256).flatten(1)
-    expected = 4 * math.log(256) - (1 + a * (y - 0.5)).log().sum(1).mean()
+    a = torch.full((4,), 0.8, dtype=F64, requires_grad=True)
+    expected = 4 * math.log(256) - waves((n + noise) / 256, a).mean()
     torch.testing.assert_close(loss, expected.detach())
     (g,) = torch.autograd.grad(expected, a)
     torch.testing.assert_close(model.a.detach(), a.detach() - 0.1 * g)
 
 
 def test_drawn_gray_levels_are_the_cells_of_the_draws():
-    scheme = MaximumLikelihood(Triangles(dropout=0.9), "dequantized", shape=(4, 1, 1))
+    scheme = MaximumLikelihood(Waves(dropout=0.9), "dequantized", shape=(4, 1, 1))
     x = scheme.sample(30)
     assert x.shape == (30, 4, 1, 1) and scheme.model.training
     draws = torch.linspace(-0.1, 1.1, 120, dtype=F64).tolist()
@@ -141,22 +145,22 @@ def test_the_first_batch_alone_calibrates_a_flow():
     assert all(map(torch.equal, before, flow.parameters()))
 
 
-@pytest.mark.parametrize("levels", [2, 5])
+@pytest.mark.parametrize("levels", [2, 5, 200])
 def test_the_likelihood_of_pixels_is_a_sum_over_their_levels(levels):
     model = randomized(MADE((1, 2, 2), (7,), levels, dropout=0.5))
     scheme = MaximumLikelihood(model, "binary" if levels == 2 else "levels", shape=(1, 2, 2))
-    n = torch.randint(256, (9, 1, 2, 2), generator=generator(1))
+    n = torch.randint(256, (64, 1, 2, 2), generator=generator(1))
     x = (n >= 128).to(F64) if levels == 2 else n.to(F64) / 255
     target = (n * levels // 256).flatten(1)
     y = target.to(F64) / (levels - 1)
     found = scheme.evaluate([x[:4], Batch(x[4:])])
     model.eval()
-    logits = model.net(y).view(9, model.outputs, 4)  # the first output of every pixel, and so on
+    logits = model.net(y).view(64, model.outputs, 4)  # the first output of every pixel, and so on
     if levels == 2:
         logits = torch.cat([0 * logits, logits], 1)
     nats = -logits.log_softmax(1).gather(1, target[:, None]).sum((1, 2))
     assert found["nll"] == found["loss"] == pytest.approx(nats.mean().item())
-    assert found["nll_se"] == pytest.approx(nats.std().item() / 3)
+    assert found["nll_se"] == pytest.approx(nats.std().item() / 8)
     assert found["bits_per_dim"] == pytest.approx(nats.mean().item() / 4 / math.log(2))
 
 
@@ -202,6 +206,16 @@ def test_a_flow_is_inverted_and_its_draws_are_seeded(name):
     torch.testing.assert_close(flow.inverse(z), x, rtol=1e-6, atol=1e-8)
     noise = torch.randn(3, *flow.z_shape, generator=generator(7), dtype=F64)
     torch.testing.assert_close(flow.sample(3, generator(7)), flow.inverse(noise))
+
+
+@some_flows
+def test_a_new_flow_is_its_preprocessing_and_an_order(name):
+    flow = FLOWS[name]().to(F64)
+    x = torch.rand(3, *flow.shape, generator=generator(1), dtype=F64)
+    z, log_det = flow(x)
+    v = 0.05 + 0.9 * x.flatten(1)
+    torch.testing.assert_close(z.flatten(1).sort().values, (v / (1 - v)).log().sort().values)
+    torch.testing.assert_close(log_det, (0.9 / (v * (1 - v))).log().sum(1))
 
 
 @pytest.mark.parametrize("name", FLOWS)
