@@ -562,6 +562,11 @@ def test_the_defaults_are_those_of_karras_et_al():
     assert rates == {"model": 1e-3, "uncertainty": 1e-2}
     assert not scheme.uncertainty(torch.tensor([0.01, 1.0, 50.0])).any()
     assert not scheme.coupling and scheme.pixels
+    batch = Batch(make_batch(1).x.float(), make_batch(1).y)
+    assert scheme.evaluate([batch]).keys() == {"n", "loss"}
+    assert scheme.evaluate([batch]) == scheme.evaluate([batch], seed=0)
+    with pytest.raises(ValueError, match="pixel"):
+        DenoisingDiffusion(model, conditional=True).draw(Batch(batch.x + 0.001, batch.y))
 
 
 def test_a_sampler_and_labels_must_fit_the_scheme():

@@ -18,7 +18,7 @@ from optgen.models.flow import (
     realnvp,
 )
 from optgen.models.pixels import MADE, PixelCNN, PixelLSTM, gate
-from optgen.optim import SGD
+from optgen.optim import SGD, Adam
 from optgen.schemes.likelihood import MaximumLikelihood, quantize_levels
 from optgen.testing import generator, jacobian, randn
 
@@ -120,6 +120,20 @@ def test_a_step_descends_the_mean_over_the_batch():
     torch.testing.assert_close(loss, expected.detach())
     (g,) = torch.autograd.grad(expected, a)
     torch.testing.assert_close(model.a.detach(), a.detach() - 0.1 * g)
+
+
+def test_the_defaults_of_a_likelihood():
+    model = Waves()
+    scheme = MaximumLikelihood(model, "dequantized")
+    (player,) = scheme.players.values()
+    assert type(player.optimizer) is Adam and player.optimizer.param_groups[0]["lr"] == 1e-3
+    batch = gray_batch(1, 4)[1]
+    assert scheme.evaluate([batch]) == scheme.evaluate([batch], seed=0, k=1, chunk=200)
+    assert scheme.evaluate([batch]) != scheme.evaluate([batch], seed=1)
+    with pytest.raises(ValueError, match="k=2: the likelihood of binary data is exact"):
+        MaximumLikelihood(MADE((1, 2, 2), (3,)), "binary").evaluate([batch], k=2)
+    with pytest.raises(ValueError, match="pixel"):
+        scheme.draw(Batch(batch.x + 0.001))
 
 
 def test_drawn_gray_levels_are_the_cells_of_the_draws():
