@@ -13,7 +13,8 @@ A mutant is an entry of a list `tests/mutants/AREA.json`:
 Each is applied to a copy of the repository in a temporary folder, never to the working tree. There
 pytest runs until the first failure: first the tests that the entry names (files or node ids), then,
 if it survives those, all of `tests/` unless `--only-named`. A test kills a mutant only if it passes
-without the mutant; this is tried once a test. A run without end is a kill, after `--timeout`.
+without the mutant; this is tried once a test. A run that the mutant keeps from its end is a kill,
+after `--timeout`.
 
 Left out (`SKIPPED`) is what cannot kill by a wrong number, or would kill by the text alone: the
 style of the text, the built pages, the pip installation, the layers of the imports, and the test of
@@ -132,6 +133,12 @@ class Results:
         tests = sorted((REPO / "tests").glob("*.py"))
         self.tests = digest(*(path.read_text(encoding="utf-8") for path in tests))
 
+    def forget_others(self, mutants: list[Mutant]) -> None:
+        """Leave out what is of no mutant any more."""
+        keys = {mutant.key for mutant in mutants}
+        for area, kept in self.by_area.items():
+            self.by_area[area] = {key: result for key, result in kept.items() if key in keys}
+
     def killer(self, mutant: Mutant) -> str | None:
         """Return what killed the mutant when it was run last, None if it never was."""
         return self.by_area.get(mutant.area, {}).get(mutant.key, {}).get("killer")
@@ -213,11 +220,11 @@ class Copy:
             raise RuntimeError(f"pytest {' '.join(tests)} ended with {process.exitcode}: {found}")
         return failed[1]
 
-    def passes_unbroken(self, test: str) -> bool:
-        """Return whether a test passes without a mutant."""
-        if test not in self.sound:
-            self.sound[test] = test == "timeout" or self.first_failure(test) is None
-        return self.sound[test]
+    def passes_unbroken(self, *tests: str) -> bool:
+        """Return whether tests pass without a mutant."""
+        if tests not in self.sound:
+            self.sound[tests] = self.first_failure(*tests) is None
+        return self.sound[tests]
 
     def killer(self, mutant: Mutant, only_named: bool) -> str:
         """Return the test that kills a mutant, or `SURVIVED`.
@@ -236,13 +243,13 @@ class Copy:
             path.write_text(text, encoding="utf-8")
         if failed is None:
             return SURVIVED
-        if not self.passes_unbroken(failed):
+        if not self.passes_unbroken(*(mutant.tests if failed == "timeout" else [failed])):
             raise RuntimeError(f"{failed} fails without the mutant {mutant.name!r} too")
         return failed
 
 
 def run(mutants: list[Mutant], results: Results, jobs: int, timeout: float) -> None:
-    """Run mutants, several at a time, and keep each result as it comes."""
+    """Run mutants, several at a time, and keep each result as it comes; print errors."""
     copies = queue.SimpleQueue()
     for name in IMPORTED:
         importlib.import_module(name)
@@ -261,6 +268,9 @@ def run(mutants: list[Mutant], results: Results, jobs: int, timeout: float) -> N
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
             found = {pool.submit(killer, mutant): mutant for mutant in mutants}
             for done in concurrent.futures.as_completed(found):
+                if error := done.exception():
+                    print(f"{found[done].name}: {error}", file=sys.stderr, flush=True)
+                    continue
                 results.keep(found[done], done.result())
                 print(row(found[done], results), flush=True)
 
@@ -306,6 +316,7 @@ def main() -> None:
     for mutant in mutants:
         mutant.apply((REPO / mutant.module).read_text(encoding="utf-8"))
     results = Results(FOLDER / "results", arguments.only_named)
+    results.forget_others(mutants)
     chosen = [m for m in mutants if arguments.only in m.name or arguments.only in m.module]
     waiting = [m for m in chosen if not results.holds(m)]
     if waiting and not arguments.kept:

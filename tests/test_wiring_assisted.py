@@ -252,9 +252,11 @@ def m1_m2(**more):
     return make(labeled=labeled_images(), **parts, **more), net, joint, vae
 
 
-def test_m1_m2_is_m2_on_latents():
+@pytest.mark.parametrize("make_rule", [lambda: None, lambda: Balanced(norms=False)])
+def test_m1_m2_is_m2_on_latents(make_rule):
+    # Balanced without its norms is the plain gradient, and leaves the features to their own.
     torch.manual_seed(3)
-    scheme, net, joint, vae = m1_m2(weight=0.6)
+    scheme, net, joint, vae = m1_m2(weight=0.6, rule=make_rule())
     drawn = scheme.draw_noise(Batch(images(4, 4)))
 
     def loss():
@@ -307,11 +309,13 @@ class Conflict(Coupling):
         """Return the terms: the coupling is the classification and a bit more, times a number."""
         nll = cross_entropy(classifier(batch.labeled), batch.y)
         (g,) = generator.parameters()
-        more = sum((p * torch.linspace(-0.01, 0.02, p.numel()).view_as(p)).sum() for p in g_free)
+        more = sum((p.flatten() @ tilt(p)) for p in classifier.parameters())
         return LossTerms(nll, (self.sign * nll + more + 3) * g.sum() ** 2, (g - 1).square().sum())
 
 
-g_free = []  # parameters of the classifier, for `Conflict`
+def tilt(p):
+    """Return a small constant gradient."""
+    return torch.linspace(-0.01, 0.02, p.numel(), dtype=p.dtype)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -319,15 +323,14 @@ g_free = []  # parameters of the classifier, for `Conflict`
 def test_balanced_gradients(norms, project, sign):
     torch.manual_seed(5)
     net, number, weight = Net(), nn.Linear(1, 1, bias=False), 0.6
-    g_free[:] = [p for p in net.double().parameters()]
     parts = {"classifier": net, "generator": number, "coupling": Conflict(sign), "weight": weight}
     scheme = make(labeled=labeled_images(), rule=Balanced(norms, project), **parts)
     with torch.no_grad():
         number.weight.fill_(1.7)
-    drawn = scheme.draw_noise(Batch(images(4, 5)))
+    drawn, params = scheme.draw_noise(Batch(images(4, 5))), scheme.params("classifier")
     terms = scheme.coupling.terms(net, number, drawn)
     flat = [
-        torch.cat([g.flatten() for g in torch.autograd.grad(term, g_free, retain_graph=True)])
+        torch.cat([g.flatten() for g in torch.autograd.grad(term, params, retain_graph=True)])
         for term in terms[:2]
     ]
     a, r = flat
@@ -336,12 +339,12 @@ def test_balanced_gradients(norms, project, sign):
         r = r * a.norm() / r.norm()
     if project and a @ r < 0:
         r = r - (a @ r) / (a @ a) * a
-    before = torch.cat([p.detach().flatten() for p in g_free])
+    before = torch.cat([p.detach().flatten() for p in params])
     w = number.weight.item()
     dw = weight * 2 * (terms.coupling / w).item() + 2 * (w - 1)
     scheme.draw = lambda batch: drawn
     losses = scheme.step(None)
-    after = torch.cat([p.detach().flatten() for p in g_free])
+    after = torch.cat([p.detach().flatten() for p in params])
     assert torch.allclose(after, before - RATE * (ALPHA * a + weight * r), rtol=1e-9, atol=1e-12)
     assert number.weight.item() == pytest.approx(w - RATE * dw)
     value = ALPHA * terms.classification + weight * terms.coupling + terms.generation
@@ -394,13 +397,17 @@ def agreement_typicality(joint, x, eps):
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-@pytest.mark.parametrize("on_latents", [False, True])
-def test_every_number_of_the_evaluation(on_latents, seed):
+@pytest.mark.parametrize("method", ["m2", "m1", "m1+m2"])
+def test_every_number_of_the_evaluation(method, seed):
     torch.manual_seed(7)
-    if on_latents:
+    joint = vae = None
+    if method == "m1+m2":
         scheme, net, joint, vae = m1_m2()
+    elif method == "m1":
+        net, vae = Net(2), VAE(6, 5, 4, 2)
+        scheme = make(classifier=net, features=vae, labeled=labeled_images())
     else:
-        net, joint, vae = Net(), ConditionalVAE(6, CLASSES, 2, 5), None
+        net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
         scheme = make(classifier=net, generator=joint, labeled=labeled_images())
     with torch.no_grad():
         net.head.weight.mul_(6)
@@ -422,9 +429,12 @@ def test_every_number_of_the_evaluation(on_latents, seed):
             eps = torch.randn(len(x), 2, generator=rng, dtype=F64)
             mean, std, z = sample_q(vae, x, eps)
             p = Bernoulli(logits=vae.p_net(z), validate_args=False).log_prob(x.flatten(1)).sum(1)
-            inner = torch.randn(len(x), 3, generator=rng, dtype=F64)
-            entropy = -Normal(mean, std).log_prob(z).sum(1)
-            own_scores.append(p + entropy + agreement_typicality(joint, z, inner))
+            p = p - Normal(mean, std).log_prob(z).sum(1)
+            if joint is None:
+                own_scores.append(p + Normal(0.0, 1.0).log_prob(z).sum(1))
+            else:
+                inner = torch.randn(len(x), 3, generator=rng, dtype=F64)
+                own_scores.append(p + agreement_typicality(joint, z, inner))
             own_logits.append(logits_by_hand(net, mean, training=False))
         scores.append(torch.cat(own_scores))
         logits.append(torch.cat(own_logits))
@@ -446,6 +456,67 @@ def test_every_number_of_the_evaluation(on_latents, seed):
         spread = 1.96 * math.sqrt(end * (1 - end) / found["n"])
         assert abs(end - found["error"]) == pytest.approx(spread)
     assert low < found["error"] < high
+
+
+def test_the_typicality_of_latents_is_a_bound_in_nats():
+    torch.manual_seed(8)
+    scheme, _, joint, vae = m1_m2()
+    x, rng = images(6, 3), generator(4)
+    found = scheme.typicality(x, generator(4))
+    eps, inner = (torch.randn(6, n, generator=rng, dtype=F64) for n in (2, 3))
+    mean, std, z = sample_q(vae, x, eps)
+    p = Bernoulli(logits=vae.p_net(z), validate_args=False).log_prob(x.flatten(1)).sum(1)
+    bound = p - Normal(mean, std).log_prob(z).sum(1) + agreement_typicality(joint, z, inner)
+    assert torch.allclose(found, bound, rtol=1e-7)
+
+
+def test_what_is_left_out_has_its_default():
+    net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
+    scheme = Assisted(net, joint)
+    assert isinstance(scheme.coupling, Agreement) and scheme.coupling.kind == "classifier"
+    assert (scheme.weight.value, scheme.alpha, scheme.binarize) == (1, 1, False)
+    for player in scheme.players.values():
+        (group,) = player.optimizer.param_groups
+        assert group["lr"] == 1e-3 and tuple(group["betas"]) == (0.9, 0.999)
+    plain = Assisted(Net())
+    assert list(plain.players) == ["classifier"]
+    y = torch.arange(4) % 3
+    found = plain.evaluate([Batch(images(4, 0).float(), y)], [Batch(images(5, 1).float())])
+    assert "auroc" not in found and found["n_outside"] == 5
+    # Without labeled images the labels are the batch's own.
+    x = images(4, 0).float()
+    batch = plain.draw_noise(Batch(x, y))
+    assert torch.equal(batch.labeled, x) and torch.equal(batch.y, y)
+    loss = cross_entropy(logits_by_hand(plain.classifier, x), y)
+    assert plain.step(Batch(x, y))["classifier"].item() == pytest.approx(loss.item())
+
+
+def test_samples_come_from_the_generative_half():
+    torch.manual_seed(9)
+    joint = ConditionalVAE(6, CLASSES, 2, 5)
+    scheme = make(classifier=Net(), generator=joint)
+
+    def decoded(net, z, y):
+        return net.out((net.x(z) + net.y.weight.T[y]).relu())
+
+    y = torch.tensor([0, 1, 2, 0, 1])
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    z = torch.randn(5, 2, dtype=F64)
+    assert torch.allclose(found, decoded(joint.p_net, z, y).sigmoid())
+    scheme, _, joint, vae = m1_m2()
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    mean = decoded(joint.p_net, torch.randn(5, 3, dtype=F64), y).chunk(2, -1)[0]
+    assert torch.allclose(found, vae.p_net(mean).sigmoid())
+    scheme = make(classifier=Net(2), features=vae)
+    torch.manual_seed(1)
+    found = scheme.sample(5)
+    torch.manual_seed(1)
+    assert torch.allclose(found, vae.p_net(torch.randn(5, 2, dtype=F64)).sigmoid())
+    assert make(classifier=Net()).sample(5) is None
 
 
 # The networks of each method

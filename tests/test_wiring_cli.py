@@ -24,6 +24,7 @@ from optgen.schemes.assisted_command import split_labeled
 from optgen.schemes.command import build_optimizer
 from optgen.schemes.couplings import Agreement, Reconstruction
 from optgen.schemes.elbo import BetaVAE
+from optgen.schemes.feedback import FeedbackGANCommand
 from optgen.testing import generator
 from optgen.training import checkpoint
 
@@ -116,9 +117,13 @@ def test_options_of_a_run_reach_fit(train, capsys):
     assert len(settings["valid"]) == 6
 
 
-def test_held_out_images_are_not_trained_on(train):
-    for scheme, more in (("beta-vae", "--hidden 6,5"), ("assisted", "--labels 12 --hidden 6,5")):
+def test_held_out_images_are_not_trained_on(train, capsys):
+    for scheme, more, said in (
+        ("beta-vae", "--hidden 6,5 --epochs 4", "54 images to train on, 6 to validate, 4 epochs"),
+        ("assisted", "--labels 12 --hidden 6,5", "54 images to train on (12 labeled), 6 to"),
+    ):
         _, data, settings = train(scheme, more)
+        assert f"{scheme} on mine: {said}" in capsys.readouterr().out
         assert len(data) == 54 and len(settings["valid"]) == 6
         assert len(pixels_of(data) | pixels_of(settings["valid"])) == 60
 
@@ -418,6 +423,25 @@ def test_options_of_samples_reach_the_scheme(vae_run, tmp_path, monkeypatch):
     assert given == [(2, {"warmth": 0.5})]
 
 
+class Keeping:
+    """A scheme that returns what it receives."""
+
+    def evaluate(self, batches, **given):
+        """Return the arguments."""
+        return {"batches": batches, **given}
+
+    def sample(self, n, **given):
+        """Return the arguments."""
+        return {"n": n, **given}
+
+
+def test_a_command_passes_everything_on_by_default():
+    command, scheme = FeedbackGANCommand(), Keeping()
+    found = command.evaluate(scheme, None, [1, 2], 4, k=3)
+    assert found == {"batches": [1, 2], "seed": 4, "k": 3}
+    assert command.sample(scheme, 5, steps=6) == {"n": 5, "steps": 6}
+
+
 @pytest.fixture(scope="module")
 def assisted_run(folder, tmp_path_factory):
     """A finished run of a classifier with few labels."""
@@ -453,6 +477,7 @@ def test_an_evaluation_with_images_from_outside(assisted_run, folder, tmp_path, 
     )
     assert found["loose", 0]["nll"] == pytest.approx(-log_p[range(225), y].mean().item(), rel=1e-5)
     assert math.isclose(found["loose", 0]["weight"], 1.0)
+    assert found["loose", 0]["diagram"] == str(assisted_run / "reliability-test.png")
 
 
 # Benchmarks and claims

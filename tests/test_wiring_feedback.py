@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from optgen.data.images import Batch
 from optgen.games import Game, Player
+from optgen.models.classifier import mnist_classifier
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
 from optgen.optim import Adam
 from optgen.rules import (
@@ -25,7 +26,7 @@ from optgen.rules import (
     alternating_gan,
     build_rule,
 )
-from optgen.schemes.feedback import FeedbackGAN, GANBatch
+from optgen.schemes.feedback import FeedbackGAN, GANBatch, default_features, downsampled_pixels
 from optgen.testing import generator
 
 F64 = torch.float64
@@ -320,6 +321,16 @@ def test_samples_are_drawn_in_evaluation_mode():
     assert scheme.generator.training
     assert torch.allclose(found, copy.deepcopy(scheme.generator).eval()(z))
     assert not torch.allclose(found, scheme.generator(z))
+
+
+def test_simple_features_are_means_of_squares():
+    x = torch.rand(3, 2, 16, 24, generator=generator(0))
+    by_hand = x.unflatten(2, (8, 2)).unflatten(4, (8, 3)).mean((3, 5)).flatten(1)
+    assert torch.allclose(downsampled_pixels(x), by_hand)
+    assert torch.equal(downsampled_pixels(x[:, 0]), x[:, 0].flatten(1))
+    assert default_features(x) is downsampled_pixels
+    digits = torch.rand(3, 1, 28, 28, generator=generator(1))
+    assert torch.equal(default_features(digits)(digits), mnist_classifier().features(digits))
 
 
 def test_noise_is_drawn_for_each_real_example():

@@ -18,6 +18,7 @@ from optgen.games import Game, Player
 from optgen.testing import generator
 from optgen.training.callbacks import watch_training
 from optgen.training.loop import TrainingLoop
+from optgen.training.parallel import ShardAveraging
 from optgen.training.trainer import fit
 from optgen.viz import image_grid, plot_curves, reliability_diagram, save_image_grid
 
@@ -238,8 +239,8 @@ def test_averages_are_validated_and_sampled_and_put_back(tmp_path, no_pictures):
         if t % 3 == 0:
             kept.append(average)
     for epoch in range(3):
-        assert game.validated[epoch][3] == pytest.approx(kept[epoch], rel=1e-6)
-        assert game.sampled[epoch][2] == pytest.approx(kept[epoch], rel=1e-6)
+        assert game.validated[-3:][epoch][3] == pytest.approx(kept[epoch], rel=1e-6)
+        assert game.sampled[-3:][epoch][2] == pytest.approx(kept[epoch], rel=1e-6)
         assert abs(kept[epoch][0] - weights[3 * epoch + 2][0]) > 1e-4
     assert game.weights_now() == pytest.approx(weights[-1], rel=1e-9)
 
@@ -248,8 +249,8 @@ def test_modes_in_training_validation_and_sampling(tmp_path, no_pictures):
     game = Regression()
     quick(game, images(23), valid=images(7, 1), out=tmp_path / "run", samples=5)
     assert [training for _, _, _, training, _ in game.seen] == [True] * 9
-    assert [training for _, _, training, _ in game.validated] == [False] * 3
-    assert [(n, training) for n, training, _ in game.sampled] == [(5, False)] * 3
+    assert [training for _, _, training, _ in game.validated][-3:] == [False] * 3
+    assert [(n, training) for n, training, _ in game.sampled][-3:] == [(5, False)] * 3
 
 
 def test_validation_sees_the_same_and_draws_its_own_numbers():
@@ -263,16 +264,17 @@ def test_validation_sees_the_same_and_draws_its_own_numbers():
     assert len(first[0]) == 9 and {r["valid"]["noise"] for r in records} == {
         torch.rand((), generator=generator(0)).item()
     }
-    for record, (x, y, _, (slope, shift)) in zip(records, with_valid.validated):
+    for record, (x, y, _, (slope, shift)) in zip(records, with_valid.validated[-3:], strict=True):
         error = (slope * x.flatten(1).mean(1) + shift - y).abs().mean().item()
         assert record["valid"]["error"] == pytest.approx(error)
 
 
 @pytest.mark.parametrize("how", ["static", "dynamic"])
 def test_validation_images_are_black_and_white_and_stay(how):
-    game, valid = Regression(), images(30, 1)
+    game, other, valid = Regression(), Regression(), images(30, 1)
     quick(game, images(23), valid=valid, binarize=how)
-    first, *others = (x for x, *_ in game.validated)
+    quick(other, images(23), valid=valid, binarize=how, seed=5)
+    first, *others = (x for g in (game, other) for x, *_ in g.validated)
     assert set(first.unique().tolist()) == {0.0, 1.0}
     assert all(torch.equal(first, x) for x in others)
     p = valid.images.double() / 255
@@ -420,6 +422,30 @@ def test_a_loop_counts_steps_and_stops_by_request():
     loop = TrainingLoop(game, callbacks=[Stop()])
     loop.run(Loader(images(20), 5))
     assert loop.step == 2 and len(game.seen) == 2
+
+
+class Alone(ShardAveraging):
+    """A rank whose sums over the ranks are its own terms."""
+
+    def __init__(self, rank, world):
+        self.rank, self.world = rank, world
+
+    def reduce(self, x, op):
+        """Leave the terms as they are."""
+
+
+@pytest.mark.parametrize("n, world", [(7, 3), (2, 3), (10, 4), (9, 3)])
+def test_means_over_ranks_are_means_over_rows(n, world):
+    x = torch.randn(n, 2, generator=generator(n), dtype=torch.float64)
+    total, rows = 0.0, []
+    for rank in range(world):
+        one = Alone(rank, world)
+        part = one.shard((x, 3 * x[:, 0]))
+        assert torch.equal(part[1], 3 * part[0][:, 0])
+        total = total + torch.stack(one.mean([part[0].mean(), part[1].square().mean()]))
+        rows += part[0].tolist() if one.share else []
+    assert torch.allclose(total, torch.stack([x.mean(), (9 * x[:, 0] ** 2).mean()]))
+    assert rows == x.tolist()
 
 
 # Pictures of a run

@@ -50,18 +50,19 @@ def random_shift(x: Tensor, most: int, generator: torch.Generator | None = None)
 
 # %% ../../nbs/90_evidence/96_classifier.ipynb #96c00008
 class LossSums:
-    """Callback that adds up the losses of an epoch on the device.
+    """Callback that adds up the losses of an epoch, image by image, on the device.
 
     Attributes:
-        total: sums by player, or None before the first step.
+        total: sums over the images by player, or None before the first step.
     """
 
     def __init__(self) -> None:
         self.total = None
 
     def on_step(self, run: TrainingLoop, batch: Any, losses: dict) -> None:
-        """Add the losses of a step."""
-        self.total = add_losses(self.total, losses)
+        """Add the losses of a step, times its images."""
+        weighted = {name: len(batch.x) * loss for name, loss in losses.items()}
+        self.total = add_losses(self.total, weighted)
 
 
 def train_classifier(
@@ -117,7 +118,7 @@ def train_classifier(
         for epoch in range(1, epochs + 1):
             sums.total = None
             loop.take_steps(loader)
-            record = {"epoch": epoch, "loss": sums.total["classifier"].item() / len(loader)}
+            record = {"epoch": epoch, "loss": sums.total["classifier"].item() / len(data)}
             if valid:
                 wrong = predict_classes(model, valid.images) != valid.labels
                 record["errors"] = wrong.sum().item()
