@@ -57,6 +57,23 @@ def test_the_likelihood_along_the_curves_is_the_gaussians(probes):
         assert ((2 < ratio) & (ratio < 4.5)).all()
 
 
+@pytest.mark.parametrize("seed", [3, 4, 5])
+def test_the_likelihood_along_the_curves_is_of_second_order_in_the_step(seed):
+    A, x = randn(4, 4, seed=seed), randn(2, 4, seed=seed + 10)
+    cov, std, low, high = A @ A.T / 4 + 0.2 * torch.eye(4, dtype=torch.float64), 0.9, 0.05, 60.0
+    variances, axes = torch.linalg.eigh(cov)
+    # The curves of a Gaussian: each axis grows with its standard deviation.
+    growth = ((variances + high**2) / (variances + low**2)).sqrt()
+    zero = torch.zeros((), dtype=torch.float64)
+    end = torch.distributions.Normal(zero, math.hypot(high, std))
+    exact = end.log_prob(growth * (x @ axes)).sum(1) + growth.log().sum()
+    errors = []
+    for steps in (40, 80):
+        nats = ode_log_prob(gaussian_denoiser(cov), x, low, high, std, steps)
+        errors.append((nats - exact).abs().max().item())
+    assert 3 < errors[0] / errors[1] < 5.5 and errors[1] < 0.01
+
+
 @pytest.mark.parametrize("probes", [None, 1])
 def test_the_likelihood_of_an_isotropic_gaussian_needs_no_average(probes):
     std, x = 0.6, 0.6 * randn(3, 5, seed=2)
