@@ -12,7 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -22,9 +22,6 @@ from ..metrics import eval_mode
 from . import checkpoint
 from .callbacks import losses_by_player
 from .guards import seeded, temporary_attributes
-
-if TYPE_CHECKING:
-    from optgen.training.run import Run
 
 # %% ../../nbs/40_training/40g_measurement.ipynb #40g00006
 @contextlib.contextmanager
@@ -66,7 +63,7 @@ def plain_numbers(measured: Any) -> dict[str, Any]:
     return plain
 
 
-def validate(run: "Run", batches: Iterable[Any]) -> dict[str, Any]:
+def validate(run: Any, batches: Iterable[Any]) -> dict[str, Any]:
     """Return the measurement of validation batches; the position of their loader is put back.
 
     Args:
@@ -80,7 +77,7 @@ def validate(run: "Run", batches: Iterable[Any]) -> dict[str, Any]:
         run.valid.load_state_dict(run.valid_start)
 
 
-def draw_samples(run: "Run", n: int) -> Tensor | None:
+def draw_samples(run: Any, n: int) -> Tensor | None:
     """Return samples of a run's scheme; a failure is a warning, and the run draws no more.
 
     Args:
@@ -103,7 +100,7 @@ def draw_samples(run: "Run", n: int) -> Tensor | None:
         return None
 
 
-def measure_epoch(run: "Run") -> tuple[dict, Tensor | None]:
+def measure_epoch(run: Any) -> tuple[dict, Tensor | None]:
     """Measure an epoch on training and validation data, and sample from the scheme.
 
     Args:
@@ -185,7 +182,7 @@ def noted(where: str) -> Iterator[None]:
         raise
 
 
-def rehearse(run: "Run") -> None:
+def rehearse(run: Any) -> None:
     """Try what is done after an epoch: the first batch is evaluated, a sample drawn.
 
     Args:

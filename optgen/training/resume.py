@@ -16,16 +16,13 @@ import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..games import Game
 from . import checkpoint
-
-if TYPE_CHECKING:
-    from optgen.training.run import Run
 
 # %% ../../nbs/40_training/40f_resume.ipynb #40f00006
 def constructor_arguments(thing: Any) -> dict[str, Any]:
@@ -141,7 +138,7 @@ def set_learning_rates(scheme: Game, rates: Mapping[str, list[float]]) -> None:
                     group[key] = lr
 
 # %% ../../nbs/40_training/40f_resume.ipynb #40f00009
-def describe_run(run: "Run") -> dict[str, Any]:
+def describe_run(run: Any) -> dict[str, Any]:
     """Return the arguments of a run that a resumption must repeat or may change on purpose.
 
     Args:

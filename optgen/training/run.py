@@ -357,7 +357,6 @@ class Run(TrainingLoop):
     def train(self) -> None:
         """Train until the last epoch, exhausted patience or a request to stop."""
         self.saved_time = time.monotonic()
-        start_batch_check(self.scheme, self.loader.data, self.valid and self.valid.data)
         with self.signals, self.announced():
             if self.trained > self.epoch:
                 self.record_epoch()
@@ -566,6 +565,7 @@ def train_to_end(
             put_back(scheme, learning_rates=plan.schedule is not None),
             seeded(plan.seed),
         ):
+            start_batch_check(scheme, run.loader.data, run.valid and run.valid.data)
             start_or_resume(run, resume, device)
             if plan.compile:
                 scheme.compile()
