@@ -693,3 +693,23 @@ def public_functions():
 def test_every_public_function_with_numbers_is_in_the_table():
     missing = set(public_functions()) - CASES.keys() - ELSEWHERE.keys()
     assert not missing, sorted(missing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("high", [80.0, 190.0, 300.0])
+def test_the_highest_levels_are_finite_in_every_precision(high, dtype):
+    schedule = schedules.LogNormalSchedule(high=high)
+    u = torch.tensor([0.0, 0.5, 1 - torch.finfo(dtype).eps / 2, 1.0], dtype=dtype)
+    drawn = schedule(u)
+    assert drawn.isfinite().all() and (drawn > 0).all() and (drawn < 1.1 * high).all()
+
+
+def test_an_unknown_target_is_refused_with_the_known_ones():
+    for bad in ("w", "", None, 3, ["v"]):
+        for call in (
+            lambda: schedules.training_target(X, X, SIGMA, bad),
+            lambda: schedules.denoised_from_output(X, X, SIGMA, bad),
+            lambda: schedules.target_weight(SIGMA, bad),
+        ):
+            with pytest.raises(ValueError, match="target must be one of .*; got "):
+                call()

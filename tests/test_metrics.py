@@ -333,7 +333,7 @@ def test_wilson_interval_solves_its_equation():
         (lambda m, x: evaluate_vae(m, [x], k=2, information_images=0), "images must be"),
         (lambda m, x: bits_per_dim(1.0, 0), "dim must be"),
         (lambda m, x: active_units([]), "empty"),
-        (lambda m, x: wilson_interval(0, 0), "n must be at least 1"),
+        (lambda m, x: wilson_interval(0, 0), "n must be an integer, at least 1"),
         (lambda m, x: importance_nll(VAE(784, 4, 4, 2), x, k=2), "784 pixels"),
     ],
 )

@@ -42,10 +42,7 @@ class Schedule:
         ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         times = self.time(ends)
         self.end_times = times.tolist()
-        # The ends of what is drawn in training, in float32.
-        drawn = self(torch.tensor([0.0, 1 - 2**-23], dtype=torch.float32, device="cpu"))
-        is_drawn_right = torch.allclose(drawn.double(), ends, rtol=0.1)
-        if not (torch.allclose(self.level(times), ends, rtol=1e-3) and is_drawn_right):
+        if not torch.allclose(self.level(times), ends, rtol=1e-3):
             raise ValueError(
                 f"{type(self).__name__}: rounding does not distinguish the times of the levels "
                 f"{low} and {high} from 0 and 1; use a narrower range or PowerSchedule"
@@ -184,7 +181,9 @@ class LogNormalSchedule(Schedule):
 
     def level(self, t: Tensor) -> Tensor:
         r"""Return the noise levels $\sigma(t)$ at times in (0, 1)."""
-        return (self.mean + self.std * torch.special.ndtri(t)).exp()
+        # In single precision the time of a high level may round to 1, whose level is infinite.
+        below_one = t.clamp(max=1 - torch.finfo(t.dtype).eps / 2)
+        return (self.mean + self.std * torch.special.ndtri(below_one)).exp()
 
     def time(self, sigma: Tensor) -> Tensor:
         """Return the times of noise levels."""
