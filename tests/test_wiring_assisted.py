@@ -18,7 +18,14 @@ from optgen.models.conditional import ConditionalVAE
 from optgen.models.vae import VAE
 from optgen.rules import Alternating, Extragradient
 from optgen.schemes.assisted import Assisted, Balanced
-from optgen.schemes.couplings import Agreement, Coupling, LossTerms, Reconstruction
+from optgen.schemes.couplings import (
+    Agreement,
+    Coupling,
+    Denoising,
+    LossTerms,
+    NoCoupling,
+    Reconstruction,
+)
 from optgen.schemes.networks import METHODS, build_networks
 from optgen.testing import generator
 
@@ -565,6 +572,22 @@ def test_generators_have_their_units_their_likelihood_and_their_start():
     features = built("m1")["features"]
     widths = [m.out_features for m in features.q_net if isinstance(m, nn.Linear)]
     assert widths == [8, 7, 8]
+
+
+COUPLINGS = {
+    "plain": NoCoupling,
+    "reconstruction": Reconstruction,
+    "agreement": Agreement,
+    "m1": NoCoupling,
+    "m1+m2": Agreement,
+    "ladder": Denoising,
+    "gamma": Denoising,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_coupling_of_each_method(method):
+    assert type(built(method)["coupling"]) is COUPLINGS[method]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from optgen.evidence.reproduce import (
 from optgen.games import Game, Player
 from optgen.models.classifier import Classifier
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
+from optgen.optim import Adam
 from optgen.sample_quality import feature_stats
 from optgen.schemes.assisted import Assisted
 from optgen.testing import generator
@@ -112,6 +113,24 @@ def test_the_loss_and_the_errors_of_a_trained_classifier(monkeypatch):
     assert abs(records[0]["loss"] - loss) > 1e-3
 
 
+def test_the_rates_of_a_trained_classifier(monkeypatch):
+    rates = []
+
+    class NotingAdam(Adam):
+        """Adam that notes its learning rates."""
+
+        def step(self, closure=None):
+            """Take a step."""
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr("optgen.evidence.classifier.Adam", NotingAdam)
+    train_classifier(digit_like(40), epochs=5, batch_size=10, lr=0.3, width=2, dim=4)
+    # Twenty steps: two of them rise.
+    expected = [0.3 * (0.5 if t == 0 else 1) * (20 - t) / 20 for t in range(20)]
+    assert rates == pytest.approx(expected)
+
+
 def test_the_rate_of_the_classifier_by_its_definition():
     # A tenth of the run rises linearly to the whole rate; all of it falls linearly to nothing.
     steps = 40
@@ -153,6 +172,8 @@ def test_images_of_a_run_are_apart(small_sets, seed):
     assert numbers(labeled).isdisjoint(numbers(valid))
     train, labeled, valid = assisted.split(config | {"labels": "all"}, seed)
     assert labeled is None and (len(train), len(valid)) == (200, 100)
+    *_, other = assisted.split(config | {"labels": "all"}, seed + 1)
+    assert numbers(valid) != numbers(other)
     assert numbers(train).isdisjoint(numbers(valid))
 
 
@@ -161,6 +182,28 @@ def test_an_early_stop_is_chosen_on_validation_images():
     names = ("valid_error", "valid_nll", "test_error", "test_nll")
     curve = [dict(zip(names, row)) for row in rows]
     assert assisted.early_stopping_look(curve) is curve[2]
+
+
+def test_trials_are_chosen_by_their_last_look(tmp_path):
+    looks = {  # validation error and NLL, look by look
+        "m1-1": [(0.1, 1.0), (0.4, 2.0)],
+        "m1-2": [(0.3, 3.0), (0.2, 9.0)],
+        "m1-3": [(0.5, 3.0), (0.2, 8.0)],
+        "plain-1": [(0.9, 1.0), (0.9, 1.0)],
+    }
+    for name, curve in looks.items():
+        curve = [{"valid_error": error, "valid_nll": nll} for error, nll in curve]
+        record = {
+            "variant": name,
+            "seed": 100,
+            "config": {"name": name},
+            "result": {"curve": curve},
+        }
+        path = tmp_path / "tune" / f"{name}-100.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
+    best = assisted.best_trials(tmp_path, "tune")
+    assert best == {"m1": {"name": "m1-3"}, "plain": {"name": "plain-1"}}
 
 
 def test_disturbances_are_the_same_at_every_call_and_differ_by_batch():

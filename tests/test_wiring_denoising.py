@@ -22,7 +22,7 @@ from optgen.models.schedules import (
     StraightSchedule,
 )
 from optgen.optim import SGD
-from optgen.schemes.denoising import DenoisingDiffusion
+from optgen.schemes.denoising import DenoisingDiffusion, evaluate_diffusion
 from optgen.schemes.levels import (
     WEIGHTS,
     AdaptiveLevels,
@@ -564,6 +564,10 @@ def test_the_defaults_are_those_of_karras_et_al():
     assert not scheme.coupling and scheme.pixels
     batch = Batch(make_batch(1).x.float(), make_batch(1).y)
     assert scheme.evaluate([batch]).keys() == {"n", "loss"}
+    assert evaluate_diffusion(scheme, [batch]) == scheme.evaluate([batch])
+    for kind in (PowerSchedule, *(kind for kind, _ in SCHEDULES.values())):
+        ends = kind()(torch.tensor([0.0, 1.0], dtype=F64)).tolist()
+        assert ends == pytest.approx([0.002, 80.0])
     assert scheme.evaluate([batch]) == scheme.evaluate([batch], seed=0)
     with pytest.raises(ValueError, match="pixel"):
         DenoisingDiffusion(model, conditional=True).draw(Batch(batch.x + 0.001, batch.y))

@@ -354,6 +354,34 @@ def test_printed_lines_are_the_records(capsys):
                 assert numbers[2 * i : 2 * i + 2] == [name, f"{value:.4g}"]
 
 
+class Bar:
+    """A stand-in for tqdm that keeps what it is given."""
+
+    made = []
+
+    def __init__(self, total, initial, **more):
+        self.total, self.at, self.start = total, initial, initial
+        self.made.append(self)
+
+    def update(self, n):
+        """Advance."""
+        self.at += n
+
+    def set_description(self, *args, **more):
+        """Do nothing."""
+
+    set_postfix = close = set_description
+
+
+def test_the_bar_counts_images(tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setattr("optgen.training.callbacks.tqdm", Bar)
+    monkeypatch.setattr(Bar, "made", [])
+    settings = {"batch_size": 10, "out": tmp_path / "run", "progress": "bar", "samples": 0}
+    fit(Regression(), images(23), epochs=1, **settings)
+    fit(Regression(), images(23), epochs=3, resume=True, **settings)
+    assert [(bar.total, bar.start, bar.at) for bar in Bar.made] == [(23, 0, 23), (69, 23, 69)]
+
+
 class TwoPlayers(Game):
     """Two regressions beside one another, whose losses are recorded by player."""
 
