@@ -610,7 +610,8 @@ def resume(out, how):
 def stop_early(out, name):
     """Fit a run that ends by its patience."""
     game = scheme()
-    game.evaluate = lambda batches, losses=iter([3.0, 2.0, 4.0, 5.0, 1.0]): {"bits": next(losses)}
+    bits = iter([9.0, 3.0, 2.0, 4.0, 5.0, 1.0])  # the first one is the rehearsal's
+    game.evaluate = lambda batches: {"bits": next(bits)}
     game.criterion = "bits"
     run(out, name, game, epochs=5, patience=2)
 

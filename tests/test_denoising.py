@@ -272,6 +272,7 @@ def test_levels_adapt_to_the_mean_over_ranks():
     other = [
         torch.tensor([3.0, 0.0], dtype=torch.float64),
         torch.tensor([3.0, 0.0], dtype=torch.float64),
+        torch.tensor(0.0, dtype=torch.float64),  # losses that were not finite
     ]
 
     def average(tensors):
