@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_number
+from .checks import check_count, check_number, check_representable
 from .registry import Registry, parse_spec
 
 # %% ../nbs/10_optimizers/14_controllers.ipynb #c0121413
@@ -560,7 +560,9 @@ def build_controller(
     except ValueError:
         name, given = parse_spec(text)
     else:
-        return Constant(beta)
+        constant = Constant(beta)
+        check_representable("Constant", beta=beta)
+        return constant
     entry = CONTROLLERS.find(name)
     if amend is not None:
         amend(name, given)
