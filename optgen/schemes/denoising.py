@@ -440,7 +440,7 @@ class DiffusionCommand(SchemeCommand):
                 metavar="M1,M2,…",
                 help="Channels of each level as multiples of these; a level halves the image.",
             ),
-            count_option("--blocks", 1, "Residual blocks of a level, on either way."),
+            count_option("--blocks", 1, "Residual blocks of a level, on either way.", 1000),
             share_option("--dropout", 0.0, "Share of the channels that are dropped in training."),
             choice_option("--target", TARGETS, self.target, "What the network estimates."),
             choice_option(
@@ -465,7 +465,7 @@ class DiffusionCommand(SchemeCommand):
             option(
                 "--uncertainty",
                 is_flag=True,
-                help="Train a second player that weighs each level's loss.",
+                help="Train a second player that weighs each level's loss, at --lr or else 0.01.",
             ),
         ]
 
@@ -477,18 +477,20 @@ class DiffusionCommand(SchemeCommand):
                 "--fid-steps",
                 None,
                 "Also compare as many samples with the images, of so many Heun steps.",
+                10**6,
             ),
             count_option(
                 "--ode-steps",
                 None,
                 "Also measure the likelihood along the curves, in so many steps.",
+                10**6,
             ),
         ]
 
     def sample_options(self) -> list[click.Option]:
         """Return the options of the sampler."""
         return [
-            count_option("--steps", 18, "Steps of the sampler."),
+            count_option("--steps", 18, "Steps of the sampler.", 10**6),
             choice_option("--sampler", SAMPLERS, "heun", "Sampler."),
         ]
 
@@ -499,14 +501,19 @@ class DiffusionCommand(SchemeCommand):
             shape, options["channels"], multiples, options["blocks"], dropout=options["dropout"]
         )
         model = Denoiser(network, shape, options["target"])
+        uncertainty = Uncertainty() if options["uncertainty"] else None
+        optimizers = build_optimizer(options, model.parameters())
+        if uncertainty is not None:
+            own = {**options, "lr": options["lr"] or 1e-2}
+            optimizers = (optimizers, build_optimizer(own, uncertainty.parameters()))
         return DenoisingDiffusion(
             model,
             options["weight"],
             SCHEDULES[options["schedule"]](),
             AdaptiveLevels() if options["levels"] == "adaptive" else None,
             options["coupling"] == "optimal",
-            Uncertainty() if options["uncertainty"] else None,
-            optimizers=build_optimizer(options, model.parameters()),
+            uncertainty,
+            optimizers=optimizers,
         )
 
     def describe_pixels(self, options: dict[str, Any]) -> str:

@@ -29,6 +29,7 @@ from optgen.models.gan import (
     MLPGenerator,
 )
 from ..optim import Adam
+from ..options import RealNumber
 from ..rules import RULES, build_rule, input_gradient_penalty
 from ..sample_quality import feature_stats, fid, frechet_floor
 from optgen.schemes.command import (
@@ -280,7 +281,7 @@ class FeedbackGANCommand(SchemeCommand):
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the networks, their losses and the rule."""
-        at_least_0 = click.FloatRange(0)
+        at_least_0 = RealNumber(0)
         return [
             option(
                 "--rule",

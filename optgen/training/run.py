@@ -9,6 +9,7 @@ __all__ = ['STOP', 'RunPlan', 'measure_epoch', 'criterion_value', 'foreign_state
 
 # %% ../../nbs/40_training/40e_run.ipynb #6800c8e0
 import contextlib
+import math
 import shlex
 import signal
 import time
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..averaging import evaluating
+from ..checks import check_count, check_number
 from ..data.loading import Loader
 from ..games import Game
 from . import checkpoint
@@ -48,7 +50,10 @@ class RunPlan:
         patience: epochs without improvement after which the run ends, or None.
         samples: images to sample after each epoch; 0 for none.
         checkpoint_steps: steps between two checkpoints, or None.
-        checkpoint_seconds: seconds between two checkpoints.
+        checkpoint_seconds: seconds between two checkpoints; infinity for none between epochs.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     epochs: int
@@ -57,6 +62,14 @@ class RunPlan:
     samples: int = 0
     checkpoint_steps: int | None = None
     checkpoint_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
+        given = {name: n for name, n in optional.items() if n is not None}
+        check_count("fit", epochs=self.epochs, **given)
+        check_count("fit", 0, samples=self.samples)
+        if self.checkpoint_seconds != math.inf:
+            check_number("fit", 0, checkpoint_seconds=self.checkpoint_seconds)
 
 # %% ../../nbs/40_training/40e_run.ipynb #23a2fcf4-8
 def measure_epoch(run: "Run") -> tuple[dict, Tensor | None]:

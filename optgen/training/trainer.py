@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..averaging import Average, Profile, averages_of, collect_evaluation_weights
-from ..checks import check_choice
+from ..checks import check_choice, check_count
 from ..data.folders import ImageFiles
 from ..data.images import Images
 from ..data.loading import Loader
@@ -130,7 +130,12 @@ def build_loaders(
 
     Returns:
         The two loaders; the second is None without validation data.
+
+    Raises:
+        ValueError: for a batch size or a seed out of range.
     """
+    check_count("fit", batch_size=batch_size)
+    check_count("fit", 0, seed=seed)
     if not isinstance(data, Loader):
         options = {"device": device, "binarize": binarize, "seed": seed}
         data = Loader(data, batch_size, drop_last=normalizes_batch(scheme), **options)
@@ -277,13 +282,13 @@ def fit(
         CheckpointError: if a checkpoint cannot be written or read.
     """
     with abort_all_on_error(init_ranks()) as ranks:
+        plan = RunPlan(epochs, schedule, patience, samples, checkpoint_steps, checkpoint_seconds)
         check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
         device = move_to_device(scheme, device, ranks)
         loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed)
         settings = training_settings(scheme, ranks, device, precision, ema)
         folder = open_folder(out, config, resume, ranks)
         callbacks = build_callbacks(folder, progress, callbacks, ranks)
-        plan = RunPlan(epochs, schedule, patience, samples, checkpoint_steps, checkpoint_seconds)
         run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
         if compile:
             scheme.compile()
