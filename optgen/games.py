@@ -17,6 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .averaging import is_in_train_mode, schedule_free_optimizers
 from .fields import Field, GamePoint
+from .limits import check_half_precision, torch_limits_explained
 
 # %% ../nbs/10_optimizers/12_games.ipynb #9a000007
 def check_optimizer_owns(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
@@ -471,11 +472,13 @@ class Game:
         Returns:
             The losses by player, 0-dim tensors on the training device. Reading one waits for it.
         """
-        for name in self.players:
+        for name, player in self.players.items():
+            check_half_precision(name, player.optimizer)
             for p in self.params(name):
                 p.grad = None  # The new gradients reuse the memory of the old.
-        batch = self.draw(batch)
-        return self.rule.step(self, self.ranks.shard(batch) if self.ranks else batch)
+        with torch_limits_explained(batch):
+            batch = self.draw(batch)
+            return self.rule.step(self, self.ranks.shard(batch) if self.ranks else batch)
 
     def step_optimizers(self, u: Field) -> None:
         """Step the optimizers of a field's players, with the field as the gradient."""

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_choice
+from ..limits import check_model, check_single_tensor
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #a5510006
 class AssistedBatch(NamedTuple):
@@ -70,20 +71,44 @@ class Coupling:
 
     Attributes:
         needs_generator: whether there must be a generator.
+        classifier_attributes, generator_attributes: what the coupling uses of the two networks.
 
     Raises:
         ValueError: for another receiver.
     """
 
     needs_generator: bool = True
+    classifier_attributes: tuple[str, ...] = ()
+    generator_attributes: tuple[str, ...] = ()
 
     def __init__(self, to: str = "both") -> None:
         check_choice(type(self).__name__, RECEIVERS, to=to)
         self.to = to
 
+    def check_networks(self, classifier: nn.Module, generator: nn.Module | None) -> None:
+        """Raise unless the two networks have what the coupling uses.
+
+        Raises:
+            ValueError: names what is missing.
+        """
+        name = type(self).__name__
+        check_model(name, "classifier", classifier, *self.classifier_attributes)
+        if self.needs_generator:
+            check_model(name, "generator", generator, *self.generator_attributes)
+
     def noise_width(self, classifier: nn.Module, generator: nn.Module | None) -> int:
         """Return the number of standard normal numbers that an image needs."""
         return 0
+
+    def classify(self, classifier: nn.Module, x: Tensor) -> Tensor:
+        """Return the logits (B, K) of a classifier.
+
+        Raises:
+            ValueError: if it returns anything else than one tensor of two dimensions.
+        """
+        logits = classifier(x)
+        check_single_tensor("Assisted", "classifier", logits, len(x), 2)
+        return logits
 
     def terms(
         self, classifier: nn.Module, generator: nn.Module | None, batch: AssistedBatch
@@ -155,7 +180,7 @@ class NoCoupling(Coupling):
         self, classifier: nn.Module, generator: nn.Module | None, batch: AssistedBatch
     ) -> LossTerms:
         """Return the classification loss, and zeros."""
-        found = F.cross_entropy(classifier(batch.labeled), batch.y)
+        found = F.cross_entropy(self.classify(classifier, batch.labeled), batch.y)
         return LossTerms(found, torch.zeros_like(found), torch.zeros_like(found))
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #a5510007
@@ -205,6 +230,8 @@ class Agreement(Coupling):
         ValueError: for another divergence or receiver.
     """
 
+    generator_attributes = ("bound", "decoder", "log_prior", "z_dim")
+
     def __init__(self, divergence: str = "classifier", to: str = "both") -> None:
         check_choice("Agreement", DIVERGENCES, divergence=divergence)
         super().__init__(to)
@@ -216,13 +243,15 @@ class Agreement(Coupling):
 
     def terms(self, classifier: nn.Module, generator: nn.Module, batch: AssistedBatch) -> LossTerms:
         """Return the classification loss, the divergence, and the generator's negative bounds."""
-        logits, bounds = classifier(batch.x), generator.bound(batch.x, eps=batch.eps)
+        logits = self.classify(classifier, batch.x)
+        bounds = generator.bound(batch.x, eps=batch.eps)
         labeled = generator.bound(batch.labeled, batch.y, batch.eps_labeled)
         own = -bounds.logsumexp(-1).mean() - labeled.mean()
         d = self.pass_gradient(logits, "classifier")
         g = self.pass_gradient(bounds, "generator")
         coupling = divergence(self.kind, d, g).mean()
-        return LossTerms(F.cross_entropy(classifier(batch.labeled), batch.y), coupling, own)
+        labeled_logits = self.classify(classifier, batch.labeled)
+        return LossTerms(F.cross_entropy(labeled_logits, batch.y), coupling, own)
 
     def typicality(
         self, classifier: nn.Module, generator: nn.Module, x: Tensor, eps: Tensor
@@ -250,6 +279,8 @@ class Reconstruction(Coupling):
         ValueError: for another loss or receiver.
     """
 
+    classifier_attributes = ("features",)
+
     def __init__(self, loss: str = "bernoulli", to: str = "both") -> None:
         super().__init__(to)
         check_choice("Reconstruction", ("bernoulli", "squared"), loss=loss)
@@ -275,7 +306,8 @@ class Reconstruction(Coupling):
             return self.error(out, batch.x).mean()
 
         coupling, own = self.route_cost(generator, classifier.features(batch.x), cost=cost)
-        return LossTerms(F.cross_entropy(classifier(batch.labeled), batch.y), coupling, own)
+        labeled_logits = self.classify(classifier, batch.labeled)
+        return LossTerms(F.cross_entropy(labeled_logits, batch.y), coupling, own)
 
     def typicality(
         self, classifier: nn.Module, generator: nn.Module, x: Tensor, eps: Tensor
@@ -295,6 +327,9 @@ class Denoising(Coupling):
     Raises:
         ValueError: for another receiver.
     """
+
+    classifier_attributes = ("activations", "sizes", "update_running_statistics")
+    generator_attributes = ("layer_weights",)
 
     def noise_width(self, classifier: nn.Module, generator: nn.Module) -> int:
         """Return the number of units of all layers."""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice
 from ..data.images import Batch
 from ..games import Game, Player, Rule
+from ..limits import cast_like, check_model
 from ..metrics import bits_per_dim, eval_mode
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
 from ..models.flow import dequantize
@@ -55,7 +56,7 @@ from optgen.schemes.levels import (
     elbo_weight,
     optimal_coupling,
 )
-from .likelihood import check_pixels
+from .likelihood import check_dequantizable, check_pixels
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00012
 class NoisyLevelBatch(NamedTuple):
@@ -124,6 +125,7 @@ class DenoisingDiffusion(Game):
     ) -> None:
         if not callable(weight):
             check_choice("DenoisingDiffusion", (*WEIGHTS, "elbo"), weight=weight)
+        check_model("DenoisingDiffusion", "model", model, "output", "shape", "target", "std")
         self.model, self.weight, self.uncertainty = model, weight, uncertainty
         self.schedule, self.levels = schedule or LogNormalSchedule(), levels or UniformLevels()
         self.coupling, self.conditional, self.pixels = coupling, conditional, pixels
@@ -172,8 +174,9 @@ class DenoisingDiffusion(Game):
                 "a conditional model needs labels, and this batch has none: "
                 "train it on labeled images, or make it without classes"
             )
-        x = batch.x.to(next(self.model.parameters()).dtype)
+        x = cast_like(batch.x, self.model).to(next(self.model.parameters()).dtype)
         if self.pixels:
+            check_dequantizable(x.dtype)
             if not self.begun:
                 check_pixels(x, "dequantized")
                 self.begun = True

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
+from ..limits import cast_like, check_model
 from ..metrics import eval_mode
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
@@ -126,6 +127,8 @@ class FeedbackGAN(Game):
     ) -> None:
         check_choice("FeedbackGAN", GAN_LOSSES, loss=loss)
         check_number("FeedbackGAN", 0, r1=r1, r2=r2)
+        check_model("FeedbackGAN", "generator", generator, "z_dim")
+        check_model("FeedbackGAN", "discriminator", discriminator)
         generated_shape = getattr(generator, "shape", None)
         expected_shape = getattr(discriminator, "shape", generated_shape)
         if generated_shape != expected_shape:
@@ -155,9 +158,10 @@ class FeedbackGAN(Game):
         Returns:
             The real examples with the noise.
         """
-        shape = len(batch.x), self.generator.z_dim
-        here = {"dtype": batch.x.dtype, "device": batch.x.device}
-        return GANBatch(batch.x, torch.randn(shape, generator=generator, **here))
+        x = cast_like(batch.x, self.generator)
+        here = {"dtype": x.dtype, "device": x.device}
+        noise = torch.randn(len(x), self.generator.z_dim, generator=generator, **here)
+        return GANBatch(x, noise)
 
     def g_loss(self, batch: GANBatch) -> Tensor:
         """Return the generator's loss; only some losses use the real examples.
