@@ -17,7 +17,7 @@ from torch.optim import LBFGS, Optimizer
 
 from .averaging import is_in_train_mode, schedule_free_optimizers
 from .fields import Field, GamePoint
-from .limits import check_half_precision, torch_limits_explained
+from .limits import within_torch_limits
 
 # %% ../nbs/10_optimizers/12_games.ipynb #9a000007
 def check_optimizer_owns(optimizer: Optimizer, params: Iterable[Tensor]) -> None:
@@ -280,9 +280,12 @@ class Rule:
             *args: of `torch.Tensor.to`.
             **kwargs: of `torch.Tensor.to`.
         """
-        self.memory = {
-            k: m.to(*args, **kwargs) if isinstance(m, Field) else m for k, m in self.memory.items()
-        }
+        kwargs.pop("memory_format", None)  # It is of images; the memory keeps its own.
+        if args or kwargs:
+            self.memory = {
+                k: m.to(*args, **kwargs) if isinstance(m, Field) else m
+                for k, m in self.memory.items()
+            }
         for rule in self.inner_rules():
             rule.to(*args, **kwargs)
 
@@ -463,6 +466,7 @@ class Game:
             raise ValueError(f"the loss of player {name!r} does not depend on any parameter")
         return loss
 
+    @within_torch_limits
     def step(self, batch: Any) -> dict[str, Tensor]:
         """Take one step of the rule.
 
@@ -472,13 +476,11 @@ class Game:
         Returns:
             The losses by player, 0-dim tensors on the training device. Reading one waits for it.
         """
-        for name, player in self.players.items():
-            check_half_precision(name, player.optimizer)
+        for name in self.players:
             for p in self.params(name):
                 p.grad = None  # The new gradients reuse the memory of the old.
-        with torch_limits_explained(batch):
-            batch = self.draw(batch)
-            return self.rule.step(self, self.ranks.shard(batch) if self.ranks else batch)
+        batch = self.draw(batch)
+        return self.rule.step(self, self.ranks.shard(batch) if self.ranks else batch)
 
     def step_optimizers(self, u: Field) -> None:
         """Step the optimizers of a field's players, with the field as the gradient."""
@@ -535,7 +537,7 @@ class Game:
         for player in self.players.values():
             if player.module is not None:
                 player.module.to(*args, **kwargs)
-            for p in player.params.values():
+            for p in () if player.module is not None else player.params.values():
                 p.data = p.data.to(*args, **kwargs)
             player.optimizer.load_state_dict(player.optimizer.state_dict())
         self.rule.to(*args, **kwargs)
@@ -564,8 +566,7 @@ class Game:
         Raises:
             ValueError: if it does not fit.
         """
-        missing = [name for name in self.stateful_parts if name not in state]
-        if missing:
+        if missing := [name for name in self.stateful_parts if name not in state]:
             raise ValueError(
                 f"the state has no {missing[0]}: it is of another scheme than {type(self).__name__}"
             )

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SMALLEST_HALF', 'EXPLANATIONS', 'check_model', 'is_positive_integer', 'cast_like', 'check_single_tensor',
-           'check_half_precision', 'ModelError', 'explain', 'describe_batch', 'torch_limits_explained']
+           'check_half_precision', 'ModelError', 'explain', 'describe_batch', 'torch_limits_explained',
+           'explains_torch_limits', 'within_torch_limits']
 
 # %% ../nbs/00_foundations/09b_limits.ipynb #0a9c0003
 import contextlib
+import functools
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -183,7 +185,7 @@ def describe_batch(batch: Any) -> str:
     """Return the shape, dtype and device of the first tensor of a batch, for a message."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if not isinstance(first, Tensor):
-        return "this batch"
+        return "one of the batches"
     return f"a batch of shape {tuple(first.shape)}, {first.dtype}, on {first.device}"
 
 
@@ -206,3 +208,35 @@ def torch_limits_explained(batch: Any) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split("\n\n")[0].split())[:300]
         raise ModelError(f"{sentence} ({describe_batch(batch)}; PyTorch: {reason})") from error
+
+# %% ../nbs/00_foundations/09b_limits.ipynb #0a9c0014
+def explains_torch_limits(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method, or a function, whose errors of PyTorch are explained.
+
+    Args:
+        method: its first argument after the scheme describes the batch, if it is one.
+    """
+
+    @functools.wraps(method)
+    def explained_method(scheme: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch_limits_explained(args[0] if args else None):
+            return method(scheme, *args, **kwargs)
+
+    return explained_method
+
+
+def within_torch_limits(step: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Return a game's method `step` with its errors explained and half precision checked.
+
+    Args:
+        step: function of the game and a batch.
+    """
+
+    @functools.wraps(step)
+    def explained_step(game: Any, batch: Any) -> Any:
+        for name, player in game.players.items():
+            check_half_precision(name, player.optimizer)
+        with torch_limits_explained(batch):
+            return step(game, batch)
+
+    return explained_step

@@ -25,7 +25,7 @@ from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import binarize_pixels
 from ..fields import Field
 from ..games import Game, Player, Rule
-from ..limits import cast_like, check_model
+from ..limits import cast_like, check_model, explains_torch_limits
 from optgen.metrics import (
     Calibration,
     auroc,
@@ -263,6 +263,7 @@ class Assisted(Game):
         x = cast_like(x, self.classifier)
         return x if self.features is None else self.features.encoder(x)[0]
 
+    @explains_torch_limits
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
         """Return class probabilities (B, K) of images (B, ...), in evaluation mode."""
@@ -417,6 +418,7 @@ def detection_metrics(inside: Predictions, outside: Predictions) -> dict[str, fl
     return result
 
 
+@explains_torch_limits
 def evaluate_assisted(
     scheme: Assisted,
     batches: Iterable[Batch],

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..limits import cast_like, check_model
+from ..limits import cast_like, check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
 from ..models.flow import dequantize
@@ -131,8 +131,7 @@ class DenoisingDiffusion(Game):
         self.coupling, self.conditional, self.pixels = coupling, conditional, pixels
         self.last_levels, self.begun = None, False
         pair = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
-        optimizer = pair[0] or Adam(model.parameters(), lr=1e-3)
-        players = {"model": Player(model, self.loss, optimizer)}
+        players = {"model": Player(model, self.loss, pair[0] or Adam(model.parameters(), lr=1e-3))}
         if uncertainty is not None:
             optimizer = pair[1] or Adam(uncertainty.parameters(), lr=1e-2)
             players["uncertainty"] = Player(uncertainty, self.loss, optimizer)
@@ -350,6 +349,7 @@ def summarize_nats(name: str, nats: Tensor, dim: int) -> dict[str, float]:
     return {name: mean, f"{name}_se": error, f"{name}_bits_per_dim": bits}
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a1evaluate
+@explains_torch_limits
 @torch.no_grad()
 def evaluate_diffusion(
     scheme: "DenoisingDiffusion",

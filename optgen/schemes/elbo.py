@@ -24,7 +24,7 @@ from ..data.images import Batch
 from ..estimators import ESTIMATORS, bound_loss, check_estimator
 from ..games import Game, Player, Rule
 from ..inner import DECODER_PASSES, Refinement
-from ..limits import cast_like, check_model
+from ..limits import cast_like, check_model, explains_torch_limits
 from ..metrics import evaluate_vae, mutual_information
 from ..models.autoregressive import AutoregressiveVAE
 from ..models.vae import VAE, ConvVAE, GaussianVAE
@@ -194,6 +194,7 @@ class BetaVAE(Game):
         rng = None if mean.is_meta else torch.Generator(mean.device).manual_seed(0)
         return mutual_information(mean, log_var, generator=rng)
 
+    @explains_torch_limits
     def evaluate(self, batches: Iterable[Batch], k: int = 1, **kwargs: Any) -> dict[str, float]:
         """Measure the model on held-out images.
 
@@ -229,6 +230,7 @@ class BetaVAE(Game):
         z = torch.randn(n, self.model.z_dim, dtype=like.dtype, device=like.device)
         return self.model.decoder(z)
 
+    @explains_torch_limits
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the decoder's output at the posterior's mean.

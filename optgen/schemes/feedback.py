@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..limits import cast_like, check_model
+from ..limits import cast_like, check_model, explains_torch_limits
 from ..metrics import eval_mode
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
@@ -158,8 +158,8 @@ class FeedbackGAN(Game):
         Returns:
             The real examples with the noise.
         """
-        x = cast_like(batch.x, self.generator)
-        here = {"dtype": x.dtype, "device": x.device}
+        x, like = cast_like(batch.x, self.generator), next(self.generator.parameters())
+        here = {"dtype": like.dtype, "device": x.device}
         noise = torch.randn(len(x), self.generator.z_dim, generator=generator, **here)
         return GANBatch(x, noise)
 
@@ -220,6 +220,7 @@ class FeedbackGAN(Game):
             z = torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device)
             return self.generator(z)
 
+    @explains_torch_limits
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], seed: int | None = None) -> dict[str, float]:
         """Measure losses and distance on held-out examples, in evaluation mode.

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_count
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..limits import cast_like, check_model
+from ..limits import cast_like, check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode
 from ..models.flow import dequantize
 from ..optim import Adam
@@ -69,6 +69,7 @@ def check_pixels(x: Tensor, data: str) -> None:
     """
     if x.is_meta:
         return
+    x = x if x.is_floating_point() else x.float()
     n = x if data == "binary" else 255 * x
     valid = ((n - n.round()).abs() < 1e-2) & (x > -1e-3) & (x < 1 + 1e-3)
     if valid.all():
@@ -318,6 +319,7 @@ class MaximumLikelihood(Game):
                 f"k={k}: the likelihood of {self.data} data is exact, and needs no samples"
             )
 
+    @explains_torch_limits
     @torch.no_grad()
     def evaluate(
         self,
