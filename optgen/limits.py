@@ -109,7 +109,7 @@ EXPLANATIONS = {
     r"Expected more than 1 spatial element": (
         "InstanceNorm cannot normalize one pixel: take larger images or fewer halvings"
     ),
-    r"double backward|differentiated twice|derivative for \S+ is not implemented|"
+    r"double backward|differentiated? twice|derivative for \S+ is not implemented|"
     r"Trying to backward through .* that has no double": (
         "a loss or a rule differentiates the model twice, which PyTorch can't here: train without "
         "compile, take a rule of first order and a loss without gradient penalty, or switch off "
@@ -129,7 +129,7 @@ EXPLANATIONS = {
     ),
     r"not implemented for '|same dtype|expected scalar type|type \(.*\) should be the same|"
     r"expected .* dtype|can only be floating point|must be a floating|result type .* can't be|"
-    r"Expected floating point type": (
+    r"Expected floating point type|could not infer output dtype": (
         "a layer does not take this dtype: give floating-point images, and keep all of the model "
         "in one dtype, float32 or float64"
     ),
