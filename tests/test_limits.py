@@ -328,21 +328,6 @@ class Pair(nn.Linear):
         return out, out
 
 
-class NoDouble(torch.autograd.Function):
-    """The identity, which cannot be differentiated twice."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        """Return a copy."""
-        return x.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """Return the gradient as it is."""
-        return grad
-
-
 class Attention(nn.Module):
     """One head of attention over the rows of an image."""
 
@@ -451,35 +436,12 @@ ERRORS = {
         FLAT,
         "returns several values where one tensor is expected",
     ),
-    "once differentiable": (
-        lambda: penalized(
-            nn.Sequential(nn.Linear(64, 1), Function(NoDouble), nn.Tanh(), nn.Flatten(0))
-        ),
-        FLAT,
-        "differentiates the model twice",
-    ),
     "fused attention": (
         lambda: penalized(Attention()),
         GRAY,
         "differentiates the model twice",
     ),
 }
-
-
-class Function(nn.Module):
-    """A module that applies a function of autograd.
-
-    Args:
-        function: with `apply`.
-    """
-
-    def __init__(self, function: type[torch.autograd.Function]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the function of `x`."""
-        return self.function.apply(x)
 
 
 @pytest.mark.parametrize("name", ERRORS)
