@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checks import check_number
+from .checks import are_numbers, check_number
 
 # %% ../nbs/10_optimizers/11_averaging.ipynb #11a00006
 class Profile:
@@ -42,10 +42,10 @@ class Profile:
             after: last step to leave out.
 
         Returns:
-            Float64 tensor of shape (t - after,).
+            Float64 tensor of shape (t - after,), on the CPU.
         """
         new = [self.update_weight(s) for s in range(after + 1, t + 1)]
-        new = torch.tensor(new, dtype=torch.float64)
+        new = torch.tensor(new, dtype=torch.float64, device="cpu")
         later = torch.log1p(-new[1:]).flip(0).cumsum(0).flip(0)
         return new * torch.cat([later, later.new_zeros(1)]).exp()
 
@@ -97,7 +97,8 @@ class Power(Profile):
     gamma: float
 
     def __post_init__(self) -> None:
-        if not self.gamma >= 0:
+        is_largest = isinstance(self.gamma, float) and self.gamma == math.inf
+        if not is_largest and not (are_numbers(self.gamma) and self.gamma >= 0):
             raise ValueError(
                 f"Power: gamma must be at least 0, got {self.gamma}; "
                 "Power.of_width(0.05) takes the relative width"
@@ -131,7 +132,7 @@ class Power(Profile):
 
     def weights(self, t: int, after: int = 0) -> Tensor:
         """Return the weights of Eq. (power-weights)."""
-        s = torch.arange(after + 1, t + 1, dtype=torch.float64)
+        s = torch.arange(after + 1, t + 1, dtype=torch.float64, device="cpu")
         return -torch.expm1((self.gamma + 1) * torch.log1p(-1 / s)) * (s / t) ** (self.gamma + 1)
 
     def retained_weight(self, t: int, after: int) -> float:
@@ -173,12 +174,16 @@ def check_same_shapes(
 class Average:
     """Average of weights along a run, Eq. (average), in at least single precision.
 
-    Buffers are not averaged.
+    Buffers are not averaged. A step after which a weight is not finite is skipped and counted.
 
     Args:
         params: a module, or tensors.
         profile: weights of the steps, such as `Power(6.9)`, `Power.of_width(0.05)` or
             `Exponential(0.999)`; a number is the decay of `Exponential`.
+
+    Attributes:
+        step: number of updates, skipped ones included.
+        skipped: number of updates that were skipped since the average was made, 0-dim.
 
     Raises:
         ValueError: if no parameter is of floating point, or the decay is out of its range.
@@ -198,8 +203,11 @@ class Average:
             p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for p in self.params.values()
         ]
-        self.profile = profile if isinstance(profile, Profile) else Exponential(profile)
-        self.step = 0
+        if not isinstance(profile, Profile):
+            check_number("Average", above=0, below=1, profile=profile)
+            profile = Exponential(profile)
+        self.profile = profile
+        self.step, self.skipped = 0, torch.tensor(0, device="cpu")
         self.evaluation_depth = 0
 
     @torch.no_grad()
@@ -219,7 +227,20 @@ class Average:
         if self.means[0].device != params[0].device:
             self.means = [mean.to(p.device) for mean, p in zip(self.means, params)]
         new = [p.to(mean.dtype) for mean, p in zip(self.means, params)]
+        new = self.replace_non_finite(new)
         torch._foreach_lerp_(self.means, new, self.profile.update_weight(self.step))
+
+    def replace_non_finite(self, new: list[Tensor]) -> list[Tensor]:
+        """Return the weights, or the averages if a weight is not finite; this waits for nothing.
+
+        Args:
+            new: weights of a step, in the dtypes of the averages.
+        """
+        norms = torch._foreach_norm(new)
+        usable = torch.stack([norm.to(norms[0]) for norm in norms]).isfinite().all()
+        self.skipped = self.skipped.to(usable.device) + ~usable
+        masks = (usable.to(mean.device) for mean in self.means)
+        return [torch.where(ok, p, mean) for ok, p, mean in zip(masks, new, self.means)]
 
     @torch.no_grad()
     def copy_to_params(self) -> None:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from .checks import check_count, check_number
+from .stepping import check_dense_gradient
 
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a0006
 def orthogonalize(G: Tensor, steps: int = 5) -> Tensor:
@@ -73,9 +74,6 @@ class Muon(Optimizer):
         weight_decay: float = 0.0,
         ns_steps: int = 5,
     ) -> None:
-        check_number("Muon", low=0.0, lr=lr, weight_decay=weight_decay)
-        check_number("Muon", low=0.0, below=1.0, momentum=momentum)
-        check_count("Muon", ns_steps=ns_steps)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -95,19 +93,23 @@ class Muon(Optimizer):
             group.setdefault("blocks", 1)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group and check its parameters.
+        """Add a parameter group and check its options and parameters.
 
         Args:
             param_group: `params`, and the options that differ from the defaults.
 
         Raises:
             TypeError: for a complex parameter.
-            ValueError: for a vector, or rows that cannot be divided into the blocks.
+            ValueError: for a vector, or rows that cannot be divided into the blocks, or an option
+                out of its range; the group is not added then.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for param in group["params"]:
-            check_matrix(param, group["blocks"])
+        try:
+            check_muon_group(group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -118,12 +120,16 @@ class Muon(Optimizer):
 
         Returns:
             What the closure returns; None without one.
+
+        Raises:
+            TypeError: for a sparse gradient; no parameter has changed by then.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        for group in self.param_groups:
-            for theta in group["params"]:
-                if theta.grad is not None:
-                    self.step_parameter(group, theta)
+        moving = [(g, p) for g in self.param_groups for p in g["params"] if p.grad is not None]
+        for _, theta in moving:
+            check_dense_gradient("Muon", theta)
+        for group, theta in moving:
+            self.step_parameter(group, theta)
         return loss
 
     def step_parameter(self, group: dict[str, Any], theta: Tensor) -> None:
@@ -174,6 +180,23 @@ def check_matrix(param: Tensor, blocks: int) -> None:
         )
     if param.is_complex():
         raise TypeError("Muon steps real matrices, got a complex one: step it by Adam")
+
+
+def check_muon_group(group: dict[str, Any]) -> None:
+    """Raise unless the options of a parameter group are in their ranges, and it has matrices.
+
+    Args:
+        group: parameter group with all its options.
+
+    Raises:
+        TypeError: for a complex parameter.
+        ValueError: for an option out of its range, a vector, or rows that cannot be divided.
+    """
+    check_number("Muon", low=0.0, lr=group["lr"], weight_decay=group["weight_decay"])
+    check_number("Muon", low=0.0, below=1.0, momentum=group["momentum"])
+    check_count("Muon", ns_steps=group["ns_steps"], blocks=group["blocks"])
+    for param in group["params"]:
+        check_matrix(param, group["blocks"])
 
 # %% ../nbs/10_optimizers/17_muon.ipynb #a17a2005
 def hidden_matrix(layer: nn.Module) -> tuple[Tensor | None, bool, int]:

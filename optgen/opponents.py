@@ -31,7 +31,8 @@ def scale_by_lr(game: Game, u: Field, lr: float | None = None) -> Field:
         return lr * u
     groups = [group for name in u for group in game.players[name].optimizer.param_groups]
     rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    return Field({k: [rate[id(p)] * x for p, x in zip(game.params(k), u[k])] for k in u})
+    pairs = {k: zip(game.params(k), xs) for k, xs in u.items()}
+    return Field({k: [None if x is None else rate[id(p)] * x for p, x in pairs[k]] for k in u})
 
 
 def check_learning_rates(
@@ -205,7 +206,7 @@ class CompetitiveGradient(Rule):
             return r + eta(whole.vjp(r, diagonal=False))
 
         at.grads([(i, j) for i in whole.movers for j in whole.movers])  # One pass for each loss.
-        dtype = at.game.params(whole.movers[0])[0].dtype
+        dtype = next(p.dtype for name in whole.movers for p in at.game.params(name))
         start = self.memory.get("u", whole.v)
         u = solve_normal_equations(
             M, M_transposed, whole.v, start, self.iterations, tiny=torch.finfo(dtype).tiny

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .checks import is_representable
+from .checks import SMALLEST, are_numbers
 
 # %% ../nbs/00_foundations/09a_options.ipynb #0a9b0008
 LARGEST_SIZE = 2**31 - 1
@@ -39,9 +39,9 @@ class RealNumber(click.FloatRange):
         """
         try:
             number = super().convert(float(value), param, ctx)
-            if is_representable(number):
+            if are_numbers(number) and (number == 0 or abs(number) >= SMALLEST):
                 return number
-        except (ValueError, click.BadParameter):
+        except (ValueError, OverflowError, click.BadParameter):
             pass
         bounds = f" with {self._describe_range()}" if self._describe_range() else ""
         self.fail(f"must be a finite number in the range of float32{bounds}; got {value!r}")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .averaging import PROFILES, Profile, check_same_shapes
+from .checks import check_count
 
 # %% ../nbs/10_optimizers/11a_posthoc.ipynb #11a01005
 def target_weights(target: Profile | Callable[[Tensor], Tensor], at: int) -> Tensor:
@@ -27,13 +28,18 @@ def target_weights(target: Profile | Callable[[Tensor], Tensor], at: int) -> Ten
         Float64 tensor of shape (at,).
 
     Raises:
-        ValueError: if a weight is not finite, or their sum is not positive.
+        ValueError: if the target is neither, a weight is not finite, or their sum is not positive.
     """
     if isinstance(target, Profile):
         p = target.weights(at)
+    elif callable(target):
+        steps = torch.arange(1, at + 1, dtype=torch.float64, device="cpu")
+        p = torch.as_tensor(target(steps), dtype=torch.float64, device="cpu")
     else:
-        steps = torch.arange(1, at + 1, dtype=torch.float64)
-        p = torch.as_tensor(target(steps), dtype=torch.float64)
+        raise ValueError(
+            f"target must be a profile or a function of the steps, got {target!r}: take "
+            "Power.of_width(0.1) for a relative width, Exponential(0.99) for a decay"
+        )
     if p.shape != (at,) or not p.isfinite().all() or not p.sum() > 0:
         raise ValueError(
             f"a target must give each of the {at} steps a finite weight, with a positive sum; got "
@@ -57,11 +63,12 @@ def block_shares(profiles: list[Profile], ends: list[int], which: Tensor, last: 
     retained = torch.tensor(
         [[0.0, *(kind.retained_weight(b, a) for a, b in pairwise(ends))] for kind in profiles],
         dtype=torch.float64,
+        device="cpu",
     )
-    first = torch.tensor([0])
+    first = torch.tensor([0], device="cpu")
     decay = retained.clamp(min=1e-300).log().index_fill(1, first, 0.0).cumsum(1)
     since = (decay[which, last][:, None] - decay[which]).clamp(max=0).exp()
-    return since * (torch.arange(len(ends)) <= last[:, None])
+    return since * (torch.arange(len(ends), device="cpu") <= last[:, None])
 
 
 def solve_with_unit_sum(M: Tensor, y: Tensor) -> Tensor:
@@ -93,11 +100,12 @@ def posthoc_coefficients(
         at: step of the target average.
 
     Returns:
-        Coefficients of shape (n,) with sum 1, in float64, and the residual $\varrho$.
+        Coefficients of shape (n,) with sum 1, in float64 on the CPU, and the residual $\varrho$.
 
     Raises:
         ValueError: if a weight of the target is not finite, or their sum is not positive.
     """
+    check_count("posthoc_coefficients", at=at)
     profiles = list(dict.fromkeys(profile for profile, _ in marks))
     ends = sorted({at, *(step for _, step in marks)})
     p = target_weights(target, at)
@@ -106,8 +114,8 @@ def posthoc_coefficients(
     for a, b in pairwise([0, *ends]):
         columns = [*(profile.weights(b, a) for profile in profiles), p[a:b]]
         factors.append(torch.linalg.qr(torch.stack(columns, 1), mode="r").R)
-    which = torch.tensor([profiles.index(profile) for profile, _ in marks])
-    last = torch.tensor([ends.index(step) for _, step in marks])
+    which = torch.tensor([profiles.index(profile) for profile, _ in marks], device="cpu")
+    last = torch.tensor([ends.index(step) for _, step in marks], device="cpu")
     shares = block_shares(profiles, ends, which, last)
     M = torch.cat([R[:, which] * shares[:, k] for k, R in enumerate(factors)])
     y = torch.cat([R[:, -1] for R in factors])

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from .checks import check_representable
+from .checks import check_number
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #b7ead83a
 def read_json(word: str) -> int | float | bool | None:
@@ -51,7 +51,7 @@ def parse_spec(text: str, read: Callable[[str], Any] = read_json) -> tuple[str, 
             raise ValueError(f"{text}: {key!r} has no value, as in {name}:KEY=VALUE")
         values[key] = read(value)
         if isinstance(values[key], Real) and not isinstance(values[key], bool):
-            check_representable(name, **{key: values[key]})
+            check_number(name, **{key: values[key]})
     return name, values
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #827c73ed

@@ -20,6 +20,7 @@ from .fields import Field, GamePoint
 from .games import Game, Rule, Simultaneous, as_rule
 from .opponents import CompetitiveGradient, Unrolled
 from .registry import Registry, parse_spec, read_json
+from .stepping import real_view
 
 _all_ = ["Simultaneous"]
 
@@ -283,7 +284,7 @@ class SymplecticAdjustment(Correction):
         Av = 0.5 * (dH - whole.jvp(v))
         if not self.align:
             return self.weight * Av
-        d = sum(x.numel() for xs in v.values() for x in xs)
+        d = sum(real_view(p).numel() for k in players for p in at.game.params(k))
         alignment = (v @ dH) * (Av @ dH) / d + self.eps
         sign = torch.where(alignment >= 0, 1.0, -1.0).to(alignment.dtype)
         return self.weight * (sign * Av).select(at.movers)
@@ -351,13 +352,13 @@ class Clipped(DirectionWrapper):
 
     def direction(self, at: GamePoint) -> Field:
         """Return the inner rule's direction, shortened player by player."""
-        u = self.inner.direction(at)
-        clipped = Field()
-        for name, xs in u.items():
+
+        def shorten(xs: list[Tensor]) -> Sequence[Tensor]:
+            """Return the tensors of one player, together at most $c$ long."""
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(xs)))
-            scale = (self.max_norm / (norm + 1e-6)).clamp(max=1)
-            clipped[name] = torch._foreach_mul(xs, scale)
-        return clipped
+            return torch._foreach_mul(xs, (self.max_norm / (norm + 1e-6)).clamp(max=1))
+
+        return self.inner.direction(at).apply(shorten)
 
 # %% ../nbs/10_optimizers/13_rules.ipynb #23a2fcf4-14
 def input_gradient_penalty(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

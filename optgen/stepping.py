@@ -6,6 +6,7 @@
 __all__ = ['TorchCompatibleOptimizer', 'Descent']
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #c869b7c0
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -263,6 +264,9 @@ class TorchCompatibleOptimizer(Optimizer):
             TypeError: if an option is neither a number nor a tensor.
             ValueError: if an option is out of its range, or a form cannot be had.
         """
+        if not isinstance(param_group, dict):
+            owner, kind = type(self).__name__, type(param_group).__name__
+            raise TypeError(f"{owner}: a parameter group must be a dict with params, got a {kind}")
         group = {**self.defaults, **param_group}
         self.check_group(group)
         if isinstance(group["lr"], Tensor):
@@ -404,6 +408,29 @@ def check_dense_gradient(owner: str, param: Tensor) -> None:
             f"{owner} cannot step on a sparse gradient (a parameter of shape {shape}): build its "
             "layer with sparse=False, densify it with p.grad = p.grad.to_dense(), or use "
             "torch.optim.SparseAdam"
+        )
+
+
+def check_optimizer(optimizer: Optimizer, expected: str) -> None:
+    """Raise unless an object is an optimizer that steps along a given gradient.
+
+    Args:
+        optimizer: the object.
+        expected: what is expected, and how it is written, for the message.
+
+    Raises:
+        TypeError: if it is no optimizer, but a class or a loss, say.
+        ValueError: if its step needs a closure, as that of `torch.optim.LBFGS`.
+    """
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups"):
+        raise TypeError(f"{expected}; got a {kind}")
+    arguments = list(inspect.signature(type(optimizer).step).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if any(a.kind in kinds and a.default is a.empty for a in arguments):
+        raise ValueError(
+            f"{kind} evaluates the loss itself, as often as it likes: "
+            "take an optimizer that steps along a given gradient"
         )
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #23a2fcf4-3

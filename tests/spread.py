@@ -10,6 +10,7 @@ import socket
 import sys
 import threading
 import traceback
+import warnings
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import softplus
+from torch.nn.parallel import DistributedDataParallel
 
 from optgen import opponents, rules
+from optgen.averaging import averages_of
 from optgen.controllers import ControlVAE, FreeBits, Geco, SigmaVAE
 from optgen.data.images import Batch, Images, digits
 from optgen.games import Game, Player, Simultaneous
@@ -339,6 +342,102 @@ def own_norms(ranks=None):
     return train(ranks, rule=Own(0.5))
 
 
+def batches(steps=6):
+    """Return batches of changing size, the same on every rank."""
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(SIZES[i % 4], 2, generator=g, dtype=torch.float64) for i in range(steps)]
+
+
+def begun_apart(ranks):
+    "Weights, averages and Adam's state of a loop of one's own, begun with other weights on each."
+    rank = ranks.rank if ranks else 0
+    game = gan(seed=rank, optimizer="adam", rule=rules.Extragradient(past=True))
+    if not rank:  # a state of an earlier run, which only the first rank has loaded
+        torch.manual_seed(1)
+        game.step(batches()[0])
+    game.averages = averages_of(game, 0.5)
+    game.ranks = ranks
+    torch.manual_seed(2)
+    for x in batches():
+        game.step(x)
+        for average in game.averages:
+            average.update()
+    moments = [s["exp_avg"] for p in game.players.values() for s in p.optimizer.state.values()]
+    means = [mean for average in game.averages for mean in average.means]
+    return torch.cat([t.flatten() for t in (*flatten(game), *means, *moments)])
+
+
+def flatten(game):
+    """Return all weights of a game."""
+    return [p.detach() for ps in game.weights().values() for p in ps]
+
+
+def routed(ranks):
+    "Weights of experts, of which each rank reaches others, and one is reached by none."
+    experts = torch.ones(4, 2, dtype=torch.float64).unbind()
+    experts = [e.clone().requires_grad_() for e in experts]
+    optimizer = torch.optim.AdamW(experts, lr=0.05, weight_decay=0.5)
+
+    def loss(x):
+        parts = [x[:, 0] * 0]
+        for k in x[:, 1].long().unique().tolist():
+            chosen = (x[:, 1] == k).to(x.dtype)
+            parts.append(chosen * (experts[k].square().sum() - x[:, 0]) ** 2)
+        return sum(parts).mean()
+
+    game = Game(rule=rules.Consensus(0.05), m=Player(experts, loss, optimizer))
+    game.ranks = ranks
+    for t in range(8):
+        x = torch.linspace(-1, 1, 6, dtype=torch.float64)
+        k = torch.tensor([0, 0, 0, 1, 1, 2]) if t % 2 else torch.tensor([0, 0, 1, 1, 1, 1])
+        game.step(torch.stack([x, k.to(x.dtype)], 1))
+        experts[1].requires_grad_(t not in (3, 4))
+    assert experts[3].grad is None and torch.equal(experts[3], torch.ones_like(experts[3]))
+    return torch.cat([e.detach() for e in experts])
+
+
+def lone_warnings(ranks):
+    "What a game says that does not know its ranks."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        game = gan()
+        game.step(batches()[0])
+        game.step(batches()[0])
+    return [str(w.message) for w in caught]
+
+
+def sparse_error(ranks):
+    "What ranks say of sparse gradients."
+    table = nn.Embedding(3, 2, sparse=True)
+    optimizer = torch.optim.SGD(table.parameters(), 0.1)
+    game = Game(m=Player(table, lambda i: table(i).square().mean(), optimizer))
+    game.ranks = ranks
+    try:
+        game.step(torch.arange(3))
+    except TypeError as error:
+        return str(error)
+    return ""
+
+
+def parallel_error(ranks):
+    "What a game says of PyTorch's own data parallelism."
+    net = nn.Linear(2, 1)
+    wrapped = DistributedDataParallel(net) if ranks else net
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    game = Game(m=Player(net, lambda x: wrapped(x).square().mean(), optimizer))
+    game.ranks = ranks
+    try:
+        game.step(torch.ones(4, 2))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+OWN_LOOPS = {
+    f.__name__: f for f in (begun_apart, routed, lone_warnings, sparse_error, parallel_error)
+}
+
+
 def follow_one(out):
     """Take the steps of every rule and scheme, and leave the results."""
     ranks = init_ranks()
@@ -349,6 +448,7 @@ def follow_one(out):
                 "own": own_norms(ranks),
                 "elbos": elbos(ranks),
                 "assisted": {name: assisted(name, ranks) for name in ASSISTED},
+                "loops": {name: loop(ranks) for name, loop in OWN_LOOPS.items()},
                 "likelihoods": {data: likelihood(data, ranks) for data in LIKELIHOODS},
             },
             out / f"{ranks.rank if ranks else 0}-of-{ranks.world if ranks else 1}.pt",

@@ -1,6 +1,7 @@
 """Averages of the installed package: dtypes, files, foreign loops, schemes, schedules, errors."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -300,7 +301,7 @@ def test_an_average_of_schedule_free_weights_is_refused_before_the_run(tmp_path)
         ),
     ],
 )
-def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_path):
+def test_a_schedule_resumes_to_the_bit_and_puts_the_rates_back(make, tmp_path):
     options = dict(batch_size=50, progress="none", ema=Power(2.0))
     options["schedule"] = lambda t: min(1, 4 * t) * (1 - t)
     whole, first, second = Scheme(make), Scheme(make), Scheme(make, seed=3)
@@ -311,9 +312,12 @@ def test_a_schedule_resumes_to_the_bit_and_leaves_the_rates_readable(make, tmp_p
     fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **options)
     assert equal(whole.net.state_dict(), second.net.state_dict())
     group = whole.players["net"].optimizer.param_groups[0]
-    lr, initial_lr = float(group["lr"]), float(group["initial_lr"])
-    assert lr == pytest.approx(initial_lr / 12)
-    assert initial_lr in (pytest.approx(0.01), pytest.approx(0.02))
+    assert float(group["lr"]) in (pytest.approx(0.01), pytest.approx(0.02))
+    assert "initial_lr" not in group
+    saved = checkpoint.load(tmp_path / "b/checkpoint.pt")["scheme"]["net"]["optimizer"]
+    (*_, saved) = saved.get("optimizers", [saved])
+    saved = saved["param_groups"][0]
+    assert float(saved["lr"]) == pytest.approx(float(saved["initial_lr"]) / 12)
 
 
 def test_a_schedule_needs_rates_and_says_so_before_the_run(tmp_path):
@@ -472,3 +476,142 @@ def test_a_reconstruction_has_the_buffers_of_the_last_snapshot_up_to_its_step():
     for at, step in ((2, 2), (3, 2), (5, 4), (6, 6), (None, 6)):
         found = reconstruct(snapshots, Power(2.0), at=at).state
         assert found["running_mean"].tolist() == [step, step]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_weights_that_are_not_finite_are_skipped_and_counted(bad, dtype):
+    weights = [torch.zeros(3, dtype=dtype), torch.zeros(2, 2, dtype=dtype)]
+    average, expected = Average(weights, Power(3.0)), [torch.zeros(3), torch.zeros(2, 2)]
+    expected = [x.to(average.means[0]) for x in expected]
+    rng = generator(1)
+    for t in range(1, 13):
+        for w in weights:
+            w.copy_(torch.randn(w.shape, generator=rng))
+        if t in (1, 4, 5, 11):
+            weights[t % 2].view(-1)[t % 3] = bad
+        else:
+            share = average.profile.update_weight(t)
+            expected = [e + share * (w.to(e) - e) for e, w in zip(expected, weights)]
+        average.update()
+    assert average.step == 12 and average.skipped == 4
+    for mean, e in zip(average.means, expected):
+        assert torch.allclose(mean, e, rtol=1e-5 if mean.dtype == torch.float32 else 1e-12)
+
+
+def test_skipping_is_on_the_device():
+    average = Average([torch.zeros(2, device="meta")], 0.9)
+    average.update()
+    assert average.skipped.is_meta
+
+
+def test_a_target_that_is_neither_profile_nor_function_is_refused():
+    average = Average([torch.zeros(2)], Power(3.0))
+    average.update()
+    for bad in (0.07, "0.07", None, torch.tensor(0.1)):
+        with pytest.raises(ValueError, match="target must be a profile or a function of the steps"):
+            reconstruct([average.snapshot()], bad)
+
+
+def decay_of(kind, t):
+    """Return the weight that the average before step t keeps, from its definition."""
+    if t == 1:
+        return 0.0
+    if isinstance(kind, Power):
+        return (1 - 1 / t) ** (kind.gamma + 1) if kind.gamma < float("inf") else 0.0
+    return min(t / (t + kind.warmup), kind.decay) if kind.warmup else kind.decay
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Exponential(0.97, warmup=4.0)], ids=str)
+def test_it_is_the_recursion_of_its_profile(kind):
+    _, average, path = walked(kind, seed=4, steps=60)
+    mean = torch.zeros_like(path[0])
+    shares = torch.zeros(60, dtype=torch.float64)
+    for t, point in enumerate(path, 1):
+        d = decay_of(kind, t)
+        mean, shares = d * mean + (1 - d) * point, d * shares
+        shares[t - 1] += 1 - d
+    torch.testing.assert_close(flat_means(average), mean)
+    torch.testing.assert_close(kind.weights(60), shares)
+    torch.testing.assert_close(kind.weights(60, 40), shares[40:])
+    kept = torch.tensor([decay_of(kind, t) for t in range(21, 61)]).prod().item()
+    assert kind.retained_weight(60, 20) == pytest.approx(kept)
+
+
+@pytest.mark.parametrize("width", [0.03, 0.1, 0.25, 12**-0.5])
+def test_a_width_is_the_deviation_of_the_steps_of_a_long_run(width):
+    kind, n = Power.of_width(width), 100_000
+    t = torch.arange(1, n + 1, dtype=torch.float64)
+    p = t**kind.gamma  # the weights of a long run, up to a factor
+    p = p / p.sum()
+    mean = (p * t).sum()
+    deviation = (p * (t - mean) ** 2).sum().sqrt().item() / n
+    assert deviation == pytest.approx(width, rel=1e-3)
+    assert kind.width == pytest.approx(width)
+
+
+def test_averages_of_a_scheme_have_the_profile_that_is_asked_for():
+    scheme = Scheme()
+    for profile in (Power(2.5), Exponential(0.7, 3.0)):
+        (average,) = averages_of(scheme, profile)
+        assert average.profile is profile and average.module is scheme.net
+    (average,) = averages_of(scheme, 0.6)
+    assert average.profile == Exponential(0.6, 9.0)
+    (average,) = averages_of(scheme)
+    assert average.profile == Exponential(0.999, 9.0)
+
+
+@pytest.mark.parametrize("of_scheme", [False, True])
+def test_buffers_that_change_in_evaluation_are_put_back(of_scheme):
+    scheme = Scheme()
+    scheme.averages = averages_of(scheme, 0.9)
+    scheme.averages[0].update()
+    before = {name: buffer.clone() for name, buffer in scheme.net.named_buffers()}
+    with evaluating(scheme if of_scheme else scheme.averages[0]):
+        scheme.net.train()
+        scheme.net(torch.rand(20, 784, generator=generator(1)))
+        assert not equal(before, dict(scheme.net.named_buffers()))
+    assert equal(before, dict(scheme.net.named_buffers()))
+
+
+def test_a_target_is_a_combination_whatever_the_unit_of_its_weights():
+    net, first, path = walked(Power(1.0), steps=1)
+    averages = [first, Average(net, Power(4.0)), Average(net, Exponential(0.8))]
+    averages[1].update()
+    averages[2].update()
+    noise, points, snapshots = generator(9), [path[0]], []
+    for t in range(2, 31):
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(torch.randn(p.shape, generator=noise, dtype=torch.float64))
+        points.append(flat_weights(net))
+        for average in averages:
+            average.update()
+        if t % 5 == 0:
+            snapshots += [average.snapshot() for average in averages]
+    points = torch.stack(points)
+    # A target of unit 7 is the target; what is out of reach is the nearest, by least squares.
+    steps = torch.arange(1, 26, dtype=torch.float64)
+    for relative in (lambda s: 7 * s, lambda s: 0.01 * (s > 12)):
+        found = reconstruct(snapshots, relative, at=25)
+        p = torch.cat([relative(steps) / relative(steps).sum(), torch.zeros(5)])
+        rows = []
+        for t in range(5, 31, 5):
+            for average in averages:
+                shares = torch.zeros(30, dtype=torch.float64)
+                for s in range(1, t + 1):
+                    d = decay_of(average.profile, s)
+                    shares[: s - 1] *= d
+                    shares[s - 1] = 1 - d
+                rows.append(shares)
+        A = torch.stack(rows)
+        others, c = A[:-1] - A[-1], None
+        solution = torch.linalg.lstsq(
+            others.T, (p - A[-1])[:, None], rcond=1e-12, driver="gelsd"
+        ).solution[:, 0]
+        c = torch.cat([solution, 1 - solution.sum(0, keepdim=True)])
+        best = ((c @ A - p).norm() / p.norm()).item()
+        assert found.residual == pytest.approx(best, abs=1e-6)
+        assert found.coefficients.sum().item() == pytest.approx(1.0)
+        made = torch.cat([found.state[name].flatten() for name in ("weight", "bias")])
+        torch.testing.assert_close(made, (c @ A) @ points, rtol=1e-5, atol=1e-5)

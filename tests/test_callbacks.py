@@ -83,7 +83,9 @@ def test_the_order_of_calls(tmp_path):
     assert calls == [
         ("on_train_begin", 0, 0),
         ("on_step", 0, 1),
+        ("on_checkpoint", 0, 1),  # with the configuration, once a step was taken
         ("on_step", 0, 2),
+        ("on_checkpoint", 0, 2),  # before the epoch is measured
         ("on_checkpoint", 1, 2),
         ("on_epoch", 1, 2),
         ("on_train_end", 1, 2),
@@ -127,8 +129,8 @@ def test_a_checkpoint_is_whole_when_it_is_announced(tmp_path):
 
     options = dict(valid=few(50), patience=3, checkpoint_steps=1, progress="none")
     fit(scheme(), few(), out=tmp_path / "run", callbacks=[Loading()], **options)
-    names = ["checkpoint.pt", "checkpoint.pt", "best.pt", "checkpoint.pt"]
-    assert Loading.steps == [(name, s, s) for name, s in zip(names, (1, 2, 2, 2))]
+    names = ["checkpoint.pt", "checkpoint.pt", "checkpoint.pt", "best.pt", "checkpoint.pt"]
+    assert Loading.steps == [(name, s, s) for name, s in zip(names, (1, 2, 2, 2, 2))]
 
 
 def test_only_the_first_rank_calls():

@@ -362,6 +362,9 @@ def test_mistakes_with_a_likelihood_are_one_line_and_leave_nothing(
     assert_refused(scheme, few_images, f"--epochs 1 {args}", word, tmp_path / "run", capsys)
 
 
+MADE_ONLY = {"binarize", "direct", "dropout", "levels"}
+
+
 def test_options_and_states_of_other_schemes_are_refused(few_images, tmp_path, capsys, no_pictures):
     out = tmp_path / "run"
     assert run(*train_args("made", few_images, "--hidden 8 --epochs 1 --out"), out) == 0
@@ -375,10 +378,15 @@ def test_options_and_states_of_other_schemes_are_refused(few_images, tmp_path, c
         assert run(*command) == 2
         assert_one_line(capsys.readouterr().err, f"{name} is not an option of made")
     edit_config(out, scheme="maf", layers=1, alpha=0.1)
+    assert run("evaluate", out) == 1
+    assert_one_line(capsys.readouterr().err, "maf takes no option")
+    options = {k: v for k, v in read_options(out).items() if k not in MADE_ONLY}
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, "options": options}))
     for command in (("evaluate", out), ("sample", out), ("train --resume", out, "--epochs 2")):
         capsys.readouterr()
         assert run(*command) == 1
-        assert_one_line(capsys.readouterr().err, "player")
+        assert_one_line(capsys.readouterr().err, "scheme.model: saved 'MADE', here 'Flow'")
 
 
 def test_colors_where_pixels_have_one_channel_are_refused(tmp_path, capsys, no_pictures):

@@ -88,8 +88,8 @@ def test_training_in_float32_follows_float64(name):
 def test_training_under_bfloat16_autocast(name):
     losses = train(build_flow(name), name, 30, bfloat16=True)
     assert losses.dtype == torch.float32
-    assert losses.isfinite().all()
-    assert losses[-3:].mean() < losses[:3].mean()
+    exact = train(build_flow(name), name, 30)
+    assert torch.allclose(losses, exact, rtol=0.02, atol=1.0)
 
 
 @pytest.mark.cuda

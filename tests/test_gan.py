@@ -185,6 +185,23 @@ def test_layers_start_with_variance_one():
             assert abs(x.square().mean() - 1) < 0.15
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_weights_start_by_the_inputs_that_an_output_sums(seed):
+    torch.manual_seed(seed)
+    # Kernels of 4 x 4; a transposed one of stride 2 has a quarter of its taps on each output.
+    generator_net = ConvGenerator((1, 16, 16), 30, 16).net
+    discriminator_net = ConvDiscriminator((1, 16, 16), 16).net
+    found = [m for net in (generator_net, discriminator_net) for m in net if hasattr(m, "weight")]
+    gain = 1 / torch.nn.functional.silu(torch.randn(10**6)).square().mean().sqrt()
+    expected = [1 / 30, gain**2 / (32 * 4), gain**2 / (16 * 4)]
+    expected += [1 / 16, gain**2 / (16 * 16), gain**2 / (32 * 16)]
+    for layer, variance in zip(found, expected, strict=True):
+        w = layer.weight.double()
+        error = (2 / w.numel()) ** 0.5
+        assert abs(w.square().mean() / variance - 1) < 5 * error + 0.01
+        assert not layer.bias.any()
+
+
 def values(G, D, x, z):
     """Return both values of every loss, and the penalty R1."""
     x = x.clone().requires_grad_()

@@ -184,9 +184,8 @@ def test_float32_follows_float64(name, monkeypatch):
 def test_bfloat16_autocast_trains(name):
     scheme = tiny(name)
     scheme.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
-    losses = train(scheme, name, 25)
-    assert losses.isfinite().all()
-    assert losses[-3:].mean() < losses[:3].mean()
+    losses, exact = train(scheme, name, 25), train(tiny(name), name, 25)
+    assert torch.allclose(losses, exact, rtol=0.02, atol=0.2)
     assert all(p.dtype == torch.float32 for p in scheme.model.parameters())
 
 

@@ -71,8 +71,8 @@ def test_workers_stream_what_memory_holds(tmp_path, binarize):
 
 def test_a_workers_error_is_one_line(tmp_path):
     path = write_folder(tmp_path, ["a.png", "b.png"]) / "b.png"
-    path.write_bytes(b"")
     loader = Loader(image_folder(tmp_path, holdout=0.0, memory_limit=0), 1, workers=2)
+    path.write_bytes(b"")  # damaged after it was checked
     with refuses(path, "cannot be read"):
         try:
             list(loader)

@@ -1,6 +1,7 @@
 """Muon of the installed package: dtypes, devices, resumption, schedules, in a game."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -34,9 +35,18 @@ def batches(n, seed=0):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_it_trains_in_the_parameters_dtype(dtype):
-    scheme = game(dtype)
-    losses = [scheme.step(Batch(b.x.to(dtype)))["model"].item() for b in batches(1) * 60]
-    assert losses[-1] < losses[0] - 1
+    def losses(scheme, dtype):
+        """Return the losses of sixty steps whose noise is seeded."""
+        torch.manual_seed(0)
+        steps = (scheme.step(Batch(b.x.to(dtype))) for b in batches(1) * 60)
+        return [step["model"].item() for step in steps]
+
+    scheme, wide = game(dtype), game(torch.float64)
+    wide.load_state_dict(copy.deepcopy(scheme.state_dict()))
+    found, expected = (losses(s, d) for s, d in ((scheme, dtype), (wide, torch.float64)))
+    fall = sum(expected[:10]) / 10 - sum(expected[-10:]) / 10
+    assert fall > 1
+    assert abs(sum(found[-10:]) / 10 - sum(expected[-10:]) / 10) < 0.5 * fall
     assert all(p.dtype == dtype and p.isfinite().all() for p in scheme.model.parameters())
 
 
@@ -175,3 +185,59 @@ def test_frozen_shared_and_parametrized_weights_are_not_stepped_by_muon(seed):
         muon_groups(net, exclude="out")
     with pytest.raises(ValueError, match="no hidden matrix"):
         muon_groups(net, exclude=["2", "5"])
+
+
+def quintic(s, rounds):
+    """Return singular values after the rounds, each by the polynomial of Jordan et al. (2024)."""
+    for _ in range(rounds):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return s
+
+
+def by_singular_values(d, rounds):
+    """Return the orthogonalized matrix by its singular values."""
+    u, s, v = torch.linalg.svd(d, full_matrices=False)
+    return u @ torch.diag(quintic(s / s.norm(), rounds)) @ v
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize(
+    "shape, transposed, blocks",
+    [((3, 7), False, 1), ((7, 3), False, 1), ((7, 3), True, 1)]
+    + [((3, 7), True, 1), ((6, 2), False, 2), ((6, 4), False, 3)],
+)
+def test_three_steps_by_singular_values(shape, transposed, blocks, nesterov):
+    lr, mu, decay = 0.03, 0.8, 0.2
+    theta = nn.Parameter(randn(*shape, seed=1))
+    group = {"params": [theta], "transposed": transposed, "blocks": blocks}
+    optimizer = Muon([group], lr, mu, nesterov, decay, ns_steps=4)
+    expected, m = theta.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    for t in range(3):
+        g = theta.grad = randn(*shape, seed=10 + t)
+        m = mu * m + (1 - mu) * g
+        d = mu * m + (1 - mu) * g if nesterov else m
+        parts = [by_singular_values(part, 4) for part in d.chunk(blocks)]
+        rows, columns = parts[0].shape[::-1] if transposed else parts[0].shape
+        scale = math.sqrt(max(1, rows / columns))
+        expected = (1 - lr * decay) * expected - lr * scale * torch.cat(parts)
+        optimizer.step()
+        assert torch.allclose(theta, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_rates_set_after_loading_are_those_of_the_parts():
+    def made(seed):
+        """Return parameters and their optimizer after a step."""
+        params = [nn.Parameter(randn(3, 4, seed=seed)), nn.Parameter(randn(4, seed=seed))]
+        optimizer = CombinedOptimizer(Muon(params[:1]), Adam(params[1:]))
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return params, optimizer
+
+    (_, saved), (params, optimizer) = made(0), made(1)
+    optimizer.load_state_dict(copy.deepcopy(saved.state_dict()))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert all(map(torch.equal, before, params))

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from cli_helpers import run
+from optgen.cli.options import optimizer_options, run_options
 from optgen.cli.runs import load_commands
-from optgen.cli.train import optimizer_options, run_options
 from optgen.data.images import digits
 
 COMMANDS = load_commands()

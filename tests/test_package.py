@@ -24,6 +24,7 @@ import optgen
 REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
 DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree"}
+DEPENDENCIES |= {"filelock"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
 MEASURED = {"bench.trainers": {"pythae"}}
 ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's

@@ -131,6 +131,28 @@ def test_a_scheme_follows_one_process(job, part, name, world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("loop", ["begun_apart", "routed"])
+def test_a_loop_of_ones_own_follows_one_process(job, loop, world):
+    "Begun with other weights, averages and moments; with tensors that some ranks do not reach."
+    one, ranks = (
+        result(job, 0, 1)["loops"][loop],
+        [result(job, r, world)["loops"][loop] for r in range(world)],
+    )
+    for weights in ranks:
+        assert torch.equal(weights, ranks[0]) and (weights - one).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_that_are_forgotten_or_not_served_are_named(job, world):
+    for rank in range(world):
+        loops = result(job, rank, world)["loops"]
+        assert len(loops["lone_warnings"]) == (world > 1)
+        assert all(f"one of {world} processes" in text for text in loops["lone_warnings"])
+        assert ("uses DistributedDataParallel" in loops["parallel_error"]) == (world > 1)
+        assert ("sparse: build its layer with sparse=False" in loops["sparse_error"]) == (world > 1)
+
+
+@pytest.mark.parametrize("world", [2, 3])
 def test_the_mean_of_the_ranks_own_penalties_is_another_rule(job, world):
     one = result(job, 0, 1)
     plain, consensus = (

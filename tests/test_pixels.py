@@ -71,8 +71,8 @@ def test_training_in_float32_follows_float64(name, levels):
 def test_training_under_bfloat16_autocast(name, levels):
     losses = train(build_model(name, levels), levels, 20, bfloat16=True)
     assert losses.dtype == torch.float32
-    assert losses.isfinite().all()
-    assert losses[-1] < losses[0]
+    exact = train(build_model(name, levels), levels, 20)
+    assert torch.allclose(losses, exact, rtol=0.02)
 
 
 @pytest.mark.cuda

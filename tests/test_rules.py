@@ -5,6 +5,7 @@ Rules are resumed, taken to their limits, run on other devices and precisions, a
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -357,6 +358,118 @@ def test_follows_the_explicit_matrix(name, players, seed):
         assert losses.keys() >= set(players) and all(
             not x.requires_grad and x.ndim == 0 for x in losses.values()
         )
+
+
+# The losses that a step returns: at which weights each is evaluated, by plain PyTorch.
+class PlainGan:
+    """A small GAN as two vectors and two functions, without the package."""
+
+    names = ("G", "D")
+
+    def __init__(self, seed):
+        g = generator(seed)
+        self.A, self.b = normal(3, 3, g=g), normal(2, 3, g=g)
+        self.start = {name: normal(3, g=g) for name in self.names}
+
+    def loss(self, name, w, batch):
+        """Return the loss of a player at weights by name."""
+        played = (w["G"] @ self.A @ w["D"].tanh()) * batch
+        own = (w[name] ** 2 @ self.b[self.names.index(name)].abs()) + (w[name] ** 4).sum() / 9
+        return (played if name == "G" else -played) + own
+
+    def losses(self, w, batch):
+        """Return the losses of both players at the same weights."""
+        return {name: self.loss(name, w, batch).item() for name in self.names}
+
+    def descended(self, w, batch, lr, movers=names):
+        """Return the weights after a plain step of some players."""
+        w = {name: x.detach().requires_grad_() for name, x in w.items()}
+        grads = {k: torch.autograd.grad(self.loss(k, w, batch), w[k])[0] for k in movers}
+        return {k: (x - lr * grads[k] if k in grads else x).detach() for k, x in w.items()}
+
+    def game(self, rule, lr):
+        """Return the game of the package, with its weights."""
+        w = {name: x.clone().requires_grad_() for name, x in self.start.items()}
+        players = {
+            name: Player([w[name]], partial(self.loss, name, w), torch.optim.SGD([w[name]], lr))
+            for name in self.names
+        }
+        return Game(rule=rule, **players), w
+
+
+def at_the_start(gan, w, batch, lr, past):
+    """Return the losses at the weights from which the step leaves."""
+    return gan.losses(w, batch)
+
+
+def each_before_its_move(gan, w, batch, lr, past):
+    """Return G's loss at the start, and D's after G has moved."""
+    after = gan.descended(w, batch, lr, ["G"])
+    return {"G": gan.losses(w, batch)["G"], "D": gan.losses(after, batch)["D"]}
+
+
+def each_before_its_move_by_order(gan, w, batch, lr, past):
+    """Return D's loss at the start, and G's after D has moved twice."""
+    after = gan.descended(gan.descended(w, batch, lr, ["D"]), batch, lr, ["D"])
+    return {"G": gan.losses(after, batch)["G"], "D": gan.losses(w, batch)["D"]}
+
+
+def one_step_ahead(gan, w, batch, lr, past):
+    """Return the losses along the last direction, from the second step on; before, at the start."""
+    if past is None:
+        return gan.losses(w, batch)
+    return gan.losses({k: w[k] - lr * past[k] for k in w}, batch)
+
+
+def where_the_other_will_be(gan, w, batch, lr, past):
+    """Return D's loss at the start, and G's after five steps of D."""
+    end = w
+    for _ in range(5):
+        end = gan.descended(end, batch, lr, ["D"])
+    return {"G": gan.losses(end, batch)["G"], "D": gan.losses(w, batch)["D"]}
+
+
+REPORTED = dict.fromkeys(RULES, at_the_start) | {
+    "alternating": each_before_its_move,
+    "alternating_order": each_before_its_move_by_order,
+    "extragradient:past=true": one_step_ahead,
+    "lookahead:every=2,inner=extragradient": at_the_start,
+    "lookahead:every=2,inner=alternating": each_before_its_move,
+    "unrolled": where_the_other_will_be,
+}
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", REPORTED)
+def test_the_losses_that_a_step_returns(name, seed):
+    "Five steps, each on another batch; the weights before each are the game's own."
+    lr, gan, past = 0.02, PlainGan(seed), None
+    if name == "alternating_order":
+        rule = Alternating(order=["D", "G"], repeats={"D": 2})
+    else:
+        rule = build_rule(name)
+    game, weights = gan.game(rule, lr)
+    for t in range(5):
+        w, batch = {k: x.detach().clone() for k, x in weights.items()}, 1.0 + 0.3 * t
+        losses = game.step(batch)
+        expected = REPORTED[name](gan, w, batch, lr, past)
+        assert losses.keys() == expected.keys()
+        for player, value in expected.items():
+            assert losses[player].item() == pytest.approx(value, rel=1e-12)
+            assert not losses[player].requires_grad and losses[player].ndim == 0
+        if name == "extragradient:past=true":  # the move is along the direction one step ahead
+            past = {k: (w[k] - weights[k].detach()) / lr for k in w}
+
+
+def test_the_places_of_the_losses_differ():
+    "At these steps, another place would be seen."
+    gan = PlainGan(0)
+    past = {k: torch.ones(3, dtype=F64) for k in gan.names}
+    found = [place(gan, gan.start, 1.0, 0.02, past) for place in dict.fromkeys(REPORTED.values())]
+    for name in gan.names:
+        values = [losses[name] for losses in found]
+        assert max(values) - min(values) > 1e-3
+    assert len({tuple(losses.values()) for losses in found}) == len(found) == 5
 
 
 # Two-player, zero-sum: Schaefer and Anandkumar's own formula.

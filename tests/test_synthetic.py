@@ -14,6 +14,16 @@ def small_source(seed=0, dtype=torch.float64):
     return SyntheticSequences(seed, vocab=4, length=3, hidden=8, embed=5, dtype=dtype)
 
 
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_the_weights_of_the_latent_in_the_output_have_a_range_of_their_own(scale):
+    source = SyntheticSequences(3, vocab=400, length=3, hidden=8, embed=5, z_scale=scale)
+    by_state, by_latent = source.head.weight.split((8, 2), 1)
+    for weights, reach in ((by_state, 1.0), (by_latent, scale), (source.embedding.weight, 1.0)):
+        assert 0.9 * reach < weights.abs().max() <= reach
+        error = reach / (3 * weights.numel()) ** 0.5
+        assert abs(weights.mean()) < 5 * error
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_sequences_have_the_likelihood_they_are_drawn_with(seed):
     source, every = small_source(seed), torch.cartesian_prod(*[torch.arange(4)] * 3)
@@ -81,7 +91,7 @@ def test_splits_of_sequences_repeat_and_differ():
 def test_wrong_arguments_are_refused():
     with refuses("dev", "valid"):
         synthetic_sequences("dev")
-    with refuses("length=0"):
+    with pytest.raises(ValueError, match="length must be an integer, at least 1; got 0"):
         SyntheticSequences(length=0)
     with refuses("rounds=0"):
         small_source().posterior(torch.zeros(1, 3, dtype=torch.int64), rounds=0)

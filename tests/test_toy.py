@@ -27,7 +27,7 @@ def test_only_gray_images_with_labels_are_stacked():
         stacked_digits(stacked_digits(source, 9))
     with refuses("labels"):
         stacked_digits(Images(source.images))
-    with refuses("no image"):
+    with pytest.raises(ValueError, match="n must be an integer, at least 1; got 0"):
         stacked_digits(source, 0)
 
 

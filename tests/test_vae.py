@@ -1,5 +1,6 @@
 """The VAE of the installed package: the article's listing, both losses, shapes, devices, dtypes."""
 
+import itertools
 import math
 
 import pytest
@@ -19,7 +20,7 @@ from optgen.models.vae import (
     gaussian_kl,
     vae_loss,
 )
-from optgen.testing import check_gradient, generator, raises
+from optgen.testing import check_gradient, generator, raises, randn
 
 BUILD = {"VAE": lambda: VAE(784, 32, 16, 3), "ConvVAE": lambda: ConvVAE((1, 28, 28), 3, width=4)}
 both = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
@@ -261,3 +262,34 @@ def test_state_dict_round_trip(build):
 def test_bad_input_is_one_clear_error(call, word):
     with raises(ValueError, word):
         call()
+
+
+def test_the_articles_loss_has_its_kl_weight_and_the_decoder_starts_at_the_mean_image():
+    x, recon = torch.rand(2, 3, 6, generator=generator(1), dtype=torch.float64)
+    mean, log_var = randn(2, 3, 2, seed=2)
+    q = Normal(mean, (log_var / 2).exp())
+    kl = kl_divergence(q, Normal(torch.zeros_like(mean), 1.0)).sum()
+    bits = -(x * recon.log() + (1 - x) * (1 - recon).log()).sum()
+    torch.testing.assert_close(vae_loss(x, recon, mean, log_var, 0.3), bits + 0.3 * kl)
+    average = torch.tensor([0.1, 0.5, 0.9, 0.2, 0.7, 0.4])
+    model = VAE(6, 5, 4, 2, x_mean=average, activation=torch.nn.Tanh)
+    for p in list(model.p_net.parameters())[:-1]:
+        torch.nn.init.zeros_(p)
+    torch.testing.assert_close(model.decoder(torch.randn(3, 2)), average.expand(3, 6))
+    kinds = [type(m) for net in (model.q_net, model.p_net) for m in net]
+    assert kinds.count(torch.nn.Tanh) == 4 and torch.nn.ReLU not in kinds
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (2, 5, 7)])
+def test_a_convolutional_vae_has_the_width_that_is_asked_for(shape):
+    model = ConvVAE(shape, 2, width=3)
+    channels = [m.out_channels for m in model.modules() if hasattr(m, "out_channels")]
+    assert channels == [3, 6, 3, shape[0]]
+    x = torch.rand(2, *shape, generator=generator(1)).round()
+    z = torch.randn(4, 2, 2, generator=generator(2))
+    one_by_one = [
+        Bernoulli(logits=model.p_net(z[i, j][None])).log_prob(x[j][None]).sum()
+        for i, j in itertools.product(range(4), range(2))
+    ]
+    expected = torch.stack(one_by_one).view(4, 2)
+    torch.testing.assert_close(model.log_likelihood(x, z), expected)

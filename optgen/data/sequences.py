@@ -8,7 +8,14 @@ __all__ = ['SEQUENCE_SPLITS', 'Sequences']
 # %% ../../nbs/00_foundations/08_sequences.ipynb #d1900012
 import torch
 
-from .images import DataError, Images, check_split
+from optgen.data.images import (
+    DataError,
+    Images,
+    check_labels,
+    check_split,
+    describe_data,
+    how_to_get_tensor,
+)
 
 # %% ../../nbs/00_foundations/08_sequences.ipynb #967893a5
 SEQUENCE_SPLITS = ("train", "valid", "test")
@@ -33,10 +40,13 @@ class Sequences(Images):
     def __post_init__(self) -> None:
         check_split(self.split, SEQUENCE_SPLITS)
         tokens = self.images
-        if tokens.dtype != torch.int64 or tokens.ndim != 2:
-            got = f"tokens are {tokens.dtype} with shape {tuple(tokens.shape)}"
+        is_tensor = isinstance(tokens, torch.Tensor)
+        if not is_tensor or tokens.dtype != torch.int64 or tokens.ndim != 2:
+            problem = f"tokens are {describe_data(tokens)}, expected a tensor of int64 (N, T)"
             fix = "pad them to one length and call .long()"
-            raise DataError.with_fix(self.name, f"{got}, expected int64 (N, T)", fix)
+            fix = fix if is_tensor else how_to_get_tensor(tokens)
+            raise DataError.with_fix(self.name, problem, fix)
         if not tokens.is_meta and len(tokens) and tokens.min() < 0:
             problem = f"a token is {tokens.min()}, expected at least 0"
             raise DataError.with_fix(self.name, problem, "number the tokens from 0")
+        check_labels(self.name, self.labels, len(tokens), len(self.classes))

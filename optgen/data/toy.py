@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_number
 from .images import DataError, Images, seeded_generator
 
 # %% ../../nbs/00_foundations/07_toy.ipynb #23a2fcf4-18
@@ -27,14 +28,13 @@ def stacked_digits(data: Images, n: int | None = None, channels: int = 3, seed: 
         n images of shape (channels, H, W), with labels 0 to K**channels - 1.
 
     Raises:
-        DataError: unless `data` is gray and labeled, and for a number below 1.
+        DataError: unless `data` is gray and labeled.
+        ValueError: for a number below 1.
     """
     if data.labels is None or data.shape[0] != 1:
         problem = f"{data.shape[0]} channel(s), {'no ' * (data.labels is None)}labels"
         raise DataError.with_fix(data.name, problem, "stack gray images with labels, mnist() say")
-    if (n is not None and n < 1) or channels < 1:
-        subject = f"stacked_digits(n={n}, channels={channels})"
-        raise DataError.with_fix(subject, "makes no image", "pass numbers from 1")
+    check_count("stacked_digits", channels=channels, **{} if n is None else {"n": n})
     generator = seeded_generator("cpu", "stacked", seed)
     chosen = torch.randint(len(data), (n or len(data), channels), generator=generator)
     chosen = chosen.to(data.images.device)
@@ -57,6 +57,8 @@ def ring_centers(
     Returns:
         (modes, 2).
     """
+    check_count("ring_centers", modes=modes)
+    check_number("ring_centers", radius=radius)
     angle = torch.arange(modes, device=device) * (2 * math.pi / modes)
     return radius * torch.stack([angle.cos(), angle.sin()], -1)
 
@@ -74,6 +76,8 @@ def grid_centers(
     Returns:
         (side * side, 2).
     """
+    check_count("grid_centers", side=side)
+    check_number("grid_centers", spacing=spacing)
     line = spacing * (torch.arange(side, device=device) - (side - 1) / 2)
     return torch.cartesian_prod(line, line)
 
@@ -84,13 +88,11 @@ def _device_of(generator: torch.Generator | None) -> torch.device | None:
 
 
 def _sample_mixture(
-    n: int, centers: Tensor, std: float, generator: torch.Generator | None
+    n: int, centers: Tensor, std: float, generator: torch.Generator | None, name: str = "std"
 ) -> tuple[Tensor, Tensor]:
     """Draw points of Eq. (mixture) and their components, (n, 2) and (n,)."""
-    if n < 0 or std < 0 or not len(centers):
-        problem = f"n={n}, std={std}, {len(centers)} components"
-        fix = "take n and std from 0, components from 1"
-        raise DataError.with_fix("toy mixture", problem, fix)
+    check_count("toy mixture", 0, n=n)
+    check_number("toy mixture", 0, **{name: std})
     device = centers.device
     labels = torch.randint(len(centers), (n,), generator=generator, device=device)
     noise = torch.randn(n, 2, generator=generator, device=device)
@@ -117,7 +119,7 @@ def ring_mixture(
         Points (n, 2), and the component of each (n,) int64.
 
     Raises:
-        DataError: for a negative `n` or `std`, and without components.
+        ValueError: for a negative `n` or `std`, and without components.
     """
     centers = ring_centers(modes, radius, _device_of(generator))
     return _sample_mixture(n, centers, std, generator)
@@ -143,7 +145,7 @@ def grid_mixture(
         Points (n, 2), and the component of each (n,) int64.
 
     Raises:
-        DataError: for a negative `n` or `std`, and without components.
+        ValueError: for a negative `n` or `std`, and without components.
     """
     centers = grid_centers(side, spacing, _device_of(generator))
     return _sample_mixture(n, centers, std, generator)
@@ -163,10 +165,11 @@ def two_moons(
         Points (n, 2), and the moon of each (n,) int64: 0 the upper, 1 the lower.
 
     Raises:
-        DataError: for a negative `n` or `noise`.
+        ValueError: for a negative `n` or `noise`.
     """
     device = _device_of(generator)
-    offsets, labels = _sample_mixture(n, torch.zeros(2, 2, device=device), noise, generator)
+    centers = torch.zeros(2, 2, device=device)
+    offsets, labels = _sample_mixture(n, centers, noise, generator, "noise")
     t = math.pi * torch.rand(n, generator=generator, device=device)
     upper = torch.stack([t.cos(), t.sin()], -1)
     lower = torch.stack([1 - t.cos(), 0.5 - t.sin()], -1)

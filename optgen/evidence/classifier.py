@@ -50,18 +50,20 @@ def random_shift(x: Tensor, most: int, generator: torch.Generator | None = None)
 
 # %% ../../nbs/90_evidence/96_classifier.ipynb #96c00008
 class LossSums:
-    """Callback that adds up the losses of an epoch on the device.
+    """Callback that adds up the losses of an epoch over its images, on the device.
 
     Attributes:
         total: sums by player, or None before the first step.
+        images: number of images so far.
     """
 
     def __init__(self) -> None:
-        self.total = None
+        self.total, self.images = None, 0
 
     def on_step(self, run: TrainingLoop, batch: Any, losses: dict) -> None:
         """Add the losses of a step."""
-        self.total = add_losses(self.total, losses)
+        self.total = add_losses(self.total, losses, len(batch.x))
+        self.images += len(batch.x)
 
 
 def train_classifier(
@@ -115,9 +117,9 @@ def train_classifier(
             game, callbacks=[sums], lr_factor=lambda t: warmup_linear_decay(t, steps)
         )
         for epoch in range(1, epochs + 1):
-            sums.total = None
+            sums.total, sums.images = None, 0
             loop.take_steps(loader)
-            record = {"epoch": epoch, "loss": sums.total["classifier"].item() / len(loader)}
+            record = {"epoch": epoch, "loss": sums.total["classifier"].item() / sums.images}
             if valid:
                 wrong = predict_classes(model, valid.images) != valid.labels
                 record["errors"] = wrong.sum().item()

@@ -26,6 +26,7 @@ def causal_window(x: Tensor, radius: int) -> Tensor:
     Returns:
         (2r(r+1), B, H W): one row for each neighbor, zero outside the image.
     """
+    check_count("causal_window", radius=radius)
     r, (_, H, W) = radius, x.shape
     x = F.pad(x, (r, r, r, 0))
     offsets = [divmod(k, 2 * r + 1) for k in range(2 * r * (r + 1))]
@@ -45,6 +46,8 @@ class CausalDecoder(nn.Module):
 
     def __init__(self, pixels: int, z_dim: int, hidden: int, width: int, neighbors: int) -> None:
         super().__init__()
+        check_count("CausalDecoder", pixels=pixels, z_dim=z_dim, hidden=hidden, width=width)
+        check_count("CausalDecoder", neighbors=neighbors)
         self.map = perceptron(z_dim, hidden, pixels)
         self.window = nn.Linear(neighbors + 1, width)
         self.mix = nn.Linear(width, width)
@@ -85,6 +88,8 @@ class AutoregressiveVAE(BernoulliVAE):
     Raises:
         ValueError: if a size is below 1, or for more than one channel.
     """
+
+    pixels = "binary"
 
     def __init__(
         self,

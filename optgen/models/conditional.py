@@ -68,6 +68,7 @@ class ConditionalVAE(LatentModel):
         check_count("ConditionalVAE", x_dim=x_dim, classes=classes, z_dim=z_dim, hidden=hidden)
         check_choice("ConditionalVAE", ("bernoulli", "gaussian"), likelihood=likelihood)
         self.x_dim, self.classes, self.z_dim, self.likelihood = x_dim, classes, z_dim, likelihood
+        self.pixels = "unit" if likelihood == "bernoulli" else "finite"
         outputs = x_dim if likelihood == "bernoulli" else 2 * x_dim
         self.q_net = _class_network(x_dim, 2 * z_dim, classes, hidden, activation)
         self.p_net = _class_network(z_dim, outputs, classes, hidden, activation)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Denoise', 'SAMPLERS', 'Denoiser', 'Embedding', 'PerceptronDenoiser', 'ResidualBlock', 'Attention', 'UNet',
-           'level_pairs', 'ddim', 'heun', 'ancestral', 'gaussian_log_prob', 'variational_bound', 'trace_directions',
-           'ode_log_prob']
+           'level_pairs', 'ddim', 'heun', 'ancestral', 'check_density_arguments', 'gaussian_log_prob',
+           'variational_bound', 'trace_directions', 'ode_log_prob']
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00002
 import math
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_count, check_number
+from ..checks import are_numbers, check_choice, check_count, check_number
 from .flow import zero_initialized
 from .schedules import TARGETS, denoised_from_output, expand_like
 
@@ -88,6 +88,8 @@ class Embedding(nn.Module):
 
     def __init__(self, width: int, classes: int = 0, n_frequencies: int = 16) -> None:
         super().__init__()
+        check_count("Embedding", width=width, n_frequencies=n_frequencies)
+        check_count("Embedding", 0, classes=classes)
         self.register_buffer("frequency", torch.logspace(0, 2, n_frequencies))
         first, second = nn.Linear(2 * n_frequencies, width), nn.Linear(width, width)
         self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
@@ -163,6 +165,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
+        check_count("ResidualBlock", inputs=inputs, outputs=outputs, width=width)
+        check_number("ResidualBlock", 0, 1, dropout=dropout)
         self.first = nn.Sequential(
             nn.GroupNorm(math.gcd(8, inputs), inputs),
             nn.SiLU(),
@@ -197,6 +201,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        check_count("Attention", channels=channels)
         self.norm = nn.GroupNorm(math.gcd(8, channels), channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
@@ -322,7 +327,7 @@ def level_pairs(steps: Sequence[float] | Tensor, y: Tensor) -> list[tuple[float,
     Raises:
         ValueError: if there are fewer than two levels, or they do not fall.
     """
-    steps = torch.as_tensor(steps, dtype=torch.float64).tolist()
+    steps = [float(s) for s in (steps.tolist() if isinstance(steps, Tensor) else steps)]
     falls = all(b < a for a, b in pairwise(steps))
     if len(steps) < 2 or steps[-1] < 0 or not falls:
         shown = f"{steps[:4]}{' …' if len(steps) > 4 else ''}"
@@ -417,6 +422,25 @@ def ancestral(
 SAMPLERS = {"ancestral": ancestral, "ddim": ddim, "heun": heun}
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00017
+def check_density_arguments(owner: str, low: float, high: float, std: float, **counts: int) -> None:
+    """Raise unless the levels and counts of a density are in range.
+
+    Args:
+        owner: function whose arguments these are, for the message.
+        low: smallest noise level.
+        high: largest noise level.
+        std: root mean square of the data.
+        **counts: further arguments, each at least 1.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    check_number(owner, above=0, std=std)
+    check_count(owner, **counts)
+    if not (are_numbers(low, high) and 0 < low < high):
+        raise ValueError(f"{owner}: 0 < low < high < inf must hold; got low {low!r}, high {high!r}")
+
+
 def gaussian_log_prob(x: Tensor, var: float) -> Tensor:
     r"""Return $\log\mathcal N(x;0,\mathrm{var}\,I)$, nats (B,).
 
@@ -424,6 +448,7 @@ def gaussian_log_prob(x: Tensor, var: float) -> Tensor:
         x: examples (B, ...).
         var: variance of every number.
     """
+    check_number("gaussian_log_prob", above=0, var=var)
     return -(x**2 / var + math.log(2 * math.pi * var)).flatten(1).sum(1) / 2
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25b00018
@@ -454,6 +479,7 @@ def variational_bound(
     Returns:
         Nats (B,).
     """
+    check_density_arguments("variational_bound", low, high, std, n_levels=n_levels)
     options = {"generator": generator, "dtype": x.dtype, "device": x.device}
     D, ratio = x[0].numel(), high**2 / (high**2 + std**2)
     square = (x**2).flatten(1).sum(1)
@@ -484,6 +510,8 @@ def trace_directions(
     Returns:
         Tensors shaped as `x`.
     """
+    if probes is not None:
+        check_count("trace_directions", 0, probes=probes)
     if not probes:
         D = x[0].numel()
         units = torch.eye(D, dtype=x.dtype, device=x.device)
@@ -518,6 +546,7 @@ def ode_log_prob(
     Returns:
         Nats (B,).
     """
+    check_density_arguments("ode_log_prob", low, high, std, steps=steps)
     D, w, total = x[0].numel(), x.detach() / math.hypot(low, std), x.new_zeros(len(x))
     directions = trace_directions(x, probes, generator)
 

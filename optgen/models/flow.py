@@ -29,6 +29,7 @@ def bounded_log_scale(a: Tensor, max_log_scale: float) -> Tensor:
     Returns:
         Log-scales in $(-c,c)$, shaped as `a`.
     """
+    check_number("bounded_log_scale", above=0, max_log_scale=max_log_scale)
     return max_log_scale * (a / max_log_scale).tanh()
 
 # %% ../../nbs/20_models/24_flow.ipynb #24b00002
@@ -55,6 +56,7 @@ class AffineCoupling(nn.Module):
 
     def __init__(self, mask: Tensor, net: nn.Module, max_log_scale: float = 2.0) -> None:
         super().__init__()
+        check_number("AffineCoupling", above=0, max_log_scale=max_log_scale)
         self.register_buffer("mask", mask.clone(memory_format=torch.contiguous_format))
         self.net, self.max_log_scale = net, max_log_scale
 
@@ -101,6 +103,8 @@ class MaskedAutoregressive(nn.Module):
         activation: type[nn.Module] = nn.ReLU,
     ) -> None:
         super().__init__()
+        check_count("MaskedAutoregressive", x_dim=x_dim)
+        check_number("MaskedAutoregressive", above=0, max_log_scale=max_log_scale)
         self.net = masked_perceptron(x_dim, hidden, 2, activation)
         self.max_log_scale = max_log_scale
         zero_initialized(self.net[-1])
@@ -324,6 +328,7 @@ def perceptron(
     Returns:
         A module from (B, x_dim) to (B, 2, x_dim).
     """
+    check_count("perceptron", x_dim=x_dim)
     sizes, layers = [x_dim, *hidden], []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
@@ -402,6 +407,7 @@ def same_conv(inputs: int, outputs: int, size: int) -> nn.Conv2d:
         outputs: channels of the output.
         size: height and width of the kernel, an odd number.
     """
+    check_count("same_conv", inputs=inputs, outputs=outputs, size=size)
     return nn.Conv2d(inputs, outputs, size, padding=size // 2)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24b00012
@@ -416,6 +422,7 @@ class ResidualNet(nn.Module):
 
     def __init__(self, inputs: int, channels: int, blocks: int) -> None:
         super().__init__()
+        check_count("ResidualNet", inputs=inputs, channels=channels, blocks=blocks)
         self.start = same_conv(inputs, channels, 3)
         self.end = same_conv(channels, 2 * inputs, 3)
         self.blocks = nn.ModuleList(

@@ -62,9 +62,10 @@ class LadderEncoder(nn.Module):
             raise ValueError(
                 f"a ladder needs two sizes or more, each at least 1; got {tuple(sizes)}"
             )
-        check_number("LadderEncoder", low=0, noise=noise)
+        check_number("LadderEncoder", low=0, noise=noise, eps=eps)
         check_number("LadderEncoder", low=0, below=1, decay=decay)
         self.sizes, self.noise, self.decay, self.eps = tuple(sizes), noise, decay, eps
+        self.x_dim = self.sizes[0]
         self.maps = nn.ModuleList(nn.Linear(m, n, bias=False) for m, n in zip(sizes, sizes[1:]))
         for layer in self.maps:
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -154,7 +155,9 @@ class LadderEncoder(nn.Module):
             for name, found in (("mean", clean.mean[i]), ("var", clean.var[i])):
                 running = getattr(self, f"{name}{i}")
                 step = (1 / self.followed.to(running.dtype)).clamp(min=1 - self.decay)
-                running.lerp_(found.detach().to(running), step)
+                # A number that is not finite would stay in the running mean for ever.
+                new = found.detach().to(running)
+                running.lerp_(torch.where(new.isfinite(), new, running), step)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, classes) of the clean path.

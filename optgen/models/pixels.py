@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from .vae import bernoulli_log_likelihood
 
 # %% ../../nbs/20_models/28_pixels.ipynb #28a00006
@@ -169,6 +169,7 @@ def masked_perceptron(
     """
     smallest = min(hidden, default=1)
     check_count("masked_perceptron", x_dim=x_dim, hidden=smallest, outputs=outputs)
+    check_number("masked_perceptron", 0, 1, dropout=dropout)
     pixels = torch.arange(1, x_dim + 1)
     degrees = [pixels]
     for n in hidden:
@@ -321,6 +322,8 @@ class CausalLayer(nn.Module):
         self, inputs: int, channels: int, radius: int, first: bool, dilation: int = 1
     ) -> None:
         super().__init__()
+        check_count("CausalLayer", inputs=inputs, channels=channels, dilation=dilation)
+        check_count("CausalLayer", 0, radius=radius)
         self.reach, self.first = radius * dilation, first
         kernel = (radius + 1, 2 * radius + 1)
         self.down = nn.Conv2d(inputs, 2 * channels, kernel, dilation=dilation)

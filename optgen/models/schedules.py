@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TARGETS', 'Schedule', 'LinearSchedule', 'CosineSchedule', 'StraightSchedule', 'LogNormalSchedule', 'PowerSchedule',
-           'x0_coefficients', 'eps_coefficients', 'v_coefficients', 'flow_coefficients', 'expand_like',
+           'x0_coefficients', 'eps_coefficients', 'v_coefficients', 'flow_coefficients', 'expand_like', 'check_target',
            'training_target', 'denoised_from_output', 'target_weight']
 
 # %% ../../nbs/20_models/25a_schedules.ipynb #008852a4
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import are_numbers, check_choice, check_count, check_number
 
 # %% ../../nbs/20_models/25a_schedules.ipynb #25a00006
 class Schedule:
@@ -33,20 +33,20 @@ class Schedule:
     """
 
     def __init__(self, low: float = 0.002, high: float = 80.0) -> None:
-        if not 0 < low < high < math.inf:
+        if not (are_numbers(low, high) and 0 < low < high):
             raise ValueError(
                 f"{type(self).__name__}: noise levels must satisfy 0 < low < high < inf, "
-                f"got low {low} and high {high}"
+                f"got low {low!r} and high {high!r}"
             )
         self.low, self.high = low, high
         ends = torch.tensor([low, high], dtype=torch.float64, device="cpu")
         times = self.time(ends)
+        self.end_times = times.tolist()
         if not torch.allclose(self.level(times), ends, rtol=1e-3):
             raise ValueError(
                 f"{type(self).__name__}: rounding does not distinguish the times of the levels "
                 f"{low} and {high} from 0 and 1; use a narrower range or PowerSchedule"
             )
-        self.end_times = times.tolist()
 
     def level(self, t: Tensor) -> Tensor:
         r"""Return the noise levels $\sigma(t)$.
@@ -102,6 +102,8 @@ class LinearSchedule(Schedule):
     def __init__(
         self, low: float = 0.002, high: float = 80.0, beta: tuple[float, float] = (0.1, 20.0)
     ) -> None:
+        for rate in beta:
+            check_number("LinearSchedule", 0, beta=rate)
         self.start, self.slope = beta[0], beta[1] - beta[0]
         super().__init__(low, high)
 
@@ -125,6 +127,7 @@ class CosineSchedule(Schedule):
     """
 
     def __init__(self, low: float = 0.002, high: float = 80.0, offset: float = 0.008) -> None:
+        check_number("CosineSchedule", 0, offset=offset)
         self.offset, self.first = offset, math.pi / 2 * offset / (1 + offset)
         super().__init__(low, high)
 
@@ -171,12 +174,16 @@ class LogNormalSchedule(Schedule):
     def __init__(
         self, low: float = 0.002, high: float = 80.0, mean: float = -1.2, std: float = 1.2
     ) -> None:
+        check_number("LogNormalSchedule", mean=mean)
+        check_number("LogNormalSchedule", above=0, std=std)
         self.mean, self.std = mean, std
         super().__init__(low, high)
 
     def level(self, t: Tensor) -> Tensor:
         r"""Return the noise levels $\sigma(t)$ at times in (0, 1)."""
-        return (self.mean + self.std * torch.special.ndtri(t)).exp()
+        # In single precision the time of a high level may round to 1, whose level is infinite.
+        below_one = t.clamp(max=1 - torch.finfo(t.dtype).eps / 2)
+        return (self.mean + self.std * torch.special.ndtri(below_one)).exp()
 
     def time(self, sigma: Tensor) -> Tensor:
         """Return the times of noise levels."""
@@ -193,6 +200,7 @@ class PowerSchedule(Schedule):
     """
 
     def __init__(self, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> None:
+        check_number("PowerSchedule", above=0, rho=rho)
         self.rho = rho
         super().__init__(low, high)
 
@@ -241,6 +249,7 @@ def v_coefficients(sigma: Tensor, std: float) -> tuple[Tensor, Tensor]:
     Returns:
         $a$ and $b$, shaped as `sigma`.
     """
+    check_number("v_coefficients", above=0, std=std)
     inverse_r = (sigma**2 + std**2).rsqrt()
     return -sigma / std * inverse_r, std * inverse_r
 
@@ -277,6 +286,21 @@ def expand_like(sigma: Tensor, x: Tensor) -> Tensor:
     return sigma.view(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/20_models/25a_schedules.ipynb #3282387e
+def check_target(owner: str, target: str, std: float) -> None:
+    """Raise unless a target is known and the root mean square of the data is positive.
+
+    Args:
+        owner: function whose arguments these are, for the message.
+        target: a name in `TARGETS`.
+        std: root mean square of the data.
+
+    Raises:
+        ValueError: for another name or number.
+    """
+    check_choice(owner, TARGETS, target=target)
+    check_number(owner, above=0, std=std)
+
+
 def training_target(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
     r"""Return the training target $F=a\,x_0+b\,\epsilon$, shaped as `x`.
 
@@ -287,6 +311,7 @@ def training_target(x: Tensor, eps: Tensor, sigma: Tensor, target: str, std: flo
         target: a name in `TARGETS`.
         std: $s$, root mean square of the data.
     """
+    check_target("training_target", target, std)
     a, b = TARGETS[target](expand_like(sigma, x), std)
     return a * x + b * eps
 
@@ -306,6 +331,7 @@ def denoised_from_output(
     Returns:
         Denoised images, shaped as `y`.
     """
+    check_target("denoised_from_output", target, std)
     sigma = expand_like(sigma, y)
     a, b = TARGETS[target](sigma, std)
     return (b * y - sigma * out) / (b - sigma * a)
@@ -324,5 +350,6 @@ def target_weight(sigma: Tensor, target: str, std: float = 1.0) -> Tensor:
     Returns:
         Weights, shaped as `sigma`.
     """
+    check_target("target_weight", target, std)
     a, b = TARGETS[target](sigma, std)
     return (sigma / (b - sigma * a)) ** 2

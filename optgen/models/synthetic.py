@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_number
 from ..data.images import DataError, check_split, seeded_generator
 from ..data.sequences import SEQUENCE_SPLITS, Sequences
 
@@ -46,7 +47,7 @@ class SyntheticSequences(nn.Module):
         dtype: of the weights.
 
     Raises:
-        DataError: for a size below 1.
+        ValueError: for a size below 1, or a scale that is not finite.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class SyntheticSequences(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if min(vocab, length, hidden, embed) < 1:
-            problem = f"vocab={vocab}, length={length}, hidden={hidden}, embed={embed}"
-            raise DataError.with_fix("synthetic sequences", problem, "take sizes from 1")
+        sizes = {"vocab": vocab, "length": length, "hidden": hidden, "embed": embed}
+        check_count("SyntheticSequences", **sizes)
+        check_number("SyntheticSequences", z_scale=z_scale)
         self.vocab, self.length, self.z_dim = vocab, length, 2
         with torch.device("meta"):  # a default initialization would move the global generator
             self.embedding = nn.Embedding(vocab + 1, embed, dtype=dtype)
@@ -73,7 +74,8 @@ class SyntheticSequences(nn.Module):
         self.to_empty(device=device or "cpu").requires_grad_(False)
         generator = seeded_generator("cpu", "sequences", seed)
         for param in self.parameters():
-            w = 2 * torch.rand(param.shape, generator=generator, dtype=torch.float64) - 1
+            w = torch.rand(param.shape, generator=generator, dtype=torch.float64, device="cpu")
+            w = 2 * w - 1
             if param is self.head.weight:
                 w[:, hidden:] *= z_scale
             param.copy_(w)

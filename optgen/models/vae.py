@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-2
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -95,9 +95,11 @@ class BernoulliVAE(LatentModel):
 
     Attributes:
         shape: (C, H, W) of an image; None for a model of flat vectors.
+        pixels: kind of pixels that it expects, a name in `optgen.data.expectations.PIXELS`.
     """
 
     shape: tuple[int, int, int] | None = None
+    pixels: str = "unit"
 
     def flatten_pixels(self, x: Tensor) -> Tensor:
         """Return images as vectors (B, x_dim).
@@ -155,6 +157,8 @@ def perceptron(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> nn
         *sizes: numbers at the input, in each hidden layer, and at the output.
         activation: makes the module between two layers.
     """
+    for size in sizes:
+        check_count("perceptron", sizes=size)
     layers = [nn.Linear(sizes[0], sizes[1])]
     for inputs, outputs in zip(sizes[1:], sizes[2:]):
         layers += [activation(), nn.Linear(inputs, outputs)]
@@ -329,6 +333,7 @@ def vae_loss(
     Raises:
         ValueError: if `x` and `x_recon` differ in their number of pixels.
     """
+    check_number("vae_loss", kl_weight=kl_weight)
     if x.numel() != x_recon.numel():
         raise ValueError(
             f"images of shape {tuple(x.shape)} have a reconstruction of shape "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_CONTROLLERS', 'COMMANDS', 'class_names', 'random_subset', 'choose_validation', 'read_labeled', 'split_labeled',
-           'build_weight', 'read_word', 'check_method_options', 'build_method', 'AssistedCommand']
+           'build_weight', 'read_word', 'check_method_options', 'build_method', 'is_list_of', 'AssistedCommand']
 
 # %% ../../nbs/30_schemes/31c_assisted_command.ipynb #92ed720d
 import math
@@ -217,11 +217,25 @@ def build_method(options: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str
     return parts
 
 # %% ../../nbs/30_schemes/31c_assisted_command.ipynb #547b4fb2
+def is_list_of(value: Any, kind: type) -> bool:
+    """Return whether a value is a list of things of one type."""
+    return isinstance(value, list) and all(type(part) is kind for part in value)
+
+
 class AssistedCommand(SchemeCommand):
     """The command `optgen train assisted`."""
 
     name = "assisted"
     summary = "classifier with few labels, assisted by a generative model"
+
+    def read_recorded(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return the classes and the labeled images; arguments as `SchemeCommand`'s."""
+        classes, labeled = options.get("classes"), options.get("labelled")
+        if not is_list_of(classes, str) or not classes:
+            raise ValueError(f"option 'classes' must be a list of names, got {classes!r}")
+        if labeled != "all" and not is_list_of(labeled, int):
+            raise ValueError("option 'labelled' must be 'all' or a list of whole numbers")
+        return {"classes": classes, "labelled": labeled}
 
     def train_options(self) -> list[click.Option]:
         """Return the options of labels, method, weight and networks."""

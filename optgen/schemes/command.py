@@ -231,6 +231,20 @@ class SchemeCommand:
         """
         raise NotImplementedError(f"{type(self).__name__} does not define build")
 
+    def read_recorded(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return what `split` added to the options of a run, read from its folder.
+
+        Args:
+            options: entries that are no options of the command.
+
+        Returns:
+            Those that the scheme knows; another entry is refused.
+
+        Raises:
+            ValueError: names the entry that is not as `split` made it.
+        """
+        return {}
+
     def listings(self) -> dict[str, dict[str, str]]:
         """Return the names that `optgen list` shows for this scheme: title -> name -> help."""
         return {}

@@ -17,10 +17,11 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torch.optim import Optimizer
 
 from ..checks import check_choice, check_number
+from ..data.expectations import BatchCheck, Expectation, with_dtype
 from ..data.images import Batch
 from ..games import Game, Player, Rule
-from ..limits import cast_like, check_model, explains_torch_limits
-from ..metrics import eval_mode
+from ..limits import check_model, explains_torch_limits
+from ..metrics import eval_mode, to_float64
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
     GAN_LOSSES,
@@ -32,8 +33,9 @@ from optgen.models.gan import (
 from ..optim import Adam
 from ..options import RealNumber
 from ..rules import RULES, build_rule, input_gradient_penalty
-from ..sample_quality import feature_stats, fid, frechet_floor
+from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.command import (
+    EvaluationContext,
     SchemeCommand,
     build_checked,
     build_optimizer,
@@ -69,6 +71,9 @@ def downsampled_pixels(x: Tensor) -> Tensor:
     return (adaptive_avg_pool2d(x, 8) if x.dim() == 4 else x).flatten(1)
 
 
+downsampled_pixels.features_name = "pixels, averaged down to 8 x 8"
+
+
 def default_features(x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return the feature function in which examples of this shape are compared.
 
@@ -87,6 +92,7 @@ def default_features(x: Tensor) -> Callable[[Tensor], Tensor]:
         """Return the classifier's features of images (B, 1, 28, 28)."""
         return classifier.features(images.float())
 
+    classifier_features.features_name = f"{classifier.dim} of the classifier of digits"
     return classifier_features
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-3
@@ -137,6 +143,9 @@ class FeedbackGAN(Game):
             )
         self.generator, self.discriminator, self.features = generator, discriminator, features
         self.loss, self.r1, self.r2 = GAN_LOSSES[loss], r1, r2
+        kind = "unit" if getattr(generator, "out", None) == "sigmoid" else "finite"
+        shape = tuple(expected_shape) if expected_shape else None
+        self.batch_check = BatchCheck("FeedbackGAN", Expectation(kind, shape))
         networks = (generator, discriminator)
         opt_g, opt_d = optimizers or [
             Adam(net.parameters(), lr=2e-4, betas=(0.5, 0.999)) for net in networks
@@ -158,10 +167,11 @@ class FeedbackGAN(Game):
         Returns:
             The real examples with the noise.
         """
-        x, like = cast_like(batch.x, self.generator), next(self.generator.parameters())
-        here = {"dtype": like.dtype, "device": x.device}
-        noise = torch.randn(len(x), self.generator.z_dim, generator=generator, **here)
-        return GANBatch(x, noise)
+        like = next(self.generator.parameters(), None)
+        self.batch_check.step(batch, like)
+        x = with_dtype(batch.x, like)
+        shape, here = (len(x), self.generator.z_dim), {"dtype": x.dtype, "device": x.device}
+        return GANBatch(x, torch.randn(shape, generator=generator, **here))
 
     def g_loss(self, batch: GANBatch) -> Tensor:
         """Return the generator's loss; only some losses use the real examples.
@@ -239,14 +249,14 @@ class FeedbackGAN(Game):
         n, sums, real, fake, rng = 0, {"G": 0.0, "D": 0.0}, [], [], None
         features = self.features
         with eval_mode(self.generator, self.discriminator):
-            for batch in batches:
+            for batch in self.batch_check.evaluation(batches):
                 features = features or default_features(batch.x)
                 if seed is not None and rng is None:
                     rng = torch.Generator(batch.x.device).manual_seed(seed)
                 noisy = self.draw_noise(batch, rng)
                 n += len(noisy.x)
                 for name, loss in (("G", self.g_loss), ("D", self.d_loss)):
-                    sums[name] += len(noisy.x) * loss(noisy).double()
+                    sums[name] += len(noisy.x) * to_float64(loss(noisy))
                 real.append(features(noisy.x))
                 fake.append(features(self.generator(noisy.z)))
         if n < 2:
@@ -335,6 +345,19 @@ class FeedbackGANCommand(SchemeCommand):
             r1=options["r1"],
             r2=options["r2"],
         )
+
+    def evaluate(
+        self,
+        scheme: FeedbackGAN,
+        context: EvaluationContext,
+        batches: Iterable[Batch],
+        seed: int,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """Measure the losses and the Fréchet distance, and name its features."""
+        features = scheme.features or default_features(torch.empty(0, *context.images.shape))
+        measured = super().evaluate(scheme, context, batches, seed, **given)
+        return measured | {"fid_features": features_name(features)}
 
     def listings(self) -> dict[str, dict[str, str]]:
         """Return the update rules and the losses."""

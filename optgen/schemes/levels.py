@@ -14,7 +14,8 @@ import torch
 from scipy.optimize import linear_sum_assignment  # torch has no exact assignment
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, check_unused
+from ..metrics import to_float64
 from ..models.schedules import TARGETS, Schedule, target_weight
 
 # %% ../../nbs/30_schemes/34a_levels.ipynb #34a00006
@@ -26,6 +27,7 @@ def min_snr_weight(sigma: Tensor, std: float = 1.0, gamma: float = 5.0) -> Tenso
         std: $s$, root mean square of the data; not used.
         gamma: largest weight, positive.
     """
+    check_number("min_snr_weight", above=0, gamma=gamma)
     return (sigma**-2).clamp(max=gamma)
 
 
@@ -38,6 +40,7 @@ def p2_weight(sigma: Tensor, std: float = 1.0, k: float = 1.0, gamma: float = 1.
         k: $k\ge0$.
         gamma: $\gamma\ge0$.
     """
+    check_number("p2_weight", 0, k=k, gamma=gamma)
     return sigma**-2 / (k + sigma**-2) ** gamma
 
 
@@ -94,6 +97,7 @@ class Uncertainty(nn.Module):
 
     def __init__(self, waves: int = 16) -> None:
         super().__init__()
+        check_count("Uncertainty", waves=waves)
         # k/2 periods in [-6, 6]
         self.register_buffer("frequency", torch.arange(waves) * math.pi / 12)
         self.out = nn.Linear(2 * waves, 1)
@@ -117,6 +121,7 @@ def stratified_uniform(n: int, like: Tensor, generator: torch.Generator | None =
     Returns:
         (n,) numbers.
     """
+    check_count("stratified_uniform", n=n)
     stratum = torch.randperm(n, generator=generator, device=like.device)
     noise = torch.rand(n, generator=generator, dtype=like.dtype, device=like.device)
     return ((stratum + noise) / n).clamp(max=1 - torch.finfo(like.dtype).eps)
@@ -160,6 +165,9 @@ class UniformLevels:
             average: function that averages tensors over the ranks.
         """
 
+    def mark_in_use(self) -> None:
+        """Do nothing: levels that remember nothing may be shared by schemes."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state: empty."""
         return {}
@@ -185,23 +193,35 @@ class UniformLevels:
 class AdaptiveLevels(UniformLevels):
     """Positions drawn more often where losses are large, Eq. (denoising-levels).
 
-    Nichol & Dhariwal (2021). The distribution is uniform until every bin has a loss.
+    Nichol & Dhariwal (2021). The distribution is uniform until every bin has a loss. A loss whose
+    square is not finite is skipped and counted.
 
     Args:
         bins: number of bins of [0, 1], at least 1.
         decay: decay of the running mean of a bin's squared losses, in [0, 1).
         uniform_share: share of the draws that stays uniform, in (0, 1].
 
+    Attributes:
+        skipped: number of losses that were skipped, 0-dim, averaged over the ranks.
+        in_use: whether a scheme has these levels.
+
     Raises:
         ValueError: if an argument is out of its range.
     """
+
+    in_use = False
 
     def __init__(self, bins: int = 50, decay: float = 0.99, uniform_share: float = 0.1) -> None:
         check_count("AdaptiveLevels", bins=bins)
         check_number("AdaptiveLevels", 0, below=1, decay=decay)
         check_number("AdaptiveLevels", above=0, high=1, uniform_share=uniform_share)
         self.decay, self.uniform_share = decay, uniform_share
-        self.square, self.met = torch.zeros(bins), torch.zeros(bins)
+        self.square, self.met, self.skipped = torch.zeros(bins), torch.zeros(bins), torch.zeros(())
+
+    def mark_in_use(self) -> None:
+        """Mark the levels as those of one scheme; raise if another one has them."""
+        check_unused(self, "scheme")
+        self.in_use = True
 
     def shares(self) -> Tensor:
         """Return the share of the draws of each bin, (bins,)."""
@@ -230,11 +250,14 @@ class AdaptiveLevels(UniformLevels):
     ) -> None:
         """Update the mean squared loss of each bin in `u`, as `UniformLevels.update` is called."""
         j = (u * len(self.square)).long().clamp(max=len(self.square) - 1)
-        finite = loss.isfinite()  # an infinite loss would stay in its bin forever
-        squares = torch.where(finite, loss, 0) ** 2
+        squares = loss.to(self.square) ** 2
+        finite = squares.isfinite()  # an infinite one would stay in its bin forever
+        squares = torch.where(finite, squares, 0)
         zeros = torch.zeros_like(self.square)
         sums = [zeros.index_add(0, j, t.to(self.square)) for t in (squares, finite)]
-        total, count = average(sums)
+        total, count, skipped = average([*sums, finite.logical_not().sum().to(self.square)])
+        self.skipped = self.skipped.to(self.square) + skipped
+        count = torch.where(total.isfinite(), count, 0)  # a sum may overflow where no loss does
         self.met = self.met + (count > 0)
         # The plain mean of the first losses, and then the decaying one.
         smallest_step = torch.full_like(self.met, 1 - self.decay)
@@ -244,8 +267,8 @@ class AdaptiveLevels(UniformLevels):
         self.square = torch.where(count > 0, updated, self.square)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the mean squared loss of each bin, and its number of updates."""
-        return {"square": self.square, "met": self.met}
+        """Return the mean squared loss of each bin, its number of updates, and what was skipped."""
+        return {"square": self.square, "met": self.met, "skipped": self.skipped}
 
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Check that a state is of adaptive levels with as many bins.
@@ -271,6 +294,8 @@ class AdaptiveLevels(UniformLevels):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load a state that passes `check_state`."""
         self.square, self.met = state["square"].clone(), state["met"].clone()
+        # Releases before 0.5 did not count.
+        self.skipped = state.get("skipped", torch.zeros(())).clone()
 
 # %% ../../nbs/30_schemes/34a_levels.ipynb #34a00010
 @torch.no_grad()
@@ -284,7 +309,21 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
 
     Returns:
         The rows of `eps`, permuted.
+
+    Raises:
+        ValueError: if the noise is not shaped as the images, there are not as many labels as
+            images, or a number is not finite.
     """
+    if x.shape != eps.shape:
+        raise ValueError(
+            "optimal_coupling: the noise must be shaped as the images, and there are "
+            f"{len(x)} images and {len(eps)} of noise, {tuple(x.shape)} and {tuple(eps.shape)}"
+        )
+    if labels is not None and labels.shape != x.shape[:1]:
+        raise ValueError(
+            f"optimal_coupling: each image needs its label, and there are {len(x)} images and "
+            f"{labels.numel()} labels"
+        )
     if x.is_meta:
         return eps
     groups = [torch.arange(len(x))]
@@ -293,7 +332,12 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
         groups = [torch.nonzero(labels.cpu() == c).flatten() for c in classes]
     permutation = torch.empty(len(x), dtype=torch.int64)
     # The squares are the same for every permutation.
-    cost = -(x.flatten(1).double() @ eps.flatten(1).double().T).cpu()
+    cost = -(to_float64(x.flatten(1)) @ to_float64(eps.flatten(1)).T).cpu()
+    if not cost.isfinite().all():
+        raise ValueError(
+            "optimal_coupling: there is an image or noise that is not finite: look for NaN in the "
+            "images"
+        )
     for rows in groups:
         _, columns = linear_sum_assignment(cost[rows][:, rows].numpy())
         permutation[rows] = rows[torch.from_numpy(columns)]

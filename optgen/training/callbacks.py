@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import TqdmExperimentalWarning, TqdmWarning
 
 from ..averaging import Average, evaluating
+from ..console import LastingStream
 from ..games import Game
 from .loop import TrainingLoop
 from ..viz import plot_curves, save_image_grid
@@ -50,11 +51,9 @@ class ProgressBar:
 
     def on_train_begin(self, run: Any) -> None:
         """Show the bar, at what is done already."""
-        order = run.loader.order
-        in_epoch = order.batch * order.batch_size if run.loss_sums is not None else 0
         self.bar = tqdm(
             total=run.epochs * run.images_per_epoch,
-            initial=run.epoch * run.images_per_epoch + in_epoch,
+            initial=run.epoch * run.images_per_epoch + run.images,
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
@@ -84,7 +83,7 @@ class ProgressBar:
 
 # %% ../../nbs/40_training/40b_callbacks.ipynb #40b00010
 class ProgressLines:
-    """A line on standard output after each epoch."""
+    """A line on standard output after each epoch; a console that fails does not end the run."""
 
     def on_epoch(self, run: Any, record: dict) -> None:
         """Print the epoch, the step, the speed, the losses and the validation."""
@@ -97,7 +96,7 @@ class ProgressLines:
             if split in record:
                 numbers = [f"{name} {value:.4g}" for name, value in record[split].items()]
                 parts.append(" ".join([split, *numbers]))
-        print(*parts, sep=" · ", flush=True)
+        print(*parts, sep=" · ", file=LastingStream(sys.stdout), flush=True)
 
 
 PROGRESS = {"bar": [ProgressBar], "lines": [ProgressLines], "none": []}
@@ -143,6 +142,8 @@ class EpochCheckpoints:
 class Pictures:
     """The curves of a run and the grid of each epoch's samples.
 
+    A picture that cannot be drawn or written is a warning.
+
     Args:
         folder: where `curves.png` and `samples/epoch-0001.png`, ... are written.
     """
@@ -152,10 +153,30 @@ class Pictures:
 
     def on_epoch(self, run: Any, record: dict) -> None:
         """Draw the curves anew, and the samples."""
-        plot_curves(run.records).savefig(self.folder / "curves.png", dpi=110)
+        self.try_to_draw("curves.png", self.draw_curves, run.records)
         if run.samples is not None:
-            path = self.folder / f"samples/epoch-{record['epoch']:04d}.png"
-            save_image_grid(run.samples, path)
+            name = f"samples/epoch-{record['epoch']:04d}.png"
+            self.try_to_draw(name, save_image_grid, run.samples)
+
+    def draw_curves(self, records: list[dict], path: Path) -> None:
+        """Draw the curves of some records into a file."""
+        plot_curves(records).savefig(path, dpi=110)
+
+    def try_to_draw(self, name: str, draw: Callable[[Any, Path], None], content: Any) -> None:
+        """Draw a picture, or warn.
+
+        Args:
+            name: of the file in the folder.
+            draw: function of the content and the path.
+            content: what is drawn.
+        """
+        try:
+            draw(content, self.folder / name)
+        except Exception as error:  # a picture is not worth a run, whatever fails in it
+            warnings.warn(
+                f"{name} was not drawn ({type(error).__name__}: {error}); the run goes on",
+                stacklevel=2,
+            )
 
 # %% ../../nbs/40_training/40b_callbacks.ipynb #40b00014
 class Stopwatch:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'VERSION', 'CheckpointError', 'check_plain', 'write_atomically', 'save', 'check_archive', 'check_format',
-           'load', 'rng_state', 'set_rng_state']
+           'move_tensors', 'read_archive', 'load', 'accelerator_types', 'count_devices', 'rng_state', 'set_rng_state']
 
 # %% ../../nbs/40_training/41_checkpoint.ipynb #23a2fcf4
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -157,6 +158,36 @@ def check_format(path: Path, content: Any) -> None:
             f"{VERSION}: pip install --upgrade optgen"
         )
 
+# %% ../../nbs/40_training/41_checkpoint.ipynb #41d00001
+def move_tensors(state: Any, device: torch.device | str) -> Any:
+    """Return a state with its tensors on a device, those of float64 excepted.
+
+    Args:
+        state: tensors and plain values in plain containers.
+        device: where they go.
+    """
+    if isinstance(state, torch.Tensor):
+        return state if state.dtype == torch.float64 else state.to(device)
+    if isinstance(state, dict):
+        return type(state)((key, move_tensors(value, device)) for key, value in state.items())
+    if isinstance(state, (list, tuple)):
+        return type(state)(move_tensors(value, device) for value in state)
+    return state
+
+
+def read_archive(path: Path, map_location: torch.device | str | None) -> Any:
+    """Return what a file holds; float64 stays on the CPU if the device has no such numbers.
+
+    Args:
+        path: the file.
+        map_location: device for the tensors, as in `torch.load`.
+    """
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except TypeError:  # as MPS raises for float64
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if map_location is None else move_tensors(content, map_location)
+
 # %% ../../nbs/40_training/41_checkpoint.ipynb #41a00002
 def load(path: str | Path, map_location: torch.device | str | None = None) -> dict:
     """Read a checkpoint without executing anything in it.
@@ -174,7 +205,7 @@ def load(path: str | Path, map_location: torch.device | str | None = None) -> di
     path = Path(path)
     check_archive(path)
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
+        content = read_archive(path, map_location)
     except pickle.UnpicklingError as e:
         raise CheckpointError(
             f"{path} holds more than tensors and plain values; it was refused and nothing in it "
@@ -188,25 +219,53 @@ def load(path: str | Path, map_location: torch.device | str | None = None) -> di
     return content["state"]
 
 # %% ../../nbs/40_training/41_checkpoint.ipynb #23a2fcf4-6
+def accelerator_types() -> tuple[str, ...]:
+    """Return the types of device whose generators a state holds: "cuda", and this machine's own."""
+    if not torch.accelerator.is_available():
+        return ("cuda",)
+    return tuple(dict.fromkeys(("cuda", torch.accelerator.current_accelerator().type)))
+
+
+def count_devices(kind: str) -> int:
+    """Return the number of devices of a type on this machine, 0 for a type that is not known."""
+    try:
+        return torch.get_device_module(kind).device_count()
+    except (RuntimeError, AttributeError):  # a state of a device whose package is not installed
+        return 0
+
+
 def rng_state() -> dict:
     """Return the states of PyTorch's default generators.
 
     Returns:
-        "cpu", a state, and "cuda", a list with the state of each device.
+        "cpu", a state, and by type of accelerator a list with the state of each device: "cuda",
+        and this machine's own type if that is another one, such as "mps".
     """
-    return {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
+    state = {"cpu": torch.get_rng_state()}
+    for kind in accelerator_types():
+        devices = range(count_devices(kind))
+        state[kind] = [torch.get_device_module(kind).get_rng_state(i) for i in devices]
+    return state
 
 
 def set_rng_state(state: dict) -> None:
-    """Set PyTorch's default generators.
+    """Set PyTorch's default generators, and warn where one can't be set.
 
     Args:
-        state: what `rng_state` returned. The states of CUDA devices are used where there are as
-            many devices as then.
+        state: what `rng_state` returned. Of each type of device the first ones are set, as many
+            as there are both in the state and here; a warning says where the numbers differ.
     """
     torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+    for kind in dict.fromkeys((*state, *accelerator_types())):
+        if kind == "cpu":
+            continue
+        states, count = state.get(kind, []), count_devices(kind)
+        for i, device_state in zip(range(count), states):
+            torch.get_device_module(kind).set_rng_state(device_state.cpu(), i)
+        if len(states) != count:
+            warnings.warn(
+                f"the state holds the random generators of {len(states)} {kind} devices, and here "
+                f"are {count}: {min(len(states), count)} of them were set, and the other devices "
+                "draw other numbers than the run that was saved",
+                stacklevel=2,
+            )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..averaging import Average
+from ..data.expectations import start_batch_check
 from ..games import Game
 
 # %% ../../nbs/40_training/40a_loop.ipynb #40a00007
@@ -66,12 +67,13 @@ def scale_group(group: dict, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 # %% ../../nbs/40_training/40a_loop.ipynb #40a00009
-def add_losses(total: dict | None, losses: dict) -> dict:
-    """Return running sums of the losses by player, in at least single precision.
+def add_losses(total: dict | None, losses: dict, n: int) -> dict:
+    """Return running sums of the losses over images by player, in at least single precision.
 
     Args:
         total: sums so far, or None before the first step.
-        losses: player name to 0-dim tensor, as `Game.step` returns them.
+        losses: player name to 0-dim tensor, the mean over the images of a batch.
+        n: images of the batch.
 
     Returns:
         New sums; `total` is unchanged.
@@ -81,8 +83,8 @@ def add_losses(total: dict | None, losses: dict) -> dict:
         for name, loss in losses.items()
     }
     if not total:
-        return wide
-    return {name: total[name] + loss for name, loss in wide.items()}
+        return {name: n * loss for name, loss in wide.items()}
+    return {name: total[name].add(loss, alpha=n) for name, loss in wide.items()}
 
 # %% ../../nbs/40_training/40a_loop.ipynb #40a00011
 class TrainingLoop:
@@ -171,5 +173,6 @@ class TrainingLoop:
         Args:
             batches: as in `take_steps`.
         """
+        start_batch_check(self.scheme)
         with self.announced():
             self.take_steps(batches)

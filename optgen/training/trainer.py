@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_fit_arguments', 'first_parameter', 'move_to_device', 'normalizes_batch', 'has_batch_norm', 'check_last_batch',
-           'build_loaders', 'choose_averages', 'loss_context', 'training_settings', 'build_callbacks', 'fit']
+           'build_loaders', 'choose_averages', 'build_callbacks', 'fit']
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from optgen.training.callbacks import (
 from .folder import RunFolder, open_folder
 from .guards import temporary_attributes
 from .loop import check_learning_rates
+from .measurement import check_schedule
 from .parallel import Ranks, abort_all_on_error, init_ranks
 from .run import Run, RunPlan, train_to_end
 
@@ -72,11 +72,12 @@ def check_fit_arguments(
         raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
     if schedule is not None:
         check_learning_rates(scheme)
+        check_schedule(schedule)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00006
 def first_parameter(scheme: Game) -> Tensor:
-    """Return the first parameter of the first player."""
-    return next(p for player in scheme.players.values() for p in player.params.values())
+    """Return the first parameter of the first player, which may be frozen."""
+    return next(p for player in scheme.players.values() for _, p in player.named_tensors())
 
 
 def move_to_device(
@@ -163,7 +164,7 @@ def build_loaders(
             BatchNorm cannot normalize.
     """
     check_count("fit", batch_size=batch_size)
-    check_count("fit", 0, seed=seed)
+    check_count("fit", 0, 2**63 - 1, seed=seed)
     if not isinstance(data, Loader):
         options = {"device": device, "binarize": binarize, "seed": seed}
         alone = len(data) > batch_size > 1 and len(data) % batch_size == 1
@@ -191,47 +192,6 @@ def choose_averages(scheme: Game, ema: float | Profile | None) -> Sequence[Avera
     with temporary_attributes(scheme, averages=averages):
         collect_evaluation_weights(scheme)  # raises if two averages would set the same weights
     return averages
-
-
-def loss_context(
-    scheme: Game, device: torch.device, precision: str
-) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return a function that makes the context manager in which losses are evaluated.
-
-    Args:
-        scheme: its own context is used in single precision.
-        device: where it is trained.
-        precision: as in `fit`.
-    """
-    if precision == "bfloat16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return scheme.autocast
-
-
-def training_settings(
-    scheme: Game,
-    ranks: Ranks | None,
-    device: torch.device,
-    precision: str,
-    ema: float | Profile | None,
-) -> dict[str, Any]:
-    """Return the attributes that a scheme has while it is trained.
-
-    Args:
-        scheme: game that is trained.
-        ranks: the processes of the run, or None.
-        device: where it is trained.
-        precision: as in `fit`.
-        ema: as in `fit`.
-
-    Raises:
-        ValueError: if a parameter would have two averages to evaluate.
-    """
-    return {
-        "ranks": ranks,
-        "autocast": loss_context(scheme, device, precision),
-        "averages": choose_averages(scheme, ema),
-    }
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t0000a
 def build_callbacks(
@@ -287,13 +247,13 @@ def fit(
         batch_size: images per batch, of all ranks together.
         valid: images or a `Loader` to validate on after each epoch.
         out: run folder. Without one nothing is written.
-        resume: continue the run in `out`, bit for bit. Other arguments are as when it began.
+        resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
         seed: of the order of the data and of the noise. The caller's generators are unchanged.
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
         binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
-        ema: decay or profile of an average of the weights, which is evaluated, sampled and saved.
+        ema: decay or profile of an average of the weights, which is validated, sampled and saved.
         schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
         checkpoint_steps: also write a checkpoint after this many steps.
@@ -304,23 +264,23 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch, as on the lines of `metrics.jsonl`.
+        A record per epoch, as on the lines of `metrics.jsonl`. Modes, scheduled rates and random
+        numbers are put back; averages stay in `scheme.averages`. Save and sample the weights that
+        were validated within `evaluating(scheme)`.
 
     Raises:
-        ValueError: if arguments do not fit together.
+        ValueError: if arguments do not fit together, or not to the run that is resumed.
         NonFinite: if a loss, a gradient or a parameter is not finite.
         Interrupted: if a signal stops the run; its message says how to resume.
         CheckpointError: if a checkpoint cannot be written or read.
     """
     with abort_all_on_error(init_ranks()) as ranks:
-        plan = RunPlan(epochs, schedule, patience, samples, checkpoint_steps, checkpoint_seconds)
+        saving = (checkpoint_steps, checkpoint_seconds)
+        plan = RunPlan(epochs, schedule, patience, samples, *saving, seed, precision, compile)
         check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
         device = move_to_device(scheme, device, ranks)
         loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed)
-        settings = training_settings(scheme, ranks, device, precision, ema)
-        folder = open_folder(out, config, resume, ranks)
-        callbacks = build_callbacks(folder, progress, callbacks, ranks)
-        run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
-        if compile:
-            scheme.compile()
-        return train_to_end(run, settings, resume=resume, seed=seed, device=device)
+        with open_folder(out, config, resume, ranks) as folder:
+            callbacks = build_callbacks(folder, progress, callbacks, ranks)
+            run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
+            return train_to_end(run, choose_averages(scheme, ema), resume, device)
