@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .checks import SMALLEST, are_numbers
+from .checks import is_representable
 
 # %% ../nbs/00_foundations/09a_options.ipynb #0a9b0008
 LARGEST_SIZE = 2**31 - 1
@@ -39,7 +39,7 @@ class RealNumber(click.FloatRange):
         """
         try:
             number = super().convert(float(value), param, ctx)
-            if are_numbers(number) and (number == 0 or abs(number) >= SMALLEST):
+            if is_representable(number):
                 return number
         except (ValueError, OverflowError, click.BadParameter):
             pass

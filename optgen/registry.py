@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from .checks import check_number
+from .checks import is_representable
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #b7ead83a
 def read_json(word: str) -> int | float | bool | None:
@@ -49,9 +49,11 @@ def parse_spec(text: str, read: Callable[[str], Any] = read_json) -> tuple[str, 
         key, _, value = word.partition("=")
         if not value:
             raise ValueError(f"{text}: {key!r} has no value, as in {name}:KEY=VALUE")
-        values[key] = read(value)
-        if isinstance(values[key], Real) and not isinstance(values[key], bool):
-            check_number(name, **{key: values[key]})
+        values[key] = found = read(value)
+        is_number = isinstance(found, Real) and not isinstance(found, bool)
+        if is_number and not is_representable(found):
+            wanted = "a finite number in the range of float32"
+            raise ValueError(f"{name}: {key} must be {wanted}; got {found!r}")
     return name, values
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #827c73ed

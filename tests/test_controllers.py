@@ -677,8 +677,10 @@ def test_a_controller_belongs_to_one_scheme(name):
     with pytest.raises(ValueError, match=message):
         BetaVAE(model, c)
     if not c.only_for_vae:
+        classifier = nn.Linear(6, 3)
+        classifier.features = nn.Identity()
         with pytest.raises(ValueError, match=message):
-            Assisted(nn.Linear(6, 3), nn.Linear(3, 6), Reconstruction(), weight=c)
+            Assisted(classifier, nn.Linear(3, 6), Reconstruction(), weight=c)
     BetaVAE(model, EVERYONE[name]())
 
 

@@ -196,7 +196,7 @@ def test_the_memory_format_of_images_changes_no_loss(name):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_images_on_another_device_are_refused(name):
-    with pytest.raises(ValueError, match="batch is on meta and the model on cpu: make the loader"):
+    with pytest.raises(ValueError, match="the batch is on meta, the model on cpu. Fix: pass x.to"):
         make(name).step(Batch(SCHEMES[name][1].to("meta"), LABELS))
 
 
@@ -530,7 +530,7 @@ def test_without_batch_norm_a_last_batch_of_one_image_is_trained_on():
     seen = []
     net.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     fit(Assisted(net), images(9), epochs=1, batch_size=4, progress="none")
-    assert seen == [4, 4, 1]
+    assert seen[-3:] == [4, 4, 1]  # after a look at the first images for their classes
 
 
 SPAWN = """

@@ -188,7 +188,7 @@ TOO_LARGE = {
         f"--k {LARGE}",
         "--z-dim 1000000000",
         f"--model conv --z-dim {LARGE}",
-        f"--model autoregressive --z-dim {LARGE}",
+        "--model autoregressive --z-dim 100000000",
         f"--inference semi:steps={LARGE}",
     ),
     "feedback-gan": (f"--hidden {LARGE},{LARGE}", f"--model conv --width {LARGE}"),
@@ -198,7 +198,7 @@ TOO_LARGE = {
     "made": ("--hidden 100000000,100000000",),
     "realnvp": (f"--channels {LARGE}", f"--model flat --hidden {LARGE},{LARGE}"),
     "maf": ("--hidden 100000000,100000000",),
-    "ddpm": (f"--channels {LARGE}", f"--multiples {LARGE},{LARGE}"),
+    "ddpm": ("--channels 100000000", "--multiples 100000000,100000000"),
 }
 
 
@@ -312,7 +312,7 @@ OF_FIT = {
 @pytest.mark.parametrize("name", OF_FIT)
 def test_fit_refuses_a_number_out_of_range_before_the_first_step(name, tmp_path):
     for value in OF_FIT[name]:
-        words = "decay" if name == "ema" else f"fit: {name} must be"
+        words = "Average: profile must be" if name == "ema" else f"fit: {name} must be"
         with pytest.raises(ValueError, match=words) as raised:
             fit(game(), DATA, out=tmp_path / "run", progress="none", **{name: value})
         assert "\n" not in str(raised.value) and "got" in str(raised.value)
@@ -327,12 +327,12 @@ def test_fit_takes_the_ends_of_its_ranges():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 10**400, True, "1", None, 1j])
 def test_a_number_is_finite_and_no_truth_value(value):
-    with pytest.raises(ValueError, match="f: x must be a finite number; got"):
+    with pytest.raises(ValueError, match="f: x must be a finite number(, in float32)?; got"):
         check_number("f", x=value)
 
 
-@pytest.mark.parametrize("value", [2**63, 10**30, -1, 1.0, True, math.nan])
-def test_a_count_fits_into_64_bits(value):
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**30, -1, 1.0, True, math.nan])
+def test_a_count_fits_into_32_bits(value):
     with pytest.raises(ValueError, match="f: n must be an integer, at least 1"):
         check_count("f", n=value)
-    check_count("f", n=2**63 - 1)
+    check_count("f", n=2**31 - 1)

@@ -280,7 +280,8 @@ class Assisted(Game):
         like = next(self.classifier.parameters())
         check_examples("Assisted", x, self.batch_check.expected, like)
         with eval_mode(*self.modules):
-            return self.classifier(self.encode(with_dtype(x, like))).softmax(-1)
+            inputs = self.encode(with_dtype(x, like))
+            return self.coupling.classify(self.classifier, inputs).softmax(-1)
 
     def typicality(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """Return the typicality of images; arguments and result as `image_typicality`'s."""
