@@ -578,18 +578,18 @@ def build_controller(
             `Constant`. Schedules also take `epochs` in the place of `steps`.
         steps: number of steps of the run.
         epoch_steps: number of steps of an epoch.
-        amend: function of the name and the arguments given, called before they are used. It may
-            change the arguments in place, or raise ValueError.
+        amend: function of the name and the arguments given, which may change these in place.
 
     Raises:
-        ValueError: for an unknown name, and for arguments that the controller does not take, lacks
-            or refuses.
+        ValueError: for an unknown name, wrong arguments, and where `amend` raises one.
     """
     try:
         beta = float(text)
     except ValueError:
         name, given = parse_spec(text)
     else:
+        if beta > 0:
+            check_number("Constant", above=0, beta=beta)
         return Constant(beta)
     entry = CONTROLLERS.find(name)
     if amend is not None:

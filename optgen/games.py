@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .fields import Field, GamePoint
+from .limits import within_torch_limits
 from .players import Player, check_first_loss, check_loss, check_players
 
 _all_ = ["Player"]
@@ -168,9 +169,12 @@ class Rule:
             *args: of `torch.Tensor.to`.
             **kwargs: of `torch.Tensor.to`.
         """
-        self.memory = {
-            k: m.to(*args, **kwargs) if isinstance(m, Field) else m for k, m in self.memory.items()
-        }
+        kwargs.pop("memory_format", None)  # It is of images; the memory keeps its own.
+        if args or kwargs:
+            self.memory = {
+                k: m.to(*args, **kwargs) if isinstance(m, Field) else m
+                for k, m in self.memory.items()
+            }
         for rule in self.inner_rules():
             rule.to(*args, **kwargs)
 
@@ -413,6 +417,7 @@ class Game(GameWeights):
             check_first_loss(loss, name, self.players[name].loss)
         return loss
 
+    @within_torch_limits
     def step(self, batch: Any) -> dict[str, Tensor]:
         """Take one step of the rule.
 
@@ -504,8 +509,7 @@ class Game(GameWeights):
         Raises:
             ValueError: if it does not fit.
         """
-        missing = [name for name in self.stateful_parts if name not in state]
-        if missing:
+        if missing := [name for name in self.stateful_parts if name not in state]:
             raise ValueError(
                 f"the state has no {missing[0]}: it is of another scheme than {type(self).__name__}"
             )

@@ -391,7 +391,7 @@ class Player:
         """
         if self.module is not None:
             self.module.to(*args, **kwargs)
-        for p in (self.params if self.module is not None else self.weights()).values():
+        for p in () if self.module is not None else self.weights().values():
             p.data = p.data.to(*args, **kwargs)
         self.optimizer.load_state_dict(self.optimizer.state_dict())
 

@@ -7,21 +7,25 @@ __all__ = ['read_json', 'parse_spec', 'Entry', 'Registry']
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #b154dd55
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
+from .checks import is_representable
+
 # %% ../nbs/10_optimizers/18_registry.ipynb #b7ead83a
-def read_json(word: str) -> Any:
-    """Return the number or truth value that `word` spells.
+def read_json(word: str) -> int | float | bool | None:
+    """Return the number or truth value that `word` spells, or None for `null`.
 
     Raises:
         ValueError: for a word that is none.
     """
+    if word in ("true", "false", "null"):
+        return None if word == "null" else word == "true"
     try:
-        return json.loads(word)
-    except json.JSONDecodeError:
+        return int(word) if word.lstrip("+-").isdecimal() and len(word) < 40 else float(word)
+    except ValueError:
         raise ValueError(f"{word!r} is neither a number, true nor false") from None
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #9f3012c5
@@ -36,7 +40,8 @@ def parse_spec(text: str, read: Callable[[str], Any] = read_json) -> tuple[str, 
         The name, and the values by key.
 
     Raises:
-        ValueError: for a key without a value, and what `read` raises.
+        ValueError: for a key without a value, for a number that float32 does not hold, and what
+            `read` raises.
     """
     name, _, words = text.partition(":")
     values = {}
@@ -44,7 +49,11 @@ def parse_spec(text: str, read: Callable[[str], Any] = read_json) -> tuple[str, 
         key, _, value = word.partition("=")
         if not value:
             raise ValueError(f"{text}: {key!r} has no value, as in {name}:KEY=VALUE")
-        values[key] = read(value)
+        values[key] = found = read(value)
+        is_number = isinstance(found, Real) and not isinstance(found, bool)
+        if is_number and not is_representable(found):
+            wanted = "a finite number in the range of float32"
+            raise ValueError(f"{name}: {key} must be {wanted}; got {found!r}")
     return name, values
 
 # %% ../nbs/10_optimizers/18_registry.ipynb #827c73ed

@@ -677,8 +677,10 @@ def test_a_controller_belongs_to_one_scheme(name):
     with pytest.raises(ValueError, match=message):
         BetaVAE(model, c)
     if not c.only_for_vae:
+        classifier = nn.Linear(6, 3)
+        classifier.features = nn.Identity()
         with pytest.raises(ValueError, match=message):
-            Assisted(nn.Linear(6, 3), nn.Linear(3, 6), Reconstruction(), weight=c)
+            Assisted(classifier, nn.Linear(3, 6), Reconstruction(), weight=c)
     BetaVAE(model, EVERYONE[name]())
 
 
@@ -1007,7 +1009,7 @@ def test_an_amendment_can_refuse():
         ("nan", "Constant: beta must be a finite number, at least 0; got nan"),
         ("inf", "finite number"),
         ("-1", "at least 0; got -1"),
-        ("geco:target=NaN", "target must be a finite number; got nan"),
+        ("geco:target=NaN", "target must be a finite number in the range of float32; got nan"),
         ("geco:target=ten", "'ten' is neither a number"),
         ("geco:90", "'90' has no value"),
         (
@@ -1016,7 +1018,7 @@ def test_an_amendment_can_refuse():
         ),
         ("geco:target=40,epochs=3", "geco takes no argument 'epochs'"),
         ("warmup:epochs=0", "warmup: epochs must be a finite number, above 0; got 0"),
-        ("warmup:epochs=NaN", "epochs must be a finite number, above 0; got nan"),
+        ("warmup:epochs=NaN", "epochs must be a finite number in the range of float32; got nan"),
         ("warmup:beta=-1", "beta must be a finite number, at least 0; got -1"),
         ("warmup:steps=2.5", "steps must be an integer, at least 1; got 2.5"),
         ("cyclical:cycles=101", "100 steps can't hold 101 cycles"),

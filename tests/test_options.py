@@ -199,6 +199,23 @@ def test_the_players_of_a_gan_have_the_momenta_of_the_literature():
         assert player.optimizer.param_groups[0]["betas"] == (0.5, 0.99)  # Mescheder et al. (2018)
 
 
+@pytest.mark.parametrize(
+    "text, kind, lr",
+    [
+        ("", "Adam", 1e-2),
+        ("--lr 0.017", "Adam", 0.017),
+        ("--optimizer sgd", "SGD", 1e-2),
+        ("--optimizer rmsprop --lr 0.5", "RMSProp", 0.5),
+    ],
+)
+def test_the_second_player_of_a_diffusion_model_has_the_optimizer_of_the_options(text, kind, lr):
+    scheme = COMMANDS["ddpm"].build(parse("ddpm", "--uncertainty", text), SHAPE)
+    optimizer = scheme.players["uncertainty"].optimizer
+    assert type(optimizer).__name__ == kind and optimizer.param_groups[0]["lr"] == lr
+    model = scheme.players["model"].optimizer
+    assert type(model) is type(optimizer)
+
+
 # Options that `fit` receives: what is written, and what it receives then.
 GIVEN_TO_FIT = {
     "--epochs 3": {"epochs": 3},

@@ -44,6 +44,24 @@ def test_words_are_read_as_json():
     with pytest.raises(ValueError, match="'adam' is neither a number, true nor false") as error:
         read_json("adam")
     assert error.value.__suppress_context__
+    assert read_json("null") is None
+
+
+# Beyond float32, or not finite; and JSON that is no number.
+NOT_NUMBERS = ("NaN", "nan", "Infinity", "-inf", "1e999", "-1e39", "1e-46", "1" * 40, "9" * 5000)
+NOT_WORDS = ("[1]", "{}", '"x"', "True", "1e", "--1", "[" * 5000)
+
+
+@pytest.mark.parametrize("word", NOT_NUMBERS, ids=lambda word: word[:12])
+def test_a_number_beyond_single_precision_is_refused_by_name(word):
+    with pytest.raises(ValueError, match="square: base must be a finite number in the range of"):
+        parse_spec(f"square:base={word}")
+
+
+@pytest.mark.parametrize("word", NOT_WORDS, ids=lambda word: word[:12])
+def test_a_word_that_spells_no_number_is_refused(word):
+    with pytest.raises(ValueError, match="neither a number, true nor false"):
+        parse_spec(f"square:base={word}")
 
 
 @pytest.mark.parametrize(

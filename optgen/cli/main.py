@@ -23,6 +23,7 @@ from .measure import evaluate, sample
 from .runs import load_claims, load_commands
 from .train import train
 from ..console import lasting_streams, warnings_in_one_line
+from ..options import WholeNumber, is_memory_error, requested_memory
 
 # %% ../../nbs/40_training/43_main.ipynb #731a7f4e
 @click.group(
@@ -69,7 +70,7 @@ def list_names() -> None:
 )
 @click.option(
     "--repeats",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=3,
     show_default=True,
     help="Runs of each variant, alternating; medians are reported.",
@@ -106,7 +107,7 @@ def bench(out: str | None, repeats: int, data: str | None, only: tuple[str, ...]
 )
 @click.option(
     "--jobs",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     default=2,
     show_default=True,
     help="Processes, of one thread each.",
@@ -224,6 +225,8 @@ def run_command(args: list[str]) -> None:
     except click.Abort:
         exit_with_message(130, "stopped")
     except Exception as error:
+        if is_memory_error(error):
+            exit_with_message(1, f"not enough memory{requested_memory(error)}")
         if is_user_error(error):
             exit_with_message(1, error)
         raise

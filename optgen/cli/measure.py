@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .runs import OpenRun, find_command, open_run, pick_device
+from ..options import WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
     from optgen.data.folders import ImageFiles
@@ -79,11 +80,17 @@ class RunCommand(click.Command):
     epilog="With DIR before it, --help also shows the options of the run's scheme.",
 )
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
-@click.option("--n", type=click.IntRange(1), default=64, show_default=True, help="Images drawn.")
+@click.option("--n", type=WholeNumber(1), default=64, show_default=True, help="Images drawn.")
 @click.option(
     "--out", type=click.Path(dir_okay=False), help="PNG file.  [default: DIR/samples.png]"
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the samples.")
+@click.option(
+    "--seed",
+    type=WholeNumber(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the samples.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to draw.")
 def sample(folder: str, n: int, out: str | None, seed: int, device: str, **given: Any) -> None:
     """Draw new images from the run in DIR."""
@@ -97,7 +104,8 @@ def sample(folder: str, n: int, out: str | None, seed: int, device: str, **given
     if path.suffix != ".png":
         raise click.UsageError(f"--out takes a .png file, got {path}")
     try:
-        images = run.command.sample(run.scheme, n, **given)
+        with memory_errors_named(sample.get_params(click.get_current_context()), {"n": n, **given}):
+            images = run.command.sample(run.scheme, n, **given)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     if images is None:
@@ -169,7 +177,7 @@ class RunData:
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @click.option(
     "--limit",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     help="Measure only the first images, this many rounded up to hundreds.",
 )
 @click.option(
@@ -179,7 +187,13 @@ class RunData:
     show_default=True,
     help="Part of the data set that is measured.",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the measurement.")
+@click.option(
+    "--seed",
+    type=WholeNumber(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the measurement.",
+)
 @click.option("--device", default="auto", show_default=True, help="Where to measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def evaluate(
@@ -202,7 +216,8 @@ def evaluate(
     data, options = RunData(run, device, limit), run.config["options"]
     images = data.load(options["data"], split)
     context = EvaluationContext(Path(folder), options, images, split, data.load_batches)
-    measured = run.command.evaluate(run.scheme, context, data.batches(images), seed, **given)
+    with memory_errors_named(evaluate.get_params(click.get_current_context()), given):
+        measured = run.command.evaluate(run.scheme, context, data.batches(images), seed, **given)
     pixels = run.command.describe_pixels(options)
     result = {
         "run": str(folder),

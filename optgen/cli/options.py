@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..options import RealNumber, WholeNumber
+
 if TYPE_CHECKING:
     from optgen.schemes.command import SchemeCommand
 
@@ -21,14 +23,14 @@ def data_options() -> list[click.Option]:
     from optgen.data.images import DATASETS
     from optgen.schemes.command import option
 
-    open_share = click.FloatRange(0, 1, min_open=True, max_open=True)
+    open_share = RealNumber(0, 1, min_open=True, max_open=True)
     return [
         option(
             "--data", default="digits", metavar="|".join([*DATASETS, "PATH"]), help="Training data."
         ),
         option(
             "--image-size",
-            type=click.IntRange(4),
+            type=WholeNumber(4),
             default=28,
             help="Side to which the images of a folder are resized.",
         ),
@@ -53,13 +55,13 @@ def optimizer_options(ema: float | None) -> list[click.Option]:
         count_option("--batch-size", 100, "Images in a batch."),
         option(
             "--lr",
-            type=click.FloatRange(0, min_open=True),
+            type=RealNumber(0, min_open=True),
             help="Learning rate.  [default: the optimizer's own]",
         ),
         choice_option("--optimizer", OPTIMIZERS, "adam", "Optimizer of every player."),
         option(
             "--ema",
-            type=click.FloatRange(0, 1, max_open=True),
+            type=RealNumber(0, 1, max_open=True),
             default=ema,
             help="Decay of an average of the weights, such as 0.999; 0 for none.",
         ),
@@ -78,15 +80,15 @@ def run_options(epochs: int) -> list[click.Option]:
         count_option("--epochs", epochs, "Passes over the data in all."),
         option(
             "--patience",
-            type=click.IntRange(1),
+            type=WholeNumber(1),
             help="Stop after this many epochs without improvement on validation data.",
         ),
         option(
             "--checkpoint-steps",
-            type=click.IntRange(1),
+            type=WholeNumber(1),
             help="Also write a checkpoint every so many steps.",
         ),
-        option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Seed of the run."),
+        option("--seed", type=WholeNumber(0, 2**32 - 1), default=0, help="Seed of the run."),
         option("--device", default="auto", metavar="auto|cpu|cuda|…", help="Where to train."),
         option("--compile", is_flag=True, help="Compile the losses; pays after about a minute."),
         choice_option(

@@ -16,6 +16,7 @@ import click
 
 from .options import train_params
 from .runs import find_command, free_folder, load_commands, pick_device, read_config
+from ..options import RealNumber, WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
     from optgen.games import Game
@@ -61,11 +62,11 @@ class TrainGroup(click.Group):
 )
 @click.option(
     "--epochs",
-    type=click.IntRange(1),
+    type=WholeNumber(1),
     help="Passes over the data in all, of a resumed run.  [default: as it began]",
 )
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Learning rate from now on.")
-@click.option("--patience", type=click.IntRange(1), help="Epochs without improvement, from now on.")
+@click.option("--lr", type=RealNumber(0, min_open=True), help="Learning rate from now on.")
+@click.option("--patience", type=WholeNumber(1), help="Epochs without improvement, from now on.")
 @click.option("--device", help="Where to go on with a resumed run.  [default: auto]")
 @click.option(
     "--progress",
@@ -122,7 +123,8 @@ def start_run(
     options["data"] = resolve_data(options["data"])
     config = {"scheme": scheme, "options": options, "epochs": epochs}
     out = out or free_folder(f"runs/{scheme}-{Path(options['data']).name}")
-    train_run(config, out, device, progress, resume=False)
+    with memory_errors_named(train_params(find_command(scheme)), options):
+        train_run(config, out, device, progress, resume=False)
 
 
 def resume_run(
@@ -144,7 +146,8 @@ def resume_run(
     config = read_config(Path(folder))
     config["epochs"] = epochs or config["epochs"]
     config["options"] |= {name: value for name, value in changes.items() if value is not None}
-    train_run(config, folder, device, progress, resume=True)
+    with memory_errors_named(train_params(find_command(config["scheme"])), config["options"]):
+        train_run(config, folder, device, progress, resume=True)
 
 # %% ../../nbs/40_training/43b_train.ipynb #b2ebec91
 def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "DataSplit") -> "Game":

@@ -43,6 +43,7 @@ def valid_pixels(x: Tensor, kind: str) -> Tensor:
     """
     if kind == "finite":
         return x.isfinite()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision rounds the bounds
     valid = (x > -1e-3) & (x < 1 + 1e-3)
     if kind == "unit":
         return valid

@@ -8,6 +8,7 @@ __all__ = ['resolve_data', 'load', 'split_holdout', 'balanced_indices', 'binariz
 # %% ../../nbs/00_foundations/06_loading.ipynb #d190001a
 import inspect
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -252,7 +253,7 @@ def _stream_items(
         (B, *shape) uint8 on the device, batch by batch.
 
     Raises:
-        DataError: if an image cannot be read.
+        DataError: if an image cannot be read, or the processes that read cannot start.
     """
     reader = DataLoader(
         data,
@@ -268,6 +269,12 @@ def _stream_items(
         last_line = str(error).strip().splitlines()[-1]
         message = last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
         raise DataError(message) from None
+    except RuntimeError as error:
+        if not re.search("bootstrapping phase|exited unexpectedly", str(error)):
+            raise
+        problem = "the processes that read images could not start, or were killed"
+        fix = "put what the script runs under if __name__ == '__main__':, or pass workers=0"
+        raise DataError.with_fix(data.name, problem, fix) from None
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #d1900064
 def _check_source(data: ImageSet, binarize: str | None) -> None:

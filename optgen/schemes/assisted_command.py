@@ -20,6 +20,7 @@ from ..controllers import CONTROLLERS, build_controller
 from ..data.images import Batch, Images, ImageSet
 from ..data.loading import balanced_indices
 from ..models.classifier import Classifier
+from ..options import RealNumber
 from ..registry import Entry, parse_spec, read_json
 from .assisted import Assisted, Balanced
 from optgen.schemes.command import (
@@ -110,7 +111,7 @@ def split_labeled(options: dict[str, Any], images: ImageSet) -> DataSplit:
     """
     asked, seed = options["labels"], options["seed"]
     use_all = asked == "all"
-    if not use_all and not asked.isdecimal():
+    if not use_all and not (asked.isdecimal() and len(asked) < 20):
         raise click.UsageError(f"--labels takes a whole number or all, got {asked!r}")
     options["classes"] = class_names(images)
     n = len(options["classes"]) if use_all else int(asked)
@@ -260,7 +261,7 @@ class AssistedCommand(SchemeCommand):
             ),
             option(
                 "--alpha",
-                type=click.FloatRange(0),
+                type=RealNumber(0),
                 default=1.0,
                 help="Weight of the classification loss.",
             ),

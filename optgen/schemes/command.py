@@ -20,6 +20,7 @@ from ..data.folders import ImageFiles
 from ..data.images import Batch, Images
 from ..data.loading import split_holdout
 from ..games import Game
+from ..options import LARGEST_SIZE, RealNumber, WholeNumber
 from ..registry import Registry
 
 # %% ../../nbs/30_schemes/35_command.ipynb #38251a3b
@@ -33,15 +34,18 @@ def option(*flags: str, **settings: Any) -> click.Option:
     return click.Option(flags, **{"show_default": settings.get("default") is not None, **settings})
 
 
-def count_option(flag: str, default: int | None, help: str) -> click.Option:
+def count_option(
+    flag: str, default: int | None, help: str, high: int = LARGEST_SIZE
+) -> click.Option:
     """Return an option whose value is a whole number, at least 1.
 
     Args:
         flag: name of the option.
         default: value without the option.
         help: one line of help.
+        high: largest value.
     """
-    return option(flag, type=click.IntRange(1), default=default, help=help)
+    return option(flag, type=WholeNumber(1, high), default=default, help=help)
 
 
 def share_option(flag: str, default: float, help: str) -> click.Option:
@@ -52,7 +56,7 @@ def share_option(flag: str, default: float, help: str) -> click.Option:
         default: value without the option.
         help: one line of help.
     """
-    return option(flag, type=click.FloatRange(0, 1, max_open=True), default=default, help=help)
+    return option(flag, type=RealNumber(0, 1, max_open=True), default=default, help=help)
 
 
 def choice_option(flag: str, names: Iterable[str], default: str, help: str) -> click.Option:
@@ -71,16 +75,19 @@ def read_widths(text: str, flag: str = "--hidden") -> list[int]:
     """Return the whole numbers of a text such as `512,256`.
 
     Args:
-        text: whole numbers, at least 1, separated by commas.
+        text: whole numbers from 1 to `LARGEST_SIZE`, separated by commas.
         flag: name of the option, for the message.
 
     Raises:
-        click.UsageError: if one is not a whole number, at least 1.
+        click.UsageError: if one is not such a number.
     """
-    words = text.split(",")
-    if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
-        raise click.UsageError(f"{flag} takes whole numbers such as 512,256; got {text!r}")
-    return [int(word) for word in words]
+    try:
+        return [WholeNumber().convert(word.strip(), None, None) for word in text.split(",")]
+    except click.BadParameter:
+        raise click.UsageError(
+            f"{flag} takes whole numbers such as 512,256, each from 1 to {LARGEST_SIZE}; "
+            f"got {text!r}"
+        ) from None
 
 # %% ../../nbs/30_schemes/35_command.ipynb #e569b795
 def build_checked(flag: str, build: Callable[[], Any]) -> Any:

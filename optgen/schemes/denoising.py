@@ -21,6 +21,7 @@ from ..checks import check_choice
 from ..data.expectations import BatchCheck, expectation_of
 from ..data.images import Batch
 from ..games import Game, Player, Rule
+from ..limits import check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode, to_float64
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
 from ..models.flow import dequantize
@@ -57,6 +58,7 @@ from optgen.schemes.levels import (
     elbo_weight,
     optimal_coupling,
 )
+from .likelihood import check_dequantizable
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00012
 class NoisyLevelBatch(NamedTuple):
@@ -150,14 +152,14 @@ class DenoisingDiffusion(Game):
     ) -> None:
         if not callable(weight):
             check_choice("DenoisingDiffusion", (*WEIGHTS, "elbo"), weight=weight)
+        check_model("DenoisingDiffusion", "model", model, "output", "shape", "target", "std")
         self.model, self.weight, self.uncertainty = model, weight, uncertainty
         self.schedule, self.levels = schedule or LogNormalSchedule(), levels or UniformLevels()
         self.coupling, self.conditional, self.pixels = coupling, conditional, pixels
         self.last_levels = None
         self.batch_check = make_batch_check(model, pixels, conditional)
         pair = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
-        optimizer = pair[0] or Adam(model.parameters(), lr=1e-3)
-        players = {"model": Player(model, self.loss, optimizer)}
+        players = {"model": Player(model, self.loss, pair[0] or Adam(model.parameters(), lr=1e-3))}
         if uncertainty is not None:
             optimizer = pair[1] or Adam(uncertainty.parameters(), lr=1e-2)
             players["uncertainty"] = Player(uncertainty, self.loss, optimizer)
@@ -194,6 +196,7 @@ class DenoisingDiffusion(Game):
         """
         x = batch.x.to(next(self.model.parameters()).dtype)
         if self.pixels:
+            check_dequantizable(x.dtype)
             noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
             x = 2 * dequantize(x, noise) - 1
         return x.reshape(-1, *self.model.shape), batch.y if self.conditional else None
@@ -368,6 +371,7 @@ def summarize_nats(name: str, nats: Tensor, dim: int) -> dict[str, float]:
     return {name: mean, f"{name}_se": error, f"{name}_bits_per_dim": bits}
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a1evaluate
+@explains_torch_limits
 @torch.no_grad()
 def evaluate_diffusion(
     scheme: "DenoisingDiffusion",
@@ -461,7 +465,7 @@ class DiffusionCommand(SchemeCommand):
                 metavar="M1,M2,…",
                 help="Channels of each level as multiples of these; a level halves the image.",
             ),
-            count_option("--blocks", 1, "Residual blocks of a level, on either way."),
+            count_option("--blocks", 1, "Residual blocks of a level, on either way.", 1000),
             share_option("--dropout", 0.0, "Share of the channels that are dropped in training."),
             choice_option("--target", TARGETS, self.target, "What the network estimates."),
             choice_option(
@@ -486,7 +490,7 @@ class DiffusionCommand(SchemeCommand):
             option(
                 "--uncertainty",
                 is_flag=True,
-                help="Train a second player that weighs each level's loss.",
+                help="Train a second player that weighs each level's loss, at --lr or else 0.01.",
             ),
         ]
 
@@ -498,18 +502,20 @@ class DiffusionCommand(SchemeCommand):
                 "--fid-steps",
                 None,
                 "Also compare as many samples with the images, of so many Heun steps.",
+                10**6,
             ),
             count_option(
                 "--ode-steps",
                 None,
                 "Also measure the likelihood along the curves, in so many steps.",
+                10**6,
             ),
         ]
 
     def sample_options(self) -> list[click.Option]:
         """Return the options of the sampler."""
         return [
-            count_option("--steps", 18, "Steps of the sampler."),
+            count_option("--steps", 18, "Steps of the sampler.", 10**6),
             choice_option("--sampler", SAMPLERS, "heun", "Sampler."),
         ]
 
@@ -520,14 +526,19 @@ class DiffusionCommand(SchemeCommand):
             shape, options["channels"], multiples, options["blocks"], dropout=options["dropout"]
         )
         model = Denoiser(network, shape, options["target"])
+        uncertainty = Uncertainty() if options["uncertainty"] else None
+        optimizers = build_optimizer(options, model.parameters())
+        if uncertainty is not None:
+            own = {**options, "lr": options["lr"] or 1e-2}
+            optimizers = (optimizers, build_optimizer(own, uncertainty.parameters()))
         return DenoisingDiffusion(
             model,
             options["weight"],
             SCHEDULES[options["schedule"]](),
             AdaptiveLevels() if options["levels"] == "adaptive" else None,
             options["coupling"] == "optimal",
-            Uncertainty() if options["uncertainty"] else None,
-            optimizers=build_optimizer(options, model.parameters()),
+            uncertainty,
+            optimizers=optimizers,
         )
 
     def describe_pixels(self, options: dict[str, Any]) -> str:

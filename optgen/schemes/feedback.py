@@ -20,6 +20,7 @@ from ..checks import check_choice, check_number
 from ..data.expectations import BatchCheck, Expectation, with_dtype
 from ..data.images import Batch
 from ..games import Game, Player, Rule
+from ..limits import check_model, explains_torch_limits
 from ..metrics import eval_mode, to_float64
 from ..models.classifier import mnist_classifier
 from optgen.models.gan import (
@@ -30,6 +31,7 @@ from optgen.models.gan import (
     MLPGenerator,
 )
 from ..optim import Adam
+from ..options import RealNumber
 from ..rules import RULES, build_rule, input_gradient_penalty
 from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.command import (
@@ -131,6 +133,8 @@ class FeedbackGAN(Game):
     ) -> None:
         check_choice("FeedbackGAN", GAN_LOSSES, loss=loss)
         check_number("FeedbackGAN", 0, r1=r1, r2=r2)
+        check_model("FeedbackGAN", "generator", generator, "z_dim")
+        check_model("FeedbackGAN", "discriminator", discriminator)
         generated_shape = getattr(generator, "shape", None)
         expected_shape = getattr(discriminator, "shape", generated_shape)
         if generated_shape != expected_shape:
@@ -226,6 +230,7 @@ class FeedbackGAN(Game):
             z = torch.randn(n, self.generator.z_dim, dtype=like.dtype, device=like.device)
             return self.generator(z)
 
+    @explains_torch_limits
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], seed: int | None = None) -> dict[str, float]:
         """Measure losses and distance on held-out examples, in evaluation mode.
@@ -291,7 +296,7 @@ class FeedbackGANCommand(SchemeCommand):
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the networks, their losses and the rule."""
-        at_least_0 = click.FloatRange(0)
+        at_least_0 = RealNumber(0)
         return [
             option(
                 "--rule",

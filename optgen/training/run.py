@@ -9,6 +9,7 @@ __all__ = ['STOP', 'RunPlan', 'check_finite', 'compare_ranks', 'start_or_resume'
 
 # %% ../../nbs/40_training/40e_run.ipynb #6800c8e0
 import contextlib
+import math
 import shlex
 import signal
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from ..averaging import Average
+from ..checks import check_count, check_number
 from ..data.expectations import start_batch_check
 from ..data.loading import BatchOrder, Loader
 from ..games import Game
@@ -60,10 +62,13 @@ class RunPlan:
         patience: epochs without improvement after which the run ends, or None.
         samples: images to sample after each epoch; 0 for none.
         checkpoint_steps: steps between two checkpoints, or None.
-        checkpoint_seconds: seconds between two checkpoints.
+        checkpoint_seconds: seconds between two checkpoints; infinity for none between epochs.
         seed: of the random numbers of the run.
         precision: "float32" or "bfloat16", in which losses are evaluated.
         compile: whether losses run through `torch.compile`.
+
+    Raises:
+        ValueError: if a number is out of range.
     """
 
     epochs: int
@@ -75,6 +80,14 @@ class RunPlan:
     seed: int = 0
     precision: str = "float32"
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
+        given = {name: n for name, n in optional.items() if n is not None}
+        check_count("fit", epochs=self.epochs, **given)
+        check_count("fit", 0, samples=self.samples)
+        if self.checkpoint_seconds != math.inf:
+            check_number("fit", 0, checkpoint_seconds=self.checkpoint_seconds)
 
 # %% ../../nbs/40_training/40e_run.ipynb #bbe24be4
 def check_finite(scheme: Game, step: int) -> None:
