@@ -9,6 +9,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 import warnings
 from itertools import pairwise
@@ -563,6 +564,17 @@ def fault(out, how):
         loss, step = game.players["model"].loss, []
         at_step(game, 7, mine(1, lambda: step.append(7)))
         game.players["model"].loss = lambda b: loss(b) * (torch.nan if step and step.pop() else 1)
+    if how == "measured":
+        evaluations = iter(range(9))  # the first one is the rehearsal's
+
+        def evaluate(batches):
+            """Measure for long; in the epoch a signal comes."""
+            if next(evaluations) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            return {"loss": 1.0}
+
+        game.evaluate = evaluate
     if how == "evaluate":
         game.evaluate = lambda batches: {"loss": 1 / 0}
     if how == "model":
@@ -588,6 +600,7 @@ FAULTS = [
     "kill 1",
     "kill 0",
     "signal",
+    "measured",
     "weights",
     "nan",
     "evaluate",
@@ -610,7 +623,8 @@ def resume(out, how):
 def stop_early(out, name):
     """Fit a run that ends by its patience."""
     game = scheme()
-    game.evaluate = lambda batches, losses=iter([3.0, 2.0, 4.0, 5.0, 1.0]): {"bits": next(losses)}
+    bits = iter([9.0, 3.0, 2.0, 4.0, 5.0, 1.0])  # the first one is the rehearsal's
+    game.evaluate = lambda batches: {"bits": next(bits)}
     game.criterion = "bits"
     run(out, name, game, epochs=5, patience=2)
 

@@ -215,7 +215,10 @@ def test_a_checkpoint_moves_from_two_to_three_to_one(job, outcomes):
     assert_same_run(torch.load(job / "whole-0.pt"), torch.load(job / "moved-0.pt"))
 
 
-@pytest.mark.parametrize("how", [how for how in FAULTS if how != "signal"])
+SIGNALS = {"signal", "measured"}
+
+
+@pytest.mark.parametrize("how", [how for how in FAULTS if how not in SIGNALS])
 def test_one_ranks_fault_ends_all_and_is_reported_once(outcomes, how):
     said = "".join(outcomes[how]["said"])
     assert said.count("Traceback (most recent call last)") == 1
@@ -236,6 +239,14 @@ def test_one_ranks_fault_ends_all_and_is_reported_once(outcomes, how):
         "data": "belongs to another loader",
     }[how]
     assert word in last[last.index("Traceback") :]
+
+
+def test_a_signal_while_rank_0_measures_stops_all_at_once(job, outcomes):
+    assert outcomes["measured"]["codes"] == [143, 143]
+    first, second = outcomes["measured"]["said"]
+    assert "stopped: SIGTERM after step" in first and "resume=True" in first and second == ""
+    state = checkpoint.load(job / "measured/checkpoint.pt")
+    assert (state["epoch"], state["trained"]) == (0, 1)
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(job, outcomes):

@@ -5,6 +5,7 @@ Training is replaced by a stand-in that keeps the arguments of `fit`, so that on
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -426,6 +427,8 @@ def test_options_of_samples_reach_the_scheme(vae_run, tmp_path, monkeypatch):
 class Keeping:
     """A scheme that returns what it receives."""
 
+    features = None
+
     def evaluate(self, batches, **given):
         """Return the arguments."""
         return {"batches": batches, **given}
@@ -437,8 +440,10 @@ class Keeping:
 
 def test_a_command_passes_everything_on_by_default():
     command, scheme = FeedbackGANCommand(), Keeping()
-    found = command.evaluate(scheme, None, [1, 2], 4, k=3)
-    assert found == {"batches": [1, 2], "seed": 4, "k": 3}
+    context = SimpleNamespace(images=SimpleNamespace(shape=(1, 8, 8)))
+    found = command.evaluate(scheme, context, [1, 2], 4, k=3)
+    features = found.pop("fid_features")
+    assert isinstance(features, str) and found == {"batches": [1, 2], "seed": 4, "k": 3}
     assert command.sample(scheme, 5, steps=6) == {"n": 5, "steps": 6}
 
 

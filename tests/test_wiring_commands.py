@@ -1,6 +1,7 @@
 """Every option of a generative scheme's command is found in the scheme that the command builds."""
 
 import math
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -285,15 +286,16 @@ def test_every_command_measures_with_the_seed_and_the_numbers_that_are_asked_for
     binary = "binary" in getattr(scheme, "data", "binary") and name not in ("ddpm", "flow-matching")
     batches = [Batch(x.round() if binary else x)]
     asked = {p.name: 3 for p in command.evaluate_options()}
+    context = SimpleNamespace(images=SimpleNamespace(shape=SHAPE))
     for seed in (0, 5):
-        found = command.evaluate(scheme, None, batches, seed, **asked)
+        found = command.evaluate(scheme, context, batches, seed, **asked)
         assert found == {**scheme.evaluate(batches, seed=seed, **asked)} | {
-            key: value for key, value in found.items() if key == "k"
+            key: value for key, value in found.items() if key in ("k", "fid_features")
         }
         if asked:
             assert found["k"] == 3
     if asked:
-        other = command.evaluate(scheme, None, batches, 6, **asked)
+        other = command.evaluate(scheme, context, batches, 6, **asked)
         assert other["loss"] != found["loss"] or other["nll"] != found["nll"]
     bits = "nll_bits_per_dim" if "nll_bits_per_dim" in found else "bits_per_dim"
     assert found[bits] == pytest.approx(found["nll"] / 64 / math.log(2))

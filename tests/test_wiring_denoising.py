@@ -290,11 +290,8 @@ class ReferenceLevels:
 @pytest.mark.parametrize("with_uncertainty", [False, True])
 def test_levels_adapt_to_the_losses_of_every_step(with_uncertainty):
     levels, reference = AdaptiveLevels(4, decay=0.6), ReferenceLevels(4, 0.6)
-    scheme = make_scheme("eps", weight="eps", schedule="cosine", levels=levels)
-    if with_uncertainty:
-        scheme = make_scheme(
-            "eps", weight="eps", schedule="cosine", levels=levels, uncertainty=True
-        )
+    more = {"uncertainty": True} if with_uncertainty else {}
+    scheme = make_scheme("eps", weight="eps", schedule="cosine", levels=levels, **more)
     drawn, draw = [], scheme.draw
 
     def recording_draw(batch):
@@ -581,5 +578,5 @@ def test_a_sampler_and_labels_must_fit_the_scheme():
         make_scheme(conditional=False).sample(2, labels=labels)
     with pytest.raises(ValueError, match="ddim or heun"):
         make_scheme(coupling=True).sample(2, "ancestral", labels=labels)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(ValueError, match="has no labels"):
         make_scheme().loss(make_scheme().draw(Batch(make_batch(0).x)))

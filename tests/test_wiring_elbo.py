@@ -3,6 +3,7 @@
 The references are plain torch in float64, with densities from `torch.distributions`.
 """
 
+import copy
 import math
 
 import pytest
@@ -309,7 +310,7 @@ def test_the_sigma_vae_weighs_by_the_variance_of_the_step_and_passes_it_to_the_n
 @pytest.mark.parametrize("k", [1, 6])
 def test_an_evaluation_is_seeded_without_dropout_and_of_all_batches(k, beta, weight):
     model = make_model(kind=DropoutVAE)
-    scheme = BetaVAE(model, beta, estimator="iwae", k=2)
+    scheme = BetaVAE(model, copy.deepcopy(beta), estimator="iwae", k=2)
     batches, rng = [make_batch(1, 7), make_batch(2, 4)], generator(11)
     found = scheme.evaluate(batches, k=k, seed=11)
     assert model.training and scheme.evaluate(batches, k=k, seed=12) != found

@@ -359,7 +359,7 @@ def foreign_state_as_checkpoint_error() -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         raise checkpoint.CheckpointError(
             f"the checkpoint is of another scheme, or damaged: {kind}{reason}"
-        ) from error
+        ) from None
 
 
 @contextlib.contextmanager
@@ -368,7 +368,7 @@ def named_in_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except checkpoint.CheckpointError as error:
-        raise checkpoint.CheckpointError(f"{path}: {error}") from error.__cause__
+        raise checkpoint.CheckpointError(f"{path}: {error}") from None
 
 
 @contextlib.contextmanager
