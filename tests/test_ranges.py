@@ -145,6 +145,15 @@ def test_an_option_of_training_refuses_what_is_out_of_range(
     assert not out.exists()
 
 
+@pytest.fixture(scope="module")
+def small_run(few_images, tmp_path_factory):
+    """Return the folder of a finished run of one epoch; tests must not change it."""
+    out = tmp_path_factory.mktemp("small") / "run"
+    words = f"train beta-vae {SMALL['beta-vae']} --image-size 8 --epochs 1 --progress none --data"
+    assert run(words, few_images, "--out", out) == 0
+    return out
+
+
 # Options of the other commands, without the run folder.
 OF_A_RUN = {
     "sample": {"--n": WHOLE, "--seed": ("-1", "nan", "1.5", str(2**63), str(2**64))},
@@ -158,10 +167,10 @@ OF_A_RUN = {
 
 
 @pytest.mark.parametrize("command", OF_A_RUN)
-def test_an_option_of_a_run_refuses_what_is_out_of_range(command, capsys, tiny_run):
+def test_an_option_of_a_run_refuses_what_is_out_of_range(command, capsys, small_run):
     for flag, values in OF_A_RUN[command].items():
         for value in values:
-            assert flag in refuse(capsys, 2, command, tiny_run, f"{flag} {value}")
+            assert flag in refuse(capsys, 2, command, small_run, f"{flag} {value}")
 
 
 @pytest.mark.parametrize("command, flag", [("bench", "--repeats"), ("reproduce elbo", "--jobs")])
@@ -213,8 +222,8 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_option(
     assert f"{' '.join(text.split()[-2:])} is too large" in message
 
 
-def test_samples_that_do_not_fit_into_memory_name_their_number(capsys, tiny_run, small_machine):
-    message = refuse(capsys, 1, "sample", tiny_run, "--n 100000000")
+def test_samples_that_do_not_fit_into_memory_name_their_number(capsys, small_run, small_machine):
+    message = refuse(capsys, 1, "sample", small_run, "--n 100000000")
     assert "not enough memory" in message and "--n 100000000 is too large" in message
 
 

@@ -167,7 +167,8 @@ def build_loaders(
     check_count("fit", 0, 2**63 - 1, seed=seed)
     if not isinstance(data, Loader):
         options = {"device": device, "binarize": binarize, "seed": seed}
-        alone = len(data) > batch_size > 1 and len(data) % batch_size == 1
+        n = len(data) if hasattr(data, "__len__") else 0
+        alone = n > batch_size > 1 and n % batch_size == 1
         drop_last = normalizes_batch(scheme) or (alone and has_batch_norm(scheme))
         data = Loader(data, batch_size, drop_last=drop_last, **options)
     check_last_batch(scheme, data)
