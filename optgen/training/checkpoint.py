@@ -254,7 +254,14 @@ def set_rng_state(state: dict) -> None:
     Args:
         state: what `rng_state` returned. Of each type of device the first ones are set, as many
             as there are both in the state and here; a warning says where the numbers differ.
+
+    Raises:
+        TypeError: if the states of a type of device are no list of tensors.
     """
+    for kind, states in state.items():
+        are_tensors = isinstance(states, list) and all(map(torch.is_tensor, states))
+        if kind != "cpu" and not are_tensors:
+            raise TypeError(f"the random generators of {kind} devices are no list of tensors")
     torch.set_rng_state(state["cpu"].cpu())
     for kind in dict.fromkeys((*state, *accelerator_types())):
         if kind == "cpu":
