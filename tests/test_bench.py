@@ -204,6 +204,7 @@ def test_the_warmup_takes_every_so_many_images():
 @pytest.mark.parametrize("rule", BENCHED_RULES)
 def test_every_rule_of_the_benchmark_can_be_made(rule):
     networks = [nn.Linear(2, 2), nn.Linear(2, 1)]
+    networks[0].z_dim = 2
     game = make_game(rule, *networks)
     assert list(game.players) == ["G", "D"]
     defaults = [optimizer.defaults for optimizer in make_optimizers(*networks)]
