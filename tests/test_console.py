@@ -133,25 +133,34 @@ def test_a_stream_is_wrapped_as_it_is(capfd):
 # signals
 
 
+def take_hangups() -> None:
+    """Let SIGHUP act in a child, though this process may have been started to ignore it."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
 def test_a_hangup_after_the_reader_has_gone_saves_the_run_and_names_it(tmp_path, few_images):
     out = tmp_path / "run"
     words = [*TINY[:-2], "--data", few_images, "--image-size", 8, "--batch-size", 5]
-    words += ["--epochs", 100_000, "--progress", "lines", "--out", out]
+    words += ["--epochs", 3000, "--progress", "lines", "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-m", "optgen", *map(str, words)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=take_hangups,
     )
-    assert "beta-vae" in process.stdout.readline()
-    assert process.stdout.readline().startswith("epoch 1/")
-    process.stdout.close()  # head -2
-    assert "optgen train goes on" in process.stderr.readline()
-    process.send_signal(signal.SIGHUP)
-    said = process.stderr.read()
-    assert process.wait(60) == 128 + signal.SIGHUP
-    assert_one_line(said, "SIGHUP after step", f"optgen train --resume {out}")
+    try:
+        assert "beta-vae" in process.stdout.readline()
+        assert process.stdout.readline().startswith("epoch 1/")
+        process.stdout.close()  # head -2
+        assert "optgen train goes on" in process.stderr.readline()
+        process.send_signal(signal.SIGHUP)
+        said = process.stderr.read()
+        assert process.wait(60) == 128 + signal.SIGHUP
+        assert_one_line(said, "SIGHUP after step", f"optgen train --resume {out}")
+    finally:
+        process.kill()
     state = torch.load(out / "checkpoint.pt", weights_only=True)["state"]
     assert f"after step {state['step']}:" in said
 
