@@ -1193,4 +1193,6 @@ def test_a_wrong_name_or_argument_raises(text, weight, message):
 
 def test_an_unknown_player_raises_when_the_rule_meets_its_game():
     with raises(ValueError, "names a player 'E'"):
-        gan(build_rule('unrolled:player="E"'), OPTIMIZERS["adam"])
+        gan(Unrolled("E", 2, 0.1), OPTIMIZERS["adam"])
+    with raises(ValueError, "nor a player (G, D)"):
+        build_rule('unrolled:player="E"')
