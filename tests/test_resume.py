@@ -26,6 +26,8 @@ from optgen.training import checkpoint
 from optgen.training.resume import learning_rates, scheme_arguments
 from optgen.training.trainer import fit
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FEW = digits("train").subset(torch.arange(70))
 OTHER = digits("train").subset(torch.arange(70, 140))
 QUIET = {"progress": "none", "batch_size": 20, "binarize": "static", "samples": 0}

@@ -28,6 +28,8 @@ from optgen.training.folder import RunFolder
 from optgen.training.trainer import fit
 from optgen.viz import read_log
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
+
 FEW = digits("train").subset(torch.arange(40))
 QUIET = {"progress": "none", "batch_size": 20, "binarize": "dynamic", "samples": 0, "ema": 0.9}
 

@@ -70,7 +70,6 @@ def validate(run: Any, batches: Iterable[Any]) -> dict[str, Any]:
         run: its scheme is measured as it is.
         batches: `run.valid`, or some of its batches.
     """
-    run.valid.load_state_dict(run.valid_start)
     try:
         return plain_numbers(run.scheme.evaluate(batches))
     finally:
