@@ -21,6 +21,7 @@ from cli_helpers import run
 from optgen.cli.options import optimizer_options, run_options
 from optgen.cli.runs import load_commands
 from optgen.data.images import digits
+from optgen.games import Game
 
 COMMANDS = load_commands()
 SHAPE = (1, 8, 8)
@@ -158,15 +159,20 @@ def parse(scheme: str, *texts: str) -> dict[str, Any]:
     return click.Command(scheme, params=params).make_context(scheme, words).params
 
 
-def built(scheme: str, *texts: str) -> str:
-    """Return the description of the scheme that some options build."""
+def build(scheme: str, *texts: str) -> Game:
+    """Return the scheme that some options build, of a small model."""
     options = parse(scheme, *texts) | {"steps": 40, "epoch_steps": 10}
     extra = {}
     if scheme == "assisted":
         options["classes"] = [str(digit) for digit in range(10)]
         extra["labeled"] = digits("train").subset(torch.arange(20))
     torch.manual_seed(0)
-    return json.dumps(describe(COMMANDS[scheme].build(options, SHAPE, **extra)))
+    return COMMANDS[scheme].build(options, SHAPE, **extra)
+
+
+def built(scheme: str, *texts: str) -> str:
+    """Return the description of the scheme that some options build."""
+    return json.dumps(describe(build(scheme, *texts)))
 
 
 def test_every_option_is_tried():

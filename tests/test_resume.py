@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_options import CASES, COMMANDS, OTHERS, SHAPE, parse
+from test_options import CASES, OTHERS, build
 from torch import nn
 
 from cli_helpers import assert_one_line, edit_config, read_options, read_state, run, train_args
@@ -227,17 +227,6 @@ def test_the_optimizer_is_an_argument_and_its_rate_may_change(scheme):
     assert scheme_arguments(a) != scheme_arguments(b)
     assert scheme_arguments(a) == scheme_arguments(c)
     assert learning_rates(a) != learning_rates(c)
-
-
-def build(scheme: str, *texts: str) -> Game:
-    """Return the scheme that options build, of a small model."""
-    options = parse(scheme, *texts) | {"steps": 40, "epoch_steps": 10}
-    extra = {}
-    if scheme == "assisted":
-        options["classes"] = [str(digit) for digit in range(10)]
-        extra["labeled"] = digits("train").subset(torch.arange(20))
-    torch.manual_seed(0)
-    return COMMANDS[scheme].build(options, SHAPE, **extra)
 
 
 # The command line
