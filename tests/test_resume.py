@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_options import CASES, OTHERS, build
@@ -189,6 +190,18 @@ def test_a_learning_rate_that_changes_is_that_of_the_next_steps(tmp_path, tensor
             by_hand.step(batch)
     a, b = flat_weights(going_on.model), flat_weights(by_hand.model)
     assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_number_of_numpy_is_an_argument_too():
+    class Weighted(BetaVAE):
+        """A VAE whose loss has a factor."""
+
+        def __init__(self, factor: Any) -> None:
+            super().__init__(NoisyVAE(0.1))
+            self.factor = factor
+
+    same, other = (scheme_arguments(Weighted(np.float32(x))) for x in (0.5, 2.0))
+    assert same == scheme_arguments(Weighted(0.5)) and same != other
 
 
 def test_fewer_epochs_than_are_done_are_refused_and_nothing_is_written(one_epoch):

@@ -125,6 +125,22 @@ def test_a_configuration_of_fit_that_cannot_be_read(finished, tmp_path):
         fit(new_scheme(), FEW, epochs=3, out=folder, resume=True, **QUIET)
 
 
+@pytest.mark.parametrize("resumed", [3, "x", {}, None])
+def test_a_list_of_resumptions_that_is_none(finished, tmp_path, resumed):
+    folder = shutil.copytree(finished, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    write_config(folder, config | {"resumed": resumed})
+    with pytest.raises(checkpoint.CheckpointError, match="'resumed' of config.json must be a list"):
+        fit(new_scheme(), FEW, epochs=3, out=folder, resume=True, **QUIET)
+
+
+@pytest.mark.parametrize("value", [Path("x"), {1, 2}, torch.ones(1), [b"x"]])
+def test_a_configuration_that_json_cannot_hold_is_found_before_the_first_step(tmp_path, value):
+    with pytest.raises(ValueError, match=r"config\['mine'\] cannot be recorded"):
+        fit(new_scheme(), FEW, out=tmp_path / "run", config={"mine": value}, **QUIET)
+    assert not (tmp_path / "run").exists()
+
+
 # The log
 
 

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
@@ -47,6 +48,8 @@ def plain_arguments(thing: Any, path: str, seen: set[int]) -> Iterator[tuple[str
     """
     if thing is None or type(thing) in (bool, int, float, str):
         yield path, thing
+    elif isinstance(thing, Real):  # such as NumPy's
+        yield path, float(thing)
     elif isinstance(thing, (FunctionType, MethodType, BuiltinFunctionType, type)):
         yield path, thing.__qualname__
     elif isinstance(thing, (list, tuple)):
