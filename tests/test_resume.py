@@ -192,6 +192,62 @@ def test_a_learning_rate_that_changes_is_that_of_the_next_steps(tmp_path, tensor
     assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_patience_that_begins_on_resumption_counts_from_there(tmp_path, monkeypatch):
+    fit(new_scheme(), FEW, epochs=4, out=tmp_path, valid=OTHER, **QUIET)
+    scheme, values = new_scheme(), iter([9.0, 5.0, 6.0, 7.0, 1.0])
+    monkeypatch.setattr(scheme, "evaluate", lambda batches: {"loss": next(values)})
+    records = resumed(tmp_path, scheme, epochs=20, patience=2)
+    assert [r["valid"]["loss"] for r in records[4:]] == [5.0, 6.0, 7.0]
+    state = checkpoint.load(tmp_path / "best.pt")
+    assert (state["best"], state["best_epoch"]) == (5.0, 5)
+
+
+def test_a_best_value_on_other_validation_data_does_not_count(tmp_path, monkeypatch):
+    for valid, numbers, epochs in ((OTHER, [9.0, 1.0], 1), (FEW, [9.0, 5.0, 4.0], 3)):
+        scheme, values = new_scheme(), iter(numbers)
+        monkeypatch.setattr(
+            scheme, "evaluate", lambda batches, values=values: {"loss": next(values)}
+        )
+        more = {"epochs": epochs, "patience": 5, "valid": valid}
+        fit(scheme, FEW, out=tmp_path, resume=epochs > 1, **QUIET, **more)
+    assert checkpoint.load(tmp_path / "best.pt")["best"] == 4.0
+
+
+def test_the_best_epoch_leaves_the_learning_rates(tmp_path):
+    scheme = new_scheme()
+    more = {"valid": OTHER, "patience": 5, "schedule": lambda t: 1 - t}
+    fit(scheme, FEW, epochs=3, out=tmp_path, **QUIET, **more)
+    (group,) = scheme.players["model"].optimizer.param_groups
+    assert group["lr"] == 0.01 and "initial_lr" not in group
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adafactor, torch.optim.RMSprop])
+def test_an_optimizer_with_other_entries_for_vectors_resumes(tmp_path, make):
+    whole, first, second = (new_scheme(make=make) for _ in range(3))
+    fit(whole, FEW, epochs=2, out=tmp_path / "a", **QUIET)
+    fit(first, FEW, epochs=1, out=tmp_path / "b", **QUIET)
+    fit(second, FEW, epochs=2, out=tmp_path / "b", resume=True, **QUIET)
+    assert torch.equal(flat_weights(whole.model), flat_weights(second.model))
+
+
+def test_changes_are_recorded_once_though_a_resumption_failed(one_epoch, monkeypatch):
+    broken = new_scheme(settings={"lr": 0.002})
+    monkeypatch.setattr(broken, "evaluate", lambda batches: 1 / 0)
+    before = (one_epoch / "config.json").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        resumed(one_epoch, broken)
+    assert before == (one_epoch / "config.json").read_bytes()
+    resumed(one_epoch, new_scheme(settings={"lr": 0.002}))
+    assert len(json.loads((one_epoch / "config.json").read_text())["resumed"]) == 1
+
+
+def test_texts_among_the_numbers_of_an_evaluation_are_printed(tmp_path, monkeypatch, capsys):
+    scheme = new_scheme()
+    monkeypatch.setattr(scheme, "evaluate", lambda batches: {"loss": 2.0, "what": "low", "n": None})
+    fit(scheme, FEW, valid=OTHER, **QUIET | {"progress": "lines"})
+    assert "valid loss 2 what low n None" in capsys.readouterr().out
+
+
 def test_a_number_of_numpy_is_an_argument_too():
     class Weighted(BetaVAE):
         """A VAE whose loss has a factor."""

@@ -284,8 +284,10 @@ def report(records: list[dict[str, Any]], criterion: str, stops_early: bool, out
         stops_early: whether the best epoch counts, not the last.
         out: folder of the run.
     """
+    from optgen.training.callbacks import short
+
     last = min(records, key=lambda r: r["valid"][criterion]) if stops_early else records[-1]
-    numbers = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in last["valid"].items())
+    numbers = ", ".join(f"{k.replace('_', ' ')} {short(v)}" for k, v in last["valid"].items())
     word = "best" if stops_early else "last"
     click.echo(f"done: {word} epoch {last['epoch']}, {numbers} on validation data")
     if (Path(out) / "samples").exists():

@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..data.images import DataError
 from ..games import Game
 from . import checkpoint
 
@@ -297,9 +298,12 @@ def check_optimizer_state(name: str, optimizer: Any, state: Any) -> None:
                 )
     params = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [i for group in groups for i in group["params"]]
-    kept = [state["state"][i].keys() for i in indices if state["state"].get(i)]
-    if any(names != kept[0] for names in kept):
-        raise ValueError(f"the optimizer of player {name!r} lacks entries of some parameters")
+    of_group = [n for n, group in enumerate(groups) for _ in group["params"]]
+    kept = {}  # parameters of one group and as many dimensions have entries of the same names
+    for n, p, i in zip(of_group, params, indices):
+        names = state["state"].get(i, {}).keys()
+        if names and kept.setdefault((n, p.ndim), names) != names:
+            raise ValueError(f"the optimizer of player {name!r} lacks entries of some parameters")
     for p, i in zip(params, indices):
         for key, x in state["state"].get(i, {}).items():
             if not fits(x, p):
@@ -355,7 +359,7 @@ def foreign_state_as_checkpoint_error() -> Iterator[None]:
     """Turn any error about a state inside the block into a `CheckpointError`."""
     try:
         yield
-    except checkpoint.CheckpointError:
+    except (checkpoint.CheckpointError, DataError):  # the loader says itself what differs
         raise
     except Exception as error:  # a state from a file can be wrong in any way
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "

@@ -160,7 +160,6 @@ def continue_run(run: "Run", device: torch.device) -> None:
             continue_from(run, state)
     folder.rewind(run.epoch)
     run.records = read_log(folder.log)
-    folder.record_resumption(run.epoch, run.step, run.changes)
 
 
 def continue_from(run: "Run", state: dict) -> None:
@@ -185,6 +184,8 @@ def continue_from(run: "Run", state: dict) -> None:
     run.load_state_dict(state)
     if any(name.startswith("lr of ") for name in run.changes):
         set_learning_rates(run.scheme, rates)
+    if run.changes.get("patience", [0])[0] is None or "valid" in run.changes:
+        run.best, run.best_epoch = None, run.epoch  # patience begins here
 
 
 def adopt_state_of_first_rank(run: "Run", device: torch.device) -> None:
@@ -227,16 +228,18 @@ def load_averages(run: "Run", states: list[dict]) -> None:
 
 
 def restore_best(run: "Run", device: torch.device) -> None:
-    """Restore the weights and averages of the best epoch on all ranks, where a run has patience.
+    """Restore scheme and averages as of the best epoch on all ranks, where a run has patience.
 
     Args:
         run: at its end.
         device: where the weights go.
     """
     best = None
-    if run.plan.patience and run.folder and run.best_epoch:
-        state = checkpoint.load(run.folder.path / "best.pt", map_location=device)
-        check_run_state(state)
+    if run.plan.patience and run.folder and run.best is not None:
+        path = run.folder.path / "best.pt"
+        state = checkpoint.load(path, map_location=device)
+        with named_in_errors(path):
+            check_run_state(state)
         best = {"scheme": state["scheme"], "ema": state["ema"]}
     if run.ranks:
         best = run.ranks.broadcast(best, device)
@@ -401,7 +404,10 @@ class Run(TrainingLoop):
         request = self.requested()
         if self.ranks:
             request = self.ranks.agree(request)
-        if self.is_checkpoint_due() or request:
+        is_first = self.folder is not None and not self.folder.begun
+        if is_first:
+            self.folder.begin()
+        if is_first or request or self.is_checkpoint_due():
             self.count_time()
             self.save()
         self.act_on(request)
@@ -464,12 +470,9 @@ class Run(TrainingLoop):
         check_finite(self.scheme, self.step)
 
     def is_checkpoint_due(self) -> bool:
-        """Return whether a checkpoint is due after this step: the first, by steps or by seconds."""
+        """Return whether a checkpoint is due after this step, by steps or by seconds."""
         if not self.folder:
             return False
-        if not self.folder.begun:
-            self.folder.begin()
-            return True
         if self.plan.checkpoint_steps and self.step % self.plan.checkpoint_steps == 0:
             return True
         return time.monotonic() - self.saved_time > self.plan.checkpoint_seconds
@@ -584,9 +587,11 @@ def train_to_end(
                 scheme.compile()
             if not (run.ranks and run.ranks.rank):
                 rehearse(run)
+            if resume and run.folder:
+                run.folder.record_resumption(run.epoch, run.step, run.changes)
             run.train()
+            restore_best(run, device)
     finally:
         if not run.step:
             scheme.averages = before
-    restore_best(run, device)
     return run.records
