@@ -40,7 +40,10 @@ setup(
     package_data={"optgen": ["assets/*"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={
+        "dev": cfg["dev_requirements"].split(),
+        **{name: cfg[f"{name}_requirements"].split() for name in cfg["extras"].split()},
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}=optgen._modidx:d"],
