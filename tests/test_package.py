@@ -24,7 +24,10 @@ import optgen
 REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
 DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree"}
-DEPENDENCIES |= {"filelock"}
+DEPENDENCIES |= {"filelock", "safetensors", "numpy"}  # numpy is torchvision's and matplotlib's
+# What comes with an extra is imported by the function that needs it.
+OPTIONAL = {"torchdata", "tensorboard", "trackio", "wandb", "mlflow", "huggingface_hub"}
+OPTIONAL |= {"torchdiffeq"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
 MEASURED = {"bench.trainers": {"pythae"}}
 ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
@@ -57,10 +60,11 @@ def path_of(name: str) -> Path:
     return Path(optgen.__file__).parent / f"{name.replace('.', '/')}.py"
 
 
-def imported_names(name: str) -> Iterator[str]:
-    """Yield the full names that a module imports, in functions too."""
+def imported_names(name: str, in_functions: bool = True) -> Iterator[str]:
+    """Yield the full names that a module imports, in functions too or only where it is loaded."""
     parent = f"optgen.{name}".rpartition(".")[0]
-    for node in ast.walk(ast.parse(path_of(name).read_text(encoding="utf-8"))):
+    tree = ast.parse(path_of(name).read_text(encoding="utf-8"))
+    for node in ast.walk(tree) if in_functions else tree.body:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -111,7 +115,20 @@ def test_what_is_public_is_documented(name):
 @pytest.mark.parametrize("name", MODULES)
 def test_only_declared_dependencies_are_imported(name):
     roots = {target.split(".")[0] for target in imported_names(name)} - MEASURED.get(name, set())
-    assert not roots - ALLOWED - sys.stdlib_module_names
+    assert not roots - ALLOWED - OPTIONAL - sys.stdlib_module_names
+    at_import = {target.split(".")[0] for target in imported_names(name, in_functions=False)}
+    assert not at_import & OPTIONAL, "import what is optional in the function that needs it"
+
+
+def test_optional_dependencies_are_extras():
+    config = ConfigParser(delimiters=["="])
+    config.read(REPO / "settings.ini", encoding="utf-8")
+    facts = config["DEFAULT"]
+    listed = [facts[f"{name}_requirements"] for name in facts["extras"].split()]
+    names = {re.match(r"[\w-]+", entry)[0] for line in listed for entry in line.split()}
+    assert {name.replace("mlflow-skinny", "mlflow") for name in names} == OPTIONAL
+    in_dev = {re.match(r"[\w-]+", entry)[0] for entry in facts["dev_requirements"].split()}
+    assert names <= in_dev, "what an extra brings is tested"
 
 
 def test_versions_agree():
