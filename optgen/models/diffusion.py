@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Denoise', 'SAMPLERS', 'Denoiser', 'Embedding', 'PerceptronDenoiser', 'ResidualBlock', 'Attention', 'UNet',
            'level_pairs', 'ddim', 'heun', 'ancestral', 'check_density_arguments', 'gaussian_log_prob',
-           'variational_bound', 'trace_directions', 'ode_log_prob']
+           'variational_bound', 'trace_directions', 'curve_slope', 'ode_log_prob']
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25a00002
 import math
@@ -520,6 +520,37 @@ def trace_directions(
     return [draw.to(x) * 2 - 1 for draw in draws]
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25b00020
+def curve_slope(
+    denoise: Denoise,
+    directions: list[Tensor] | Tensor,
+    probes: int | None,
+    std: float,
+    w: Tensor,
+    log_sigma: float,
+) -> tuple[Tensor, Tensor]:
+    r"""Return the derivatives by $\log\sigma$ along a curve, Eq. (diffusion-ode-nats).
+
+    Args:
+        denoise: as in `ode_log_prob`.
+        directions: of the trace, from `trace_directions`.
+        probes: as in `ode_log_prob`.
+        std: $s$, root mean square of the data.
+        w: scaled images (B, ...), $y/\sqrt{\sigma^2+s^2}$.
+        log_sigma: $\log\sigma$.
+
+    Returns:
+        Those of the scaled images (B, ...), and of their log-density (B,).
+    """
+    sigma, D = math.exp(log_sigma), w[0].numel()
+    r = math.hypot(sigma, std)
+    with torch.enable_grad():
+        y = (r * w).detach().requires_grad_()
+        out = denoise(y, y.new_full((len(y),), sigma))
+        products = (torch.autograd.grad(out, y, v, retain_graph=True)[0] * v for v in directions)
+        trace = sum(product.flatten(1).sum(1) for product in products) / (probes or 1)
+    return (std**2 / r * w - out.detach()) / r, D * std**2 / r**2 - trace
+
+
 def ode_log_prob(
     denoise: Denoise,
     x: Tensor,
@@ -548,21 +579,7 @@ def ode_log_prob(
     """
     check_density_arguments("ode_log_prob", low, high, std, steps=steps)
     D, w, total = x[0].numel(), x.detach() / math.hypot(low, std), x.new_zeros(len(x))
-    directions = trace_directions(x, probes, generator)
-
-    def slope(w: Tensor, log_sigma: float) -> tuple[Tensor, Tensor]:
-        """Return the derivatives of the scaled image and of its log-density."""
-        sigma = math.exp(log_sigma)
-        r = math.hypot(sigma, std)
-        with torch.enable_grad():
-            y = (r * w).requires_grad_()
-            out = denoise(y, y.new_full((len(y),), sigma))
-            products = (
-                torch.autograd.grad(out, y, v, retain_graph=True)[0] * v for v in directions
-            )
-            trace = sum(product.flatten(1).sum(1) for product in products) / (probes or 1)
-        return (std**2 / r * w - out.detach()) / r, D * std**2 / r**2 - trace
-
+    slope = partial(curve_slope, denoise, trace_directions(x, probes, generator), probes, std)
     start, h = math.log(low), math.log(high / low) / steps
     for i in range(steps):
         dw, rise = slope(w, start + i * h)
