@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from .options import image_options
 from .runs import OpenRun, find_command, open_run, pick_device
 from ..options import WholeNumber, memory_errors_named
 
@@ -139,8 +140,8 @@ class RunData:
         """
         from optgen.data.loading import load
 
-        size, shape = self.run.config["options"]["image_size"], self.run.config["shape"]
-        images = load(name, split, size=size, holdout=holdout)
+        sizes, shape = image_options(self.run.config["options"]), self.run.config["shape"]
+        images = load(name, split, holdout=holdout, **sizes)
         if list(images.shape) != shape:
             raise click.UsageError(
                 f"{images.name} has images of shape {tuple(images.shape)}, "

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .options import train_params
+from .options import image_options, train_params
 from .runs import find_command, free_folder, load_commands, pick_device, read_config
 from ..options import RealNumber, WholeNumber, memory_errors_named
 
@@ -204,13 +204,13 @@ def train_run(
     from optgen.training.trainer import fit
 
     command, options = find_command(config["scheme"]), config["options"]
-    split = command.split(options, load(options["data"], "train", size=options["image_size"]))
+    split = command.split(options, load(options["data"], "train", **image_options(options)))
     on = pick_device(device)
     scheme = build_scheme(command, config, split)
     announce(config, split, out)
     begun = BegunRun()
     binarize = options.get("binarize", "none")
-    kept = ("batch_size", "seed", "precision", "patience", "checkpoint_steps")
+    kept = ("batch_size", "seed", "precision", "patience", "checkpoint_steps", "flip")
     try:
         records = fit(
             scheme,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .flips import check_flips, draw_flips, mirror
 from .folders import ImageFiles, image_folder
 from optgen.data.images import (
     DATASETS,
@@ -60,8 +61,9 @@ def load(
     name: str | Path,
     split: str = "train",
     root: str | Path | None = None,
-    size: int = 28,
+    size: int | Sequence[int] = 28,
     holdout: float = 0.1,
+    resize: str = "crop",
 ) -> Images | ImageFiles:
     """Return the data set that the command line calls `name`.
 
@@ -69,8 +71,9 @@ def load(
         name: as in `resolve_data`.
         split: "train" or "test".
         root: folder of the files of a named set, see `mnist`. Sets without files ignore it.
-        size: side of the images of a folder, see `image_folder`.
+        size: side, or height and width, of the images of a folder, see `image_folder`.
         holdout: share of a folder that is its test split, see `image_folder`.
+        resize: how the images of a folder are fitted to the size, see `image_folder`.
 
     Returns:
         The set, in memory unless it is a large folder.
@@ -80,7 +83,7 @@ def load(
     """
     found = resolve_data(name)
     if found not in DATASETS:
-        return image_folder(found, split, size, holdout=holdout)
+        return image_folder(found, split, size, holdout=holdout, resize=resize)
     make = DATASETS[found].make
     accepted = inspect.signature(make).parameters
     return make(split, root) if "root" in accepted else make(split)
@@ -347,11 +350,12 @@ class BatchSource:
         elif not data.streamed:
             self.images = data.images.to(self.device)
 
-    def serve(self, batches: Sequence[Tensor]) -> Iterator[Batch]:
+    def serve(self, batches: Sequence[Tensor], mirrored: Tensor | None = None) -> Iterator[Batch]:
         """Yield a batch for each tensor of indices.
 
         Args:
             batches: indices of each batch, all of one length but the last.
+            mirrored: (N,) booleans, which images of the set are mirrored; None for none.
 
         Returns:
             Batches on the device.
@@ -364,7 +368,10 @@ class BatchSource:
             items = _stream_items(self.data, batches, self.workers, self.device)
         else:
             items = (self.images.index_select(0, indices) for indices in indices_by_batch)
+        mirrored = None if mirrored is None else mirrored.to(self.device)
         for x, indices in zip(items, indices_by_batch):
+            if mirrored is not None:
+                x = mirror(x, mirrored.index_select(0, indices))
             labels = None if self.labels is None else self.labels.index_select(0, indices)
             yield Batch(self.scale(x), labels)
 
@@ -395,6 +402,7 @@ class Loader:
         static_seed: of the static binarization. It is not `seed`, so that runs with other seeds
             see the same set.
         workers: processes that read `ImageFiles`.
+        flip: whether each epoch mirrors half of the images, Eq. (flips).
 
     Raises:
         DataError: for an argument that is out of range or does not fit the set.
@@ -412,10 +420,13 @@ class Loader:
         drop_last: bool = False,
         static_seed: int = 0,
         workers: int = 2,
+        flip: bool = False,
     ) -> None:
         self.source = BatchSource(data, device, binarize, seed, static_seed, workers)
         self.order = BatchOrder(len(data), batch_size, shuffle, seed, drop_last)
         self.data, self.device, self.noise = data, self.source.device, self.source.noise
+        if flip:
+            check_flips(data)
         self.settings = {
             "batch_size": batch_size,
             "seed": seed,
@@ -424,6 +435,7 @@ class Loader:
             "static_seed": static_seed,
             "static": binarize == "static",
             "dynamic": binarize == "dynamic",
+            "flip": bool(flip),
         }
 
     @property
@@ -435,7 +447,10 @@ class Loader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.source.serve(self.order.begin_epoch()):
+        mirrored = None
+        if self.settings["flip"]:
+            mirrored = draw_flips(len(self.data), self.settings["seed"], self.epoch)
+        for batch in self.source.serve(self.order.begin_epoch(), mirrored):
             self.order.batch += 1
             yield batch
         self.order.end_epoch()
@@ -470,6 +485,7 @@ class Loader:
     def _differences(self, state: Mapping[str, Any]) -> list[str]:
         """Return what makes a state that of another loader."""
         settings = self.settings | {"data": self.data.fingerprint}
+        state = {"flip": False, **state}  # which states before 0.6 lack
         changed = {key: value for key, value in settings.items() if state.get(key) != value}
         if changed:
             return [f"{key}: saved {state.get(key)}, here {v}" for key, v in changed.items()]

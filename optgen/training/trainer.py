@@ -141,6 +141,7 @@ def build_loaders(
     device: torch.device,
     binarize: str | None,
     seed: int,
+    flip: bool = False,
 ) -> tuple[Loader, Loader | None]:
     """Build the loaders of the training and the validation data, unless they are loaders.
 
@@ -154,14 +155,15 @@ def build_loaders(
         batch_size: images per training batch.
         device: where batches are made.
         binarize: as in `fit`.
-        seed: of the order of the data and of the binarization.
+        seed: of the order of the data, of the binarization and of the flips.
+        flip: as in `fit`.
 
     Returns:
         The two loaders; the second is None without validation data.
 
     Raises:
-        ValueError: for a batch size or a seed out of range, and for a batch of one image that
-            BatchNorm cannot normalize.
+        ValueError: for a batch size or a seed out of range, for flips of a loader, and for a
+            batch of one image that BatchNorm cannot normalize.
     """
     check_count("fit", batch_size=batch_size)
     check_count("fit", 0, 2**63 - 1, seed=seed)
@@ -170,7 +172,9 @@ def build_loaders(
         n = len(data) if hasattr(data, "__len__") else 0
         alone = n > batch_size > 1 and n % batch_size == 1
         drop_last = normalizes_batch(scheme) or (alone and has_batch_norm(scheme))
-        data = Loader(data, batch_size, drop_last=drop_last, **options)
+        data = Loader(data, batch_size, drop_last=drop_last, flip=flip, **options)
+    elif flip:
+        raise ValueError("flip=True is for images: give it to your loader, Loader(..., flip=True)")
     check_last_batch(scheme, data)
     if valid is None or isinstance(valid, Loader):
         return data, valid
@@ -229,6 +233,7 @@ def fit(
     compile: bool = False,
     precision: str = "float32",
     binarize: str | None = None,
+    flip: bool = False,
     ema: float | Profile | None = None,
     schedule: Callable[[float], float] | None = None,
     patience: int | None = None,
@@ -254,6 +259,7 @@ def fit(
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
         binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
+        flip: mirror half of the training images, drawn anew in each epoch, Eq. (flips).
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
         schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
@@ -280,7 +286,7 @@ def fit(
         plan = RunPlan(epochs, schedule, patience, samples, *saving, seed, precision, compile)
         check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
         device = move_to_device(scheme, device, ranks)
-        loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed)
+        loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed, flip)
         with open_folder(out, config, resume, ranks) as folder:
             callbacks = build_callbacks(folder, progress, callbacks, ranks)
             run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
