@@ -206,7 +206,7 @@ def launcher(monkeypatch):
 @pytest.mark.parametrize("world", [None, "", " ", "1", " 1 ", "0"])
 def test_a_process_without_launcher_is_alone(launcher, world, capsys):
     launcher(WORLD_SIZE=world, RANK="x", MASTER_PORT="")
-    assert init_ranks.__wrapped__() is None
+    assert init_ranks() is None
     assert run("--version") == 0
 
 
@@ -215,7 +215,7 @@ def test_a_process_without_launcher_is_alone(launcher, world, capsys):
 def test_an_incomplete_launcher_is_reported_and_the_process_is_alone(launcher, name, value):
     launcher(**{name: value})
     with pytest.warns(UserWarning, match=f"WORLD_SIZE is 2, but {name} not set"):
-        assert init_ranks.__wrapped__() is None
+        assert init_ranks() is None
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_an_incomplete_launcher_is_reported_and_the_process_is_alone(launcher, n
 def test_a_broken_variable_of_a_launcher_is_one_line(launcher, name, value, capsys):
     launcher(**{name: value})
     with pytest.raises(RankError, match=f"{name} must be a whole number, 0 to .* got '{value}'"):
-        init_ranks.__wrapped__()
+        init_ranks()
     assert run("list") == 1
     assert_one_line(capsys.readouterr().err, name, repr(value), "torchrun")
 
@@ -249,7 +249,7 @@ def test_processes_that_do_not_find_one_another_are_one_line(launcher):
         taken.listen()
         launcher(MASTER_PORT=str(taken.getsockname()[1]))
         with pytest.raises(RankError, match="don't find one another: .*unset WORLD_SIZE"):
-            init_ranks.__wrapped__()
+            init_ranks()
 
 
 @pytest.mark.parametrize("backend", ["nope"])

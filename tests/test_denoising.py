@@ -264,20 +264,3 @@ def test_levels_stay_uniform_until_every_bin_has_a_loss_and_skip_losses_that_are
     assert levels.square.tolist() == [5.0, 4.0, 16.0] and levels.met.tolist() == [1, 1, 1]
     root = torch.tensor([5**0.5, 2.0, 4.0], dtype=torch.float64)
     torch.testing.assert_close(levels.shares(), 0.1 / 3 + 0.9 * root / root.sum())
-
-
-def test_levels_adapt_to_the_mean_over_ranks():
-    levels, u = AdaptiveLevels(2), torch.tensor([0.1, 0.9], dtype=torch.float64)
-    levels.draw(1, u)
-    other = [
-        torch.tensor([3.0, 0.0], dtype=torch.float64),
-        torch.tensor([3.0, 0.0], dtype=torch.float64),
-        torch.tensor(0.0, dtype=torch.float64),  # losses that were not finite
-    ]
-
-    def average(tensors):
-        """Return the mean with another rank: three losses of 1 in the first bin."""
-        return [(a + b) / 2 for a, b in zip(tensors, other)]
-
-    levels.update(u, torch.tensor([5.0, 2.0], dtype=torch.float64), average)
-    assert levels.square.tolist() == pytest.approx([(25 + 3) / 4, 4.0])

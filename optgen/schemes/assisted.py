@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEATURES_ATTRIBUTES', 'check_labeled', 'match_optimizers', 'Assisted', 'image_typicality', 'Predictions',
            'predict_images', 'classification_metrics', 'detection_metrics', 'evaluate_assisted', 'gradient_or_none',
-           'gradient_or_zeros', 'none_if_unreached', 'inner_product', 'Balanced']
+           'none_if_unreached', 'inner_product', 'Balanced']
 
 # %% ../../nbs/30_schemes/31_assisted.ipynb #a5510002
 import math
@@ -30,7 +30,7 @@ from optgen.data.expectations import (
 )
 from ..data.images import Batch, DataError, Images, ImageSet
 from ..data.loading import binarize_pixels
-from ..fields import Field
+from ..fields import Field, add_weighted, narrow_like
 from ..games import Game, Player, Rule
 from ..inner import zeros_if_none
 from ..limits import check_model, explains_torch_limits
@@ -253,9 +253,11 @@ class Assisted(Game):
     def multiplier(self, terms: LossTerms) -> Tensor:
         """Return λ, 0-dim. The first call of a step updates the controller."""
         if self.weight_is_due:
-            self.weight_is_due = False
             measured = [terms.coupling.detach(), terms.classification.detach()]
-            self.weight.update(*self.average_over_ranks(measured))
+            if self.weight.measured:
+                measured = self.average_over_batch(measured)
+            self.weight_is_due = False
+            self.weight.update(*measured)
         return self.weight.value
 
     def loss(self, batch: AssistedBatch) -> Tensor:
@@ -487,11 +489,6 @@ def gradient_or_none(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor 
     return torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
 
 
-def gradient_or_zeros(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradient of a loss, whose graph is kept; zeros where there is none."""
-    return zeros_if_none(gradient_or_none(loss, params), params)
-
-
 def none_if_unreached(
     values: Iterable[Tensor], *terms: Iterable[Tensor | None]
 ) -> list[Tensor | None]:
@@ -554,6 +551,18 @@ class Balanced(Rule):
             r = [y - part * x for x, y in zip(a, r)]
         return r
 
+    def local_gradients(self, game: Game, batch: AssistedBatch) -> list[Tensor | None]:
+        """Return the gradients of the terms on a micro-batch, and the terms."""
+        with game.autocast():
+            terms = game.terms(batch)
+        d, g = game.params("classifier"), game.params("generator")
+        return [
+            *gradient_or_none(terms.classification, d),
+            *gradient_or_none(terms.coupling, [*d, *g]),
+            *gradient_or_none(terms.generation, g),
+            *(t.detach() for t in terms),
+        ]
+
     def step(self, game: Game, batch: AssistedBatch) -> dict[str, Tensor]:
         """Take a step of every player.
 
@@ -565,34 +574,23 @@ class Balanced(Rule):
             The losses by player.
         """
         d, g = game.params("classifier"), game.params("generator")
-        with game.autocast():
-            terms = game.terms(batch)
-        pieces = [
-            gradient_or_none(terms.classification, d),
-            gradient_or_none(terms.coupling, [*d, *g]),
-            gradient_or_none(terms.generation, g),
-        ]
-        local = [x for piece in pieces for x in piece]
-        values = [t.detach() for t in terms]
-        averaged = iter(game.average_over_ranks([*local, *values], [*d, *d, *g, *g, *values]))
+        totals = None
+        for part, share in game.split(batch):
+            totals = add_weighted(totals, self.local_gradients(game, part), share)
+        like = [*d, *d, *g, *g, *totals[-3:]]
+        averaged = iter(game.average_over_ranks(narrow_like(totals, like), like))
         a, r, r_generator, own = ([next(averaged) for _ in params] for params in (d, d, g, g))
         found = LossTerms(*averaged)
         weight = game.multiplier(found)
         balanced = self.balance(zeros_if_none(a, d), zeros_if_none(r, d))
         others = [name for name in game.players if name not in ("classifier", "generator")]
         rest = game.at(batch, movers=others)
+        pairs = zip(zeros_if_none(r_generator, g), zeros_if_none(own, g))
         direction = {
             "classifier": none_if_unreached(
                 [game.alpha * x + weight * y for x, y in zip(zeros_if_none(a, d), balanced)], a, r
             ),
-            "generator": none_if_unreached(
-                [
-                    weight * y + z
-                    for y, z in zip(zeros_if_none(r_generator, g), zeros_if_none(own, g))
-                ],
-                r_generator,
-                own,
-            ),
+            "generator": none_if_unreached((weight * y + z for y, z in pairs), r_generator, own),
         }
         game.step_optimizers(Field(direction | (rest.v if rest.movers else {})))
         value = game.alpha * found.classification + weight * found.coupling + found.generation

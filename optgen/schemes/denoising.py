@@ -156,7 +156,7 @@ class DenoisingDiffusion(Game):
         self.model, self.weight, self.uncertainty = model, weight, uncertainty
         self.schedule, self.levels = schedule or LogNormalSchedule(), levels or UniformLevels()
         self.coupling, self.conditional, self.pixels = coupling, conditional, pixels
-        self.last_levels = None
+        self.last_levels, self.levels_of_step = None, []
         self.batch_check = make_batch_check(model, pixels, conditional)
         pair = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
         players = {"model": Player(model, self.loss, pair[0] or Adam(model.parameters(), lr=1e-3))}
@@ -218,6 +218,7 @@ class DenoisingDiffusion(Game):
             DataError: if the batch is not what the scheme expects.
         """
         self.batch_check.step(batch, next(self.model.parameters()))
+        self.levels_of_step = []
         x, labels = self.prepare(batch, generator)
         eps = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         if self.coupling:
@@ -240,12 +241,15 @@ class DenoisingDiffusion(Game):
         q = torch.zeros_like(errors) if self.uncertainty is None else self.uncertainty(batch.sigma)
         errors = errors * (-q).exp()
         self.last_levels = batch.u, errors.detach()
+        self.levels_of_step.append(self.last_levels)
         return ((errors + q) / batch.density).mean()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take a step as `Game.step` does, and let the levels adapt to its losses."""
         losses = super().step(batch)
-        self.levels.update(*self.last_levels, self.average_over_ranks)
+        if self.levels.adapts:
+            columns = zip(*self.levels_of_step[-self.micro_batch_count :])
+            self.levels.update(*self.gather_rows([torch.cat(column) for column in columns]))
         return losses
 
     def denoiser(self, labels: Tensor | None = None) -> Callable[[Tensor, Tensor], Tensor]:

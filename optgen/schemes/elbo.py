@@ -154,9 +154,11 @@ class BetaVAE(Game):
             The multiplier, 0-dim or (z_dim,).
         """
         if self.beta_is_due:
+            means = [distortion.mean(), rate.mean(0)]
+            if self.beta.measured:
+                means = self.average_over_batch(means)
             self.beta_is_due = False
-            mean_distortion, mean_rate = self.average_over_ranks([distortion.mean(), rate.mean(0)])
-            self.beta.update(mean_rate, self.beta.distortion(self.model, mean_distortion))
+            self.beta.update(means[1], self.beta.distortion(self.model, means[0]))
         return self.beta.kl_weight(self.model)
 
     def loss(self, batch: NoisyBatch) -> Tensor:
@@ -185,15 +187,15 @@ class BetaVAE(Game):
 
     @torch.no_grad()
     def information(self, batch: NoisyBatch) -> Tensor:
-        """Return the mutual information of the encoder's latents and the images of a batch.
+        """Return the mutual information of the encoder's latents and the images of a whole batch.
 
         Args:
-            batch: B images with their noise, which is not used.
+            batch: this rank's images with their noise, which is not used.
 
         Returns:
             Nats, 0-dim, at most log B.
         """
-        mean, log_var = self.model.encoder(batch.x)
+        mean, log_var = self.rows_of_batch(lambda part: self.model.encoder(part.x), batch)
         # A generator of its own: torch's must stay the same on every rank, whatever its batch is.
         rng = None if mean.is_meta else torch.Generator(mean.device).manual_seed(0)
         return mutual_information(mean, log_var, generator=rng)
@@ -339,7 +341,7 @@ class Aggressive(Rule):
             memory["moves"] += 1
             memory["loss"] = memory["loss"] + at.losses[mover]
         else:
-            self.compare_information(*game.average_over_ranks([game.information(batch)]))
+            self.compare_information(game.information(batch))
         return dict.fromkeys(game.players, at.losses[mover])
 
     def encoder_has_converged(self) -> bool:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHTS', 'min_snr_weight', 'p2_weight', 'squared_error_weight', 'elbo_weight', 'Uncertainty', 'stratified_uniform',
-           'no_average', 'UniformLevels', 'AdaptiveLevels', 'optimal_coupling']
+           'UniformLevels', 'AdaptiveLevels', 'optimal_coupling']
 
 # %% ../../nbs/30_schemes/34a_levels.ipynb #1eeb6749
 import math
@@ -127,13 +127,13 @@ def stratified_uniform(n: int, like: Tensor, generator: torch.Generator | None =
     return ((stratum + noise) / n).clamp(max=1 - torch.finfo(like.dtype).eps)
 
 
-def no_average(tensors: list[Tensor]) -> list[Tensor]:
-    """Return the tensors unchanged: their average over one rank."""
-    return tensors
-
-
 class UniformLevels:
     """Uniform distribution of positions on [0, 1], stratified. Base class of adaptive ones."""
+
+    @property
+    def adapts(self) -> bool:
+        """Whether `update` does something."""
+        return type(self).update is not UniformLevels.update
 
     def draw(
         self, n: int, like: Tensor, generator: torch.Generator | None = None
@@ -151,18 +151,12 @@ class UniformLevels:
         u = stratified_uniform(n, like, generator)
         return u, torch.ones_like(u)
 
-    def update(
-        self,
-        u: Tensor,
-        loss: Tensor,
-        average: Callable[[list[Tensor]], list[Tensor]] = no_average,
-    ) -> None:
-        """Adapt to the losses of a batch; uniform levels do not.
+    def update(self, u: Tensor, loss: Tensor) -> None:
+        """Adapt to the losses of a whole batch, of all ranks; uniform levels do not.
 
         Args:
             u: (n,) positions that were drawn.
             loss: (n,) their losses, detached.
-            average: function that averages tensors over the ranks.
         """
 
     def mark_in_use(self) -> None:
@@ -202,7 +196,7 @@ class AdaptiveLevels(UniformLevels):
         uniform_share: share of the draws that stays uniform, in (0, 1].
 
     Attributes:
-        skipped: number of losses that were skipped, 0-dim, averaged over the ranks.
+        skipped: number of losses that were skipped, 0-dim.
         in_use: whether a scheme has these levels.
 
     Raises:
@@ -242,20 +236,15 @@ class AdaptiveLevels(UniformLevels):
         u = (j + (v - ends[j] + shares[j]) / shares[j]) / len(shares)
         return u.clamp(0, 1 - torch.finfo(u.dtype).eps), shares[j] * len(shares)
 
-    def update(
-        self,
-        u: Tensor,
-        loss: Tensor,
-        average: Callable[[list[Tensor]], list[Tensor]] = no_average,
-    ) -> None:
+    def update(self, u: Tensor, loss: Tensor) -> None:
         """Update the mean squared loss of each bin in `u`, as `UniformLevels.update` is called."""
         j = (u * len(self.square)).long().clamp(max=len(self.square) - 1)
         squares = loss.to(self.square) ** 2
         finite = squares.isfinite()  # an infinite one would stay in its bin forever
         squares = torch.where(finite, squares, 0)
         zeros = torch.zeros_like(self.square)
-        sums = [zeros.index_add(0, j, t.to(self.square)) for t in (squares, finite)]
-        total, count, skipped = average([*sums, finite.logical_not().sum().to(self.square)])
+        total, count = (zeros.index_add(0, j, t.to(self.square)) for t in (squares, finite))
+        skipped = finite.logical_not().sum().to(self.square)
         self.skipped = self.skipped.to(self.square) + skipped
         count = torch.where(total.isfinite(), count, 0)  # a sum may overflow where no loss does
         self.met = self.met + (count > 0)
