@@ -33,6 +33,7 @@ from .loop import check_learning_rates
 from .measurement import check_schedule
 from .parallel import Ranks, abort_all_on_error, init_ranks
 from .run import Run, RunPlan, train_to_end
+from .schedules import check_schedule_free, find_schedule
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
 def check_fit_arguments(
@@ -44,6 +45,7 @@ def check_fit_arguments(
     precision: str,
     progress: str | None,
     schedule: Callable[[float], float] | None,
+    warmup: int = 0,
 ) -> None:
     """Raise if arguments of `fit` do not fit together.
 
@@ -55,7 +57,8 @@ def check_fit_arguments(
         patience: as in `fit`.
         precision: as in `fit`.
         progress: as in `fit`.
-        schedule: as in `fit`.
+        schedule: share of the run to the factor on the learning rates, or None.
+        warmup: as in `fit`.
 
     Raises:
         ValueError: if an argument is out of range or missing, or an optimizer has no learning
@@ -70,8 +73,9 @@ def check_fit_arguments(
         raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
     if valid is not None and not hasattr(scheme, "evaluate"):
         raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
-    if schedule is not None:
+    if schedule is not None or warmup:
         check_learning_rates(scheme)
+    if schedule is not None:
         check_schedule(schedule)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00006
@@ -230,7 +234,9 @@ def fit(
     precision: str = "float32",
     binarize: str | None = None,
     ema: float | Profile | None = None,
-    schedule: Callable[[float], float] | None = None,
+    schedule: str | Callable[[float], float] | None = None,
+    warmup: int = 0,
+    clip: float | None = None,
     patience: int | None = None,
     checkpoint_steps: int | None = None,
     checkpoint_seconds: float = 300.0,
@@ -255,7 +261,10 @@ def fit(
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
         binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
-        schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
+        schedule: "constant", "cosine" or "linear", or a function: share of the run in [0, 1) to the
+            factor on all learning rates, Eq. (fit-schedule).
+        warmup: steps in which the rates rise before the schedule begins, Eq. (warmup).
+        clip: largest 2-norm of each player's gradient, Eq. (clip). None is each player's own.
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
         checkpoint_steps: also write a checkpoint after this many steps.
         checkpoint_seconds: also write a checkpoint after this many seconds.
@@ -277,8 +286,14 @@ def fit(
     """
     with abort_all_on_error(init_ranks()) as ranks:
         saving = (checkpoint_steps, checkpoint_seconds)
-        plan = RunPlan(epochs, schedule, patience, samples, *saving, seed, precision, compile)
-        check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
+        check_schedule_free(scheme, schedule, warmup)
+        factor, rates = find_schedule(schedule), {"warmup": warmup, "clip": clip}
+        plan = RunPlan(
+            epochs, factor, patience, samples, *saving, seed, precision, compile, **rates
+        )
+        check_fit_arguments(
+            scheme, valid, out, resume, patience, precision, progress, factor, warmup
+        )
         device = move_to_device(scheme, device, ranks)
         loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed)
         with open_folder(out, config, resume, ranks) as folder:
