@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['number_tensors', 'optimized_tensors', 'check_optimizer_owns', 'constant_factors', 'referenced_objects',
            'reachable_objects', 'is_scaled', 'check_first_loss', 'check_loss', 'check_differentiable', 'differentiate',
-           'Player', 'weight_shapes', 'group_sizes', 'accumulate_with_hooks', 'check_one_owner', 'check_players']
+           'clip_gradient', 'Player', 'weight_shapes', 'group_sizes', 'accumulate_with_hooks', 'check_one_owner',
+           'check_players']
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00003
 import functools
@@ -21,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .averaging import is_in_train_mode, schedule_free_optimizers
+from .checks import check_number
 from .stepping import check_optimizer
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00006
@@ -241,6 +243,21 @@ def differentiate(
         ) from error
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00014
+@torch.no_grad()
+def clip_gradient(
+    grads: Sequence[Tensor | None], clip: float
+) -> tuple[list[Tensor | None], Tensor]:
+    """Return gradients scaled to a norm of at most `clip`, Eq. (clip), and their norm before.
+
+    Args:
+        grads: of one player; None for a tensor that is not reached. They are not changed.
+        clip: largest 2-norm of all of them together.
+    """
+    norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None])
+    factor = (clip / (norm + 1e-6)).clamp(max=1.0)
+    return [None if g is None else g * factor.to(g.device) for g in grads], norm
+
+
 class Player:
     r"""One player $i$ of a game: parameters $\theta_i$, loss $L_i$ and optimizer, Eq. (field).
 
@@ -250,14 +267,17 @@ class Player:
         loss: function of the batch that returns $L_i$, a 0-dim tensor. It may depend on the
             parameters of every player.
         optimizer: optimizer of exactly these parameters.
+        clip: largest 2-norm of the gradient that the optimizer receives, Eq. (clip); None for
+            no limit. It may be changed between steps.
 
     Attributes:
         held: the parameters of the present step; None between steps.
+        norm_before_clip: 2-norm of the last gradient before it was clipped, 0-dim, or None.
 
     Raises:
         TypeError: if `params` or `optimizer` is of another kind.
         ValueError: if a tensor is given twice, none requires a gradient, or the optimizer does not
-            step exactly these.
+            step exactly these; for a `clip` that is not above 0.
     """
 
     def __init__(
@@ -265,7 +285,11 @@ class Player:
         params: nn.Module | Iterable[Tensor],
         loss: Callable[[Any], Tensor],
         optimizer: Optimizer,
+        clip: float | None = None,
     ) -> None:
+        if clip is not None:
+            check_number("Player", above=0, clip=clip)
+        self.clip, self.norm_before_clip = clip, None
         self.module = params if isinstance(params, nn.Module) else None
         self.tensors = {} if self.module is not None else number_tensors(params)
         self.loss = loss
@@ -355,12 +379,14 @@ class Player:
             )
 
     def descend(self, grads: Iterable[Tensor | None]) -> None:
-        """Step the optimizer along gradients.
+        """Step the optimizer along gradients, clipped where the player has a `clip`.
 
         Args:
             grads: one for each of `params`; None for a tensor that is not reached. A hook of
                 `register_post_accumulate_grad_hook` is called for each of the others.
         """
+        if self.clip is not None:
+            grads, self.norm_before_clip = clip_gradient(list(grads), self.clip)
         pairs = list(zip(self.params.values(), grads, strict=True))
         if any(getattr(p, "_post_accumulate_grad_hooks", None) for p, _ in pairs):
             accumulate_with_hooks(pairs)
@@ -368,6 +394,13 @@ class Player:
             for p, g in pairs:
                 p.grad = g
         self.optimizer.step()
+
+    def gradient_norm(self) -> Tensor:
+        """Return the 2-norm of the gradient that the last step took, before it was clipped."""
+        if self.clip is not None and self.norm_before_clip is not None:
+            return self.norm_before_clip
+        grads = [p.grad for p in self.params.values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
 
     def restore_training_weights(self) -> None:
         """Put the training weights of a schedule-free optimizer into the parameters."""

@@ -242,7 +242,7 @@ def temporary_attributes(scheme: Game, **attributes: Any) -> Iterator[None]:
 # %% ../../nbs/40_training/40c_guards.ipynb #40c00020
 @contextlib.contextmanager
 def put_back(scheme: Game, learning_rates: bool = True) -> Iterator[None]:
-    """Put back the modes of a scheme's modules and its losses after the block, an error or not.
+    """Put back modes of modules, losses and clips of players after the block, an error or not.
 
     Args:
         scheme: the game.
@@ -251,7 +251,7 @@ def put_back(scheme: Game, learning_rates: bool = True) -> Iterator[None]:
     players = list(scheme.players.values())
     modules = [player.module for player in players if player.module is not None]
     modes = [(part, part.training) for module in modules for part in module.modules()]
-    losses = [player.loss for player in players]
+    losses = [(player.loss, player.clip) for player in players]
     rates = [
         [(group.get("lr"), "initial_lr" in group) for group in player.optimizer.param_groups]
         for player in players
@@ -262,8 +262,8 @@ def put_back(scheme: Game, learning_rates: bool = True) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-        for player, loss, rates_before in zip(players, losses, rates):
-            player.loss = loss
+        for player, before, rates_before in zip(players, losses, rates):
+            player.loss, player.clip = before
             if learning_rates:
                 restore_learning_rates(player.optimizer, rates_before)
 

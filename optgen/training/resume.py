@@ -92,6 +92,7 @@ def scheme_arguments(scheme: Game) -> dict[str, Any]:
         if player.module is not None:
             found |= plain_arguments(player.module, f"player {name}", seen)
         found[f"optimizer of {name}"] = type(player.optimizer).__name__
+        found[f"clip of {name}"] = player.clip
         for i, group in enumerate(player.optimizer.param_groups):
             settings = {k: v for k, v in group.items() if k not in NOT_SETTINGS}
             for key, value in settings.items():
@@ -155,6 +156,7 @@ def describe_run(run: Any) -> dict[str, Any]:
     schedule = plan.schedule and [float(plan.schedule(i / 11)) for i in range(11)]
     fixed = scheme_arguments(run.scheme)
     fixed |= {"seed": plan.seed, "precision": plan.precision, "schedule": schedule}
+    fixed["warmup"] = plan.warmup
     fixed |= plain_arguments([average.profile for average in run.scheme.averages], "ema", set())
     changeable = {f"lr of {name}": lr for name, lr in learning_rates(run.scheme).items()}
     changeable |= {"epochs": plan.epochs, "patience": plan.patience}

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['STOP', 'RunPlan', 'check_finite', 'compare_ranks', 'start_or_resume', 'continue_run', 'continue_from',
            'adopt_state_of_first_rank', 'load_averages', 'restore_best', 'how_to_resume', 'interrupt', 'Run',
-           'complete_state', 'measure_on_first_rank', 'loss_context', 'train_to_end']
+           'complete_state', 'measure_on_first_rank', 'train_to_end']
 
 # %% ../../nbs/40_training/40e_run.ipynb #6800c8e0
-import contextlib
 import math
 import shlex
 import signal
@@ -35,7 +34,7 @@ from optgen.training.guards import (
     seeded,
     temporary_attributes,
 )
-from .loop import TrainingLoop, add_losses
+from .loop import TrainingLoop, add_losses, loss_context
 from .measurement import criterion_value, is_better, measure_epoch, rehearse
 from .parallel import Ranks, exit_quietly
 from optgen.training.resume import (
@@ -49,6 +48,7 @@ from optgen.training.resume import (
     set_learning_rates,
     unchanged_on_error,
 )
+from .schedules import check_warmup, learning_rate_factor
 from ..viz import read_log
 
 # %% ../../nbs/40_training/40e_run.ipynb #40t00003
@@ -66,6 +66,8 @@ class RunPlan:
         seed: of the random numbers of the run.
         precision: "float32" or "bfloat16", in which losses are evaluated.
         compile: whether losses run through `torch.compile`.
+        warmup: number of steps in which the learning rates rise, Eq. (warmup).
+        clip: largest 2-norm of each player's gradient, Eq. (clip), or None for the players' own.
 
     Raises:
         ValueError: if a number is out of range.
@@ -80,12 +82,16 @@ class RunPlan:
     seed: int = 0
     precision: str = "float32"
     compile: bool = False
+    warmup: int = 0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
         given = {name: n for name, n in optional.items() if n is not None}
         check_count("fit", epochs=self.epochs, **given)
-        check_count("fit", 0, samples=self.samples)
+        check_count("fit", 0, samples=self.samples, warmup=self.warmup)
+        if self.clip is not None:
+            check_number("fit", above=0, clip=self.clip)
         if self.checkpoint_seconds != math.inf:
             check_number("fit", 0, checkpoint_seconds=self.checkpoint_seconds)
 
@@ -321,7 +327,8 @@ class Run(TrainingLoop):
         ranks: Ranks | None = None,
         callbacks: Iterable[Any] = (),
     ) -> None:
-        lr_factor = self.scheduled_factor if plan.schedule else None
+        check_warmup(plan.warmup, plan.epochs * len(loader))
+        lr_factor = self.scheduled_factor if plan.schedule or plan.warmup else None
         super().__init__(scheme, callbacks=callbacks, lr_factor=lr_factor)
         self.loader, self.valid, self.plan = loader, valid, plan
         self.folder, self.ranks = folder, ranks
@@ -336,8 +343,9 @@ class Run(TrainingLoop):
         self.has_samples = is_drawn and hasattr(scheme, "sample")
 
     def scheduled_factor(self, step: int) -> float:
-        """Return the factor on the learning rates in a step, Eq. (fit-schedule)."""
-        return float(self.plan.schedule(step / (self.epochs * len(self.loader))))
+        """Return the factor on the learning rates in a step, Eq. (warmup)."""
+        steps = self.epochs * len(self.loader)
+        return learning_rate_factor(step, steps, self.plan.schedule, self.plan.warmup)
 
     def state_dict(self) -> dict:
         """Return all that the next step depends on, Eq. (state)."""
@@ -543,21 +551,6 @@ def measure_on_first_rank(run: Run) -> dict:
     return record
 
 # %% ../../nbs/40_training/40e_run.ipynb #6404a9fd
-def loss_context(
-    scheme: Game, device: torch.device, precision: str
-) -> Callable[[], contextlib.AbstractContextManager]:
-    """Return a function that makes the context manager in which losses are evaluated.
-
-    Args:
-        scheme: its own context is used in single precision.
-        device: where it is trained.
-        precision: "float32" or "bfloat16".
-    """
-    if precision == "bfloat16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return scheme.autocast
-
-
 def train_to_end(
     run: Run, averages: Sequence[Average], resume: bool, device: torch.device
 ) -> list[dict]:
@@ -578,9 +571,12 @@ def train_to_end(
     try:
         with (
             temporary_attributes(scheme, ranks=run.ranks, autocast=context),
-            put_back(scheme, learning_rates=plan.schedule is not None),
+            put_back(scheme, learning_rates=run.lr_factor is not None),
             seeded(plan.seed),
         ):
+            if plan.clip is not None:
+                for player in scheme.players.values():
+                    player.clip = plan.clip
             start_batch_check(scheme, run.loader.data, run.valid and run.valid.data)
             start_or_resume(run, resume, device)
             if plan.compile:
