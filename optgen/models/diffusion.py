@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import are_numbers, check_choice, check_count, check_number
+from ..checks import ImageSizeError, are_numbers, check_choice, check_count, check_number
 from .flow import zero_initialized
 from .schedules import TARGETS, denoised_from_output, expand_like
 
@@ -279,7 +279,7 @@ class UNet(nn.Module):
         _, H, W = shape
         factor = 2 ** (levels - 1)
         if H % factor or W % factor:
-            raise ValueError(
+            raise ImageSizeError(
                 f"UNet: height and width must be divisible by {factor} for {levels} levels, "
                 f"got {H} x {W}"
             )
