@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'SMALLEST', 'MOST', 'are_numbers', 'is_representable', 'check_number', 'check_count', 'check_seed',
-           'check_choice', 'check_unused']
+           'check_choice', 'ImageSizeError', 'check_unused']
 
 # %% ../nbs/00_foundations/09_checks.ipynb #038139d3
 import math
@@ -132,6 +132,10 @@ def check_choice(owner: str, choices: Iterable[str], **values: str) -> None:
         if not isinstance(value, str) or value not in choices:
             known = ", ".join(map(repr, choices))
             raise ValueError(f"{owner}: {name} must be one of {known}; got {value!r}")
+
+# %% ../nbs/00_foundations/09_checks.ipynb #09c00002
+class ImageSizeError(ValueError):
+    """Images whose height and width a network cannot take."""
 
 # %% ../nbs/00_foundations/09_checks.ipynb #check-unused
 def check_unused(part: Any, owner: str) -> None:

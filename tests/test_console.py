@@ -312,7 +312,7 @@ def test_images_from_outside_are_those_of_the_name(hiding_folder):
     from optgen.cli.measure import RunData
     from optgen.cli.runs import OpenRun
 
-    config = {"options": {"image_size": 28}, "shape": [1, 28, 28]}
+    config = {"options": {"image_size": 28, "resize": "crop"}, "shape": [1, 28, 28]}
     data = RunData(OpenRun(config, None, None, {}), "cpu", None)
     with pytest.warns(DataWarning):
         assert len(data.load("digits", "test", 1.0)) == 2000

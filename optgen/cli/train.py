@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..checks import ImageSizeError
 from .options import image_options, train_params
 from .runs import find_command, free_folder, load_commands, pick_device, read_config
 from ..options import RealNumber, WholeNumber, memory_errors_named
@@ -163,6 +164,8 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
     """
     import torch
 
+    from optgen.data.images import DATASETS
+
     options = config["options"]
     epoch_steps = math.ceil(len(split.train) / options["batch_size"])
     options.setdefault("epoch_steps", epoch_steps)
@@ -172,6 +175,9 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
         scheme = command.build(options, split.train.shape, **split.extra)
         if options["compile"]:
             scheme.compile()
+    except ImageSizeError as error:
+        size = "" if options["data"] in DATASETS else f"--image-size {options['image_size']}: "
+        raise click.UsageError(f"{size}{error}") from None
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
     if len(split.valid) < 2:

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number
+from ..checks import ImageSizeError, check_count, check_number
 from .pixels import masked_perceptron
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00006
@@ -539,7 +539,7 @@ def image_flow(
     check_count("image_flow", scales=scales, **sizes)
     C, H, W = shape
     if H % 2**scales or W % 2**scales:
-        raise ValueError(
+        raise ImageSizeError(
             f"image_flow: height and width must be divisible by {2**scales} for {scales} scales, "
             f"got {H} x {W}"
         )

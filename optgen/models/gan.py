@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
-from ..checks import check_choice, check_count
+from ..checks import ImageSizeError, check_choice, check_count
 from .vae import perceptron
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-2
@@ -243,7 +243,7 @@ def _check_shape(owner: str, shape: Sequence[int], smallest: int = 1) -> tuple[i
     if min(shape) < 1:
         raise ValueError(f"{owner}: every size must be at least 1, got shape {shape}")
     if min(shape[1:], default=smallest) < smallest:
-        raise ValueError(
+        raise ImageSizeError(
             f"{owner}: images must be at least {smallest} x {smallest} to be halved, "
             f"got {shape[1]} x {shape[2]}"
         )

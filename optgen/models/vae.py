@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_count, check_number
+from ..checks import ImageSizeError, check_count, check_number
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-2
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -284,7 +284,7 @@ class ConvVAE(BernoulliVAE):
         self.shape = tuple(shape)
         C, H, W = self.shape
         if min(H, W) < 4:
-            raise ValueError(f"images must be at least 4 x 4 to be halved twice, got {H} x {W}")
+            raise ImageSizeError(f"images must be at least 4 x 4 to be halved twice, got {H} x {W}")
         check_count("ConvVAE", channels=C, z_dim=z_dim, width=width)
         self.x_dim, self.z_dim = C * H * W, z_dim
         self.q_net = _conv_encoder(self.shape, 2 * z_dim, width)
