@@ -53,6 +53,12 @@ def optimizer_options(ema: float | None) -> list[click.Option]:
 
     return [
         count_option("--batch-size", 100, "Images in a batch."),
+        count_option(
+            "--accumulate",
+            1,
+            "Equal parts in which a batch is evaluated, in the memory of one. The batch stays "
+            "--batch-size, and the training is the same.",
+        ),
         option(
             "--lr",
             type=RealNumber(0, min_open=True),

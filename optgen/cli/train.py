@@ -67,6 +67,7 @@ class TrainGroup(click.Group):
 )
 @click.option("--lr", type=RealNumber(0, min_open=True), help="Learning rate from now on.")
 @click.option("--patience", type=WholeNumber(1), help="Epochs without improvement, from now on.")
+@click.option("--accumulate", type=WholeNumber(1), help="Parts of a batch, from now on.")
 @click.option("--device", help="Where to go on with a resumed run.  [default: auto]")
 @click.option(
     "--progress",
@@ -80,6 +81,7 @@ def train(
     epochs: int | None,
     lr: float | None,
     patience: int | None,
+    accumulate: int | None,
     device: str | None,
     progress: str | None,
 ) -> None:
@@ -92,8 +94,9 @@ def train(
     if ctx.invoked_subcommand is None:
         if resume is None:
             raise click.UsageError("name a scheme to train, or a run with --resume DIR")
-        resume_run(resume, epochs, {"lr": lr, "patience": patience}, device or "auto", progress)
-    elif resume or epochs or lr or patience or device or progress:
+        changes = {"lr": lr, "patience": patience, "accumulate": accumulate}
+        resume_run(resume, epochs, changes, device or "auto", progress)
+    elif resume or epochs or lr or patience or accumulate or device or progress:
         raise click.UsageError(
             "a run is resumed without naming its scheme: optgen train --resume DIR; "
             "the options of a new run follow its scheme"
@@ -210,7 +213,7 @@ def train_run(
     announce(config, split, out)
     begun = BegunRun()
     binarize = options.get("binarize", "none")
-    kept = ("batch_size", "seed", "precision", "patience", "checkpoint_steps")
+    kept = ("batch_size", "accumulate", "seed", "precision", "patience", "checkpoint_steps")
     try:
         records = fit(
             scheme,

@@ -239,7 +239,11 @@ class BatchOrder:
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #23a2fcf4-15
 def _stream_items(
-    data: ImageFiles, batches: Sequence[Tensor], workers: int, device: torch.device
+    data: ImageFiles,
+    batches: Sequence[Tensor],
+    workers: int,
+    device: torch.device,
+    ranks: Any = None,
 ) -> Iterator[Tensor]:
     """Yield the items of a streamed set on a device, batch by batch.
 
@@ -248,6 +252,7 @@ def _stream_items(
         batches: indices of each batch.
         workers: processes that read; 0 for this process itself.
         device: where the items go.
+        ranks: processes that each read their part of a batch and exchange the bytes; None for one.
 
     Returns:
         (B, *shape) uint8 on the device, batch by batch.
@@ -255,16 +260,20 @@ def _stream_items(
     Raises:
         DataError: if an image cannot be read, or the processes that read cannot start.
     """
+    own = [indices[ranks.own_rows(len(indices))] if ranks else indices for indices in batches]
     reader = DataLoader(
         data,
-        batch_sampler=[indices.tolist() for indices in batches],
+        batch_sampler=[indices.tolist() for indices in own if len(indices)],
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # one of its own, so that the global one is not moved
     )
     try:
-        for x in reader:
-            yield x.to(device, non_blocking=True)
+        items = iter(reader)
+        for indices in own:
+            x = next(items) if len(indices) else torch.empty(0, *data.shape, dtype=torch.uint8)
+            x = x.to(device, non_blocking=True)
+            yield ranks.gather_rows([x])[0] if ranks else x
     except DataError as error:
         last_line = str(error).strip().splitlines()[-1]
         message = last_line.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")
@@ -320,10 +329,13 @@ class BatchSource:
 
     Attributes:
         noise: generator of the dynamic binarization, else None.
+        ranks: processes among which the reading of a streamed set is divided; None for one.
 
     Raises:
         DataError: for an argument that does not fit the set.
     """
+
+    ranks: Any = None
 
     def __init__(
         self,
@@ -361,7 +373,7 @@ class BatchSource:
         on_device = torch.cat(tuple(batches)).to(self.device, non_blocking=True)
         indices_by_batch = on_device.split(len(batches[0]))
         if self.data.streamed:
-            items = _stream_items(self.data, batches, self.workers, self.device)
+            items = _stream_items(self.data, batches, self.workers, self.device, self.ranks)
         else:
             items = (self.images.index_select(0, indices) for indices in indices_by_batch)
         for x, indices in zip(items, indices_by_batch):

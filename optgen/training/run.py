@@ -35,7 +35,7 @@ from optgen.training.guards import (
     seeded,
     temporary_attributes,
 )
-from .loop import TrainingLoop, add_losses
+from .loop import TrainingLoop, add_losses, check_accumulate
 from .measurement import criterion_value, is_better, measure_epoch, rehearse
 from .parallel import Ranks, exit_quietly
 from optgen.training.resume import (
@@ -66,6 +66,7 @@ class RunPlan:
         seed: of the random numbers of the run.
         precision: "float32" or "bfloat16", in which losses are evaluated.
         compile: whether losses run through `torch.compile`.
+        accumulate: micro-batches in which a batch is evaluated, or None for the scheme's own.
 
     Raises:
         ValueError: if a number is out of range.
@@ -80,10 +81,11 @@ class RunPlan:
     seed: int = 0
     precision: str = "float32"
     compile: bool = False
+    accumulate: int | None = None
 
     def __post_init__(self) -> None:
-        optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
-        given = {name: n for name, n in optional.items() if n is not None}
+        names = ("patience", "checkpoint_steps", "accumulate")
+        given = {name: n for name in names if (n := getattr(self, name)) is not None}
         check_count("fit", epochs=self.epochs, **given)
         check_count("fit", 0, samples=self.samples)
         if self.checkpoint_seconds != math.inf:
@@ -195,8 +197,6 @@ def adopt_state_of_first_rank(run: "Run", device: torch.device) -> None:
         run: the run of this rank.
         device: where the states go.
     """
-    for player in run.scheme.players.values():
-        run.ranks.warn_batch_norm(player.module)
     own = {"state": run.state_dict(), "records": run.records}
     first = run.ranks.broadcast(own, device)
     if first is not own:
@@ -326,6 +326,7 @@ class Run(TrainingLoop):
         self.loader, self.valid, self.plan = loader, valid, plan
         self.folder, self.ranks = folder, ranks
         self.epochs = plan.epochs
+        check_accumulate(plan.accumulate, loader.order.batch_size)
         self.epoch = self.trained = self.best_epoch = self.images = 0
         self.seconds, self.best, self.loss_sums = 0.0, None, None
         self.records, self.samples, self.arguments, self.changes = [], None, {}, {}
@@ -573,11 +574,13 @@ def train_to_end(
         The records.
     """
     scheme, plan = run.scheme, run.plan
+    split = {"micro_batches": plan.accumulate or scheme.micro_batches, "ranks": run.ranks}
     context = loss_context(scheme, device, plan.precision)
     before, scheme.averages = scheme.averages, averages
     try:
         with (
-            temporary_attributes(scheme, ranks=run.ranks, autocast=context),
+            temporary_attributes(scheme, autocast=context, **split),
+            temporary_attributes(run.loader.source, ranks=run.ranks),
             put_back(scheme, learning_rates=plan.schedule is not None),
             seeded(plan.seed),
         ):

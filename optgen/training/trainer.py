@@ -228,6 +228,7 @@ def fit(
     device: torch.device | str | None = None,
     compile: bool = False,
     precision: str = "float32",
+    accumulate: int | None = None,
     binarize: str | None = None,
     ema: float | Profile | None = None,
     schedule: Callable[[float], float] | None = None,
@@ -239,7 +240,7 @@ def fit(
     callbacks: Iterable[Any] = (),
     config: dict | None = None,
 ) -> list[dict]:
-    """Train a scheme.
+    """Train a scheme; modes, scheduled learning rates and random numbers are put back.
 
     Args:
         scheme: a `Game`, validated if it has `evaluate(batches)`, sampled if it has `sample(n)`.
@@ -253,6 +254,7 @@ def fit(
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
+        accumulate: equal parts in which a batch is evaluated, in the memory of one; same steps.
         binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
         schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
@@ -265,9 +267,7 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch, as on the lines of `metrics.jsonl`. Modes, scheduled rates and random
-        numbers are put back; averages stay in `scheme.averages`. Save and sample the weights that
-        were validated within `evaluating(scheme)`.
+        A record per epoch, as in `metrics.jsonl`. `evaluating(scheme)` has the validated weights.
 
     Raises:
         ValueError: if arguments do not fit together, or not to the run that is resumed.
@@ -276,8 +276,8 @@ def fit(
         CheckpointError: if a checkpoint cannot be written or read.
     """
     with abort_all_on_error(init_ranks()) as ranks:
-        saving = (checkpoint_steps, checkpoint_seconds)
-        plan = RunPlan(epochs, schedule, patience, samples, *saving, seed, precision, compile)
+        more = (checkpoint_steps, checkpoint_seconds, seed, precision, compile, accumulate)
+        plan = RunPlan(epochs, schedule, patience, samples, *more)
         check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
         device = move_to_device(scheme, device, ranks)
         loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed)
