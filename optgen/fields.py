@@ -194,8 +194,8 @@ class MicroBatchLosses:
 
     def evaluate(self, index: int, name: str) -> Tensor:
         """Return the loss of a player on one micro-batch, 0-dim, with its graph."""
-        if len(self.micro_batches) == 1:
-            return self.game.evaluate_loss(name, self.micro_batches[0][0])
+        if self.game.micro_batches == 1:
+            return self.game.evaluate_loss(name, self.micro_batches[index][0])
         while True:
             try:
                 return self.attempt(index, name)
@@ -487,7 +487,7 @@ class GamePoint:
     def _form_terms(self, point: MicroBatchPoint, terms: Sequence[PullbackTerm]) -> None:
         """Form the gradients of terms on a micro-batch; those of the whole batch are averaged."""
         pairs = [(loss, wrt) for loss, wrt, _ in terms]
-        if point is self._whole:
+        if self.game.micro_batches == 1:
             self.grads(pairs)
             return
         missing: dict[str, list[str]] = {}
