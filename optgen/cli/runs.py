@@ -228,6 +228,7 @@ def open_run(folder: str | Path, device: str) -> OpenRun:
         click.ClickException: where the folder, its configuration and its checkpoint do not fit.
         CheckpointError: for a checkpoint that is missing or damaged.
     """
+    from optgen.averaging import collect_evaluation_weights
     from optgen.training import checkpoint, resume
 
     folder = Path(folder)
@@ -245,6 +246,8 @@ def open_run(folder: str | Path, device: str) -> OpenRun:
         with resume.foreign_state_as_checkpoint_error():
             if state["ema"]:
                 load_averages_into(scheme, options["ema"], state["ema"])
+    for optimizer in collect_evaluation_weights(scheme)[1]:
+        optimizer.eval()  # the averaged weights of a schedule-free optimizer
     return OpenRun(config, command, scheme.train(False), state)
 
 # %% ../../nbs/40_training/43a_runs.ipynb #bc893532

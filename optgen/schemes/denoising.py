@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'COMMANDS', 'NoisyLevelBatch', 'count_model_classes', 'm
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00002
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -474,7 +474,9 @@ class DiffusionCommand(SchemeCommand):
                 self.target,
                 "Weights of the noise levels; a target's name is its unweighted error.",
             ),
-            choice_option("--schedule", SCHEDULES, self.schedule, "Noise levels of the process."),
+            choice_option(
+                "--noise-schedule", SCHEDULES, self.schedule, "Noise levels of the process."
+            ),
             choice_option(
                 "--levels",
                 ["uniform", "adaptive"],
@@ -519,6 +521,13 @@ class DiffusionCommand(SchemeCommand):
             choice_option("--sampler", SAMPLERS, "heun", "Sampler."),
         ]
 
+    def upgrade_recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options with the name of the noise schedule, `schedule` before 0.6."""
+        options = dict(options)
+        if "noise_schedule" not in options and "schedule" in options:
+            options["noise_schedule"] = options.pop("schedule")
+        return options
+
     def build(self, options: dict[str, Any], shape: tuple[int, ...]) -> "DenoisingDiffusion":
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         multiples = read_widths(options["multiples"], "--multiples")
@@ -527,14 +536,17 @@ class DiffusionCommand(SchemeCommand):
         )
         model = Denoiser(network, shape, options["target"])
         uncertainty = Uncertainty() if options["uncertainty"] else None
-        optimizers = build_optimizer(options, model.parameters())
+        # The second inputs of a U-Net: the time, and the image that has no channels yet.
+        optimizers = build_optimizer(options, model, not_hidden=("net.embed", "net.start"))
         if uncertainty is not None:
             own = {**options, "lr": options["lr"] or 1e-2}
-            optimizers = (optimizers, build_optimizer(own, uncertainty.parameters()))
+            if own["optimizer"] == "muon":
+                own["optimizer"] = "adam"  # it has no hidden matrix
+            optimizers = (optimizers, build_optimizer(own, uncertainty))
         return DenoisingDiffusion(
             model,
             options["weight"],
-            SCHEDULES[options["schedule"]](),
+            SCHEDULES[options["noise_schedule"]](),
             AdaptiveLevels() if options["levels"] == "adaptive" else None,
             options["coupling"] == "optimal",
             uncertainty,

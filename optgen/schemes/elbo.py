@@ -394,7 +394,7 @@ def build_inference(
     Args:
         text: NAME or NAME:KEY=VALUE,... with a name of `INFERENCE`.
         model: the VAE.
-        make_optimizer: function of parameters that returns their optimizer.
+        make_optimizer: function of a network that returns its optimizer.
 
     Returns:
         Values of `optimizer`, and of `rule` or `inner`.
@@ -407,9 +407,9 @@ def build_inference(
         raise ValueError("semi takes no optimizer, but steps, beta, clip, mode")
     built = INFERENCE.find(name).build(name, given)
     if name == "aggressive":
-        pair = (make_optimizer(model.q_net.parameters()), make_optimizer(model.p_net.parameters()))
+        pair = (make_optimizer(model.q_net), make_optimizer(model.p_net))
         return {"optimizer": pair, "rule": built}
-    return {"optimizer": make_optimizer(model.parameters())} | ({"inner": built} if built else {})
+    return {"optimizer": make_optimizer(model)} | ({"inner": built} if built else {})
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #228cfad6
 def complete_beta_arguments(
@@ -557,7 +557,7 @@ class BetaVAECommand(SchemeCommand):
             lambda: build_inference(
                 options.get("inference", "amortised"),
                 model,
-                lambda params: build_optimizer(options, params),
+                lambda network: build_optimizer(options, network),
             ),
         )
         return BetaVAE(
