@@ -267,8 +267,7 @@ class Player:
         loss: function of the batch that returns $L_i$, a 0-dim tensor. It may depend on the
             parameters of every player.
         optimizer: optimizer of exactly these parameters.
-        clip: largest 2-norm of the gradient that the optimizer receives, Eq. (clip); None for
-            no limit. It may be changed between steps.
+        clip: largest 2-norm of the optimizer's gradient, Eq. (clip), or None; may be changed.
 
     Attributes:
         held: the parameters of the present step; None between steps.
@@ -276,8 +275,8 @@ class Player:
 
     Raises:
         TypeError: if `params` or `optimizer` is of another kind.
-        ValueError: if a tensor is given twice, none requires a gradient, or the optimizer does not
-            step exactly these; for a `clip` that is not above 0.
+        ValueError: if a tensor is given twice, none requires a gradient, the optimizer does not
+            step exactly these, or `clip` is not above 0.
     """
 
     def __init__(
@@ -287,8 +286,7 @@ class Player:
         optimizer: Optimizer,
         clip: float | None = None,
     ) -> None:
-        if clip is not None:
-            check_number("Player", above=0, clip=clip)
+        check_number("Player", above=0, clip=1 if clip is None else clip)
         self.clip, self.norm_before_clip = clip, None
         self.module = params if isinstance(params, nn.Module) else None
         self.tensors = {} if self.module is not None else number_tensors(params)

@@ -410,7 +410,7 @@ DIFFUSIONS = {  # scheme, arguments of train, of sample
     "ddpm": ("ddpm", "", "--steps 2 --sampler ancestral"),
     "ddpm otherwise": (
         "ddpm",
-        "--target v --weight min-snr --schedule cosine --levels adaptive --uncertainty "
+        "--target v --weight min-snr --noise-schedule cosine --levels adaptive --uncertainty "
         "--dropout 0.1",
         "--steps 3",
     ),

@@ -99,7 +99,7 @@ OTHERS = {
         "dropout": ("--dropout 0.5",),
         "target": ("--target v",),
         "weight": ("--weight min-snr",),
-        "schedule": ("--schedule cosine",),
+        "noise_schedule": ("--noise-schedule cosine",),
         "levels": ("--levels adaptive",),
         "coupling": ("--coupling optimal",),
         "uncertainty": ("--uncertainty",),

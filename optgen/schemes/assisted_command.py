@@ -309,7 +309,7 @@ class AssistedCommand(SchemeCommand):
         if weight is None:
             weight = METHODS[name].weight or 1.0
         optimizers = {
-            player: build_optimizer(options, parts[player].parameters())
+            player: build_optimizer(options, parts[player])
             for player in ("classifier", "generator", "features")
             if parts[player] is not None
         }

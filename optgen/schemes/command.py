@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'option', 'count_option', 'share_option', 'choice_option', 'read_widths', 'build_checked',
-           'build_optimizer', 'DataSplit', 'EvaluationContext', 'SchemeCommand']
+           'muon_with_adam', 'build_optimizer', 'DataSplit', 'EvaluationContext', 'SchemeCommand']
 
 # %% ../../nbs/30_schemes/35_command.ipynb #ecc34918
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,12 +14,16 @@ from typing import Any, NamedTuple
 
 import click
 import torch
+from schedulefree import AdamWScheduleFree
+from torch import Tensor, nn
 
 from .. import optim
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images
 from ..data.loading import split_holdout
 from ..games import Game
+from ..muon import Muon, muon_groups
+from ..optim import CombinedOptimizer
 from ..options import LARGEST_SIZE, RealNumber, WholeNumber
 from ..registry import Registry
 
@@ -106,6 +110,32 @@ def build_checked(flag: str, build: Callable[[], Any]) -> Any:
         raise click.UsageError(f"{flag}: {error}") from None
 
 # %% ../../nbs/30_schemes/35_command.ipynb #58329ad7
+def muon_with_adam(
+    params: nn.Module | Iterable[Tensor],
+    lr: float = 2e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+    not_hidden: Sequence[str] = (),
+) -> torch.optim.Optimizer:
+    """Return Muon for the hidden matrices of a network, with Adam for the rest.
+
+    Args:
+        params: the network. Tensors do not show which of them are hidden: Adam steps them all.
+        lr: learning rate of Muon, and twenty times that of Adam.
+        betas: of Adam.
+        not_hidden: names of layers, or beginnings of names, for Adam; those of other networks
+            are left out.
+    """
+    if isinstance(params, nn.Module):
+        names = [name for name, _ in params.named_modules()]
+        known = [start for start in not_hidden if any(name.startswith(start) for name in names)]
+        try:
+            matrices, rest = muon_groups(params, known)
+            return CombinedOptimizer(Muon(matrices, lr=lr), optim.Adam(rest, lr / 20, betas=betas))
+        except ValueError:  # there is no hidden matrix
+            params = params.parameters()
+    return optim.Adam(params, lr / 20, betas=betas)
+
+
 OPTIMIZERS = Registry("optimizer")
 OPTIMIZERS.add("adam", optim.Adam, "Adam", lr=1e-3)
 OPTIMIZERS.add(
@@ -120,23 +150,43 @@ OPTIMIZERS.add("rmsprop", optim.RMSProp, "RMSProp", lr=1e-3)
 OPTIMIZERS.add("momentum", optim.Momentum, "heavy ball, 0.9", lr=1e-3)
 OPTIMIZERS.add("sgd", optim.SGD, "gradient descent", lr=1e-2)
 
+OPTIMIZERS.add(
+    "muon", muon_with_adam, "Muon on hidden matrices, Adam at lr / 20 on the rest", lr=2e-2
+)
+OPTIMIZERS.add(
+    "schedule-free",
+    AdamWScheduleFree,
+    "schedule-free AdamW, which averages its weights; --warmup is its own",
+    lr=2.5e-3,
+)
+
 
 def build_optimizer(
-    options: Mapping[str, Any], params: Iterable[torch.Tensor], **adam_arguments: Any
+    options: Mapping[str, Any],
+    params: nn.Module | Iterable[Tensor],
+    not_hidden: Sequence[str] = (),
+    **adam_arguments: Any,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the options `optimizer` and `lr` describe.
 
     Args:
         options: options of the command; `lr` None is the optimizer's default.
-        params: parameters that it steps.
+        params: network that it steps, or its parameters.
+        not_hidden: names of layers, or beginnings of names, that Muon leaves to Adam.
         **adam_arguments: arguments that only the Adam family takes, such as `betas`.
     """
     name, lr = options["optimizer"], options["lr"]
-    given = {"params": params}
+    make = OPTIMIZERS[name].make
+    if make is muon_with_adam:
+        given = {"params": params, "not_hidden": not_hidden, **adam_arguments}
+    else:
+        given = {"params": params.parameters() if isinstance(params, nn.Module) else params}
+        if make is optim.Adam:
+            given |= adam_arguments
+        elif make is AdamWScheduleFree:
+            given["warmup_steps"] = options.get("warmup", 0)
     if lr is not None:
         given["lr"] = lr
-    if OPTIMIZERS[name].make is optim.Adam:
-        given |= adam_arguments
     return OPTIMIZERS[name].build(name, given)
 
 # %% ../../nbs/30_schemes/35_command.ipynb #5a4d8237
@@ -230,6 +280,14 @@ class SchemeCommand:
             click.UsageError: for options that do not fit together.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define build")
+
+    def upgrade_recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options of a run of an older version under the names of this one.
+
+        Args:
+            options: as config.json has them.
+        """
+        return dict(options)
 
     def read_recorded(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return what `split` added to the options of a run, read from its folder.

@@ -90,7 +90,7 @@ class PixelCommand(SchemeCommand):
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         data, levels = pixel_preprocessing(options)
         model = self.build_model(options, shape, levels)
-        optimizer = build_optimizer(options, model.parameters())
+        optimizer = build_optimizer(options, model)
         return MaximumLikelihood(model, data, optimizer, shape=shape)
 
     def describe_pixels(self, options: dict[str, Any]) -> str:
@@ -214,7 +214,7 @@ class FlowCommand(SchemeCommand):
                 "which needs two images at least"
             )
         model = self.build_model(options, shape)
-        optimizer = build_optimizer(options, model.parameters())
+        optimizer = build_optimizer(options, model)
         return MaximumLikelihood(model, "dequantized", optimizer, shape=shape)
 
     def describe_pixels(self, options: dict[str, Any]) -> str:

@@ -332,8 +332,7 @@ class FeedbackGANCommand(SchemeCommand):
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         generator, discriminator = build_gan_networks(options, shape)
         optimizers = [
-            build_optimizer(options, net.parameters(), betas=(0.5, 0.99))
-            for net in (generator, discriminator)
+            build_optimizer(options, net, betas=(0.5, 0.99)) for net in (generator, discriminator)
         ]
         rule = build_checked("--rule", lambda: build_rule(options["rule"], options["weight"]))
         return FeedbackGAN(

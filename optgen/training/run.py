@@ -48,7 +48,7 @@ from optgen.training.resume import (
     set_learning_rates,
     unchanged_on_error,
 )
-from .schedules import check_warmup, learning_rate_factor
+from .schedules import check_warmup, find_schedule, learning_rate_factor
 from ..viz import read_log
 
 # %% ../../nbs/40_training/40e_run.ipynb #40t00003
@@ -58,7 +58,8 @@ class RunPlan:
 
     Attributes:
         epochs: number of epochs in all, those before a resumption included.
-        schedule: share of the run in [0, 1) -> factor on all learning rates, or None.
+        schedule: share of the run in [0, 1) -> factor on all learning rates, or None; a name
+            becomes the function.
         patience: epochs without improvement after which the run ends, or None.
         samples: images to sample after each epoch; 0 for none.
         checkpoint_steps: steps between two checkpoints, or None.
@@ -74,7 +75,7 @@ class RunPlan:
     """
 
     epochs: int
-    schedule: Callable[[float], float] | None = None
+    schedule: str | Callable[[float], float] | None = None
     patience: int | None = None
     samples: int = 0
     checkpoint_steps: int | None = None
@@ -86,12 +87,12 @@ class RunPlan:
     clip: float | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "schedule", find_schedule(self.schedule))
         optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
         given = {name: n for name, n in optional.items() if n is not None}
         check_count("fit", epochs=self.epochs, **given)
         check_count("fit", 0, samples=self.samples, warmup=self.warmup)
-        if self.clip is not None:
-            check_number("fit", above=0, clip=self.clip)
+        check_number("fit", above=0, clip=1 if self.clip is None else self.clip)
         if self.checkpoint_seconds != math.inf:
             check_number("fit", 0, checkpoint_seconds=self.checkpoint_seconds)
 

@@ -102,21 +102,23 @@ def check_warmup(warmup: int, steps: int) -> None:
         )
 
 # %% ../../nbs/40_training/40i_schedules.ipynb #40i0000b
-def check_schedule_free(scheme: Game, schedule: object, warmup: int) -> None:
+def check_schedule_free(
+    scheme: Game, schedule: Callable[[float], float] | None, warmup: int
+) -> None:
     """Raise if a named schedule or a warm-up meets a schedule-free optimizer.
 
     Args:
         scheme: game whose optimizers are checked.
-        schedule: as in `find_schedule`.
+        schedule: as `find_schedule` returned it.
         warmup: number of steps.
 
     Raises:
         WarmupError: if they meet.
     """
-    named = isinstance(schedule, str) and schedule != "constant"
+    named = [name for name, entry in SCHEDULES.items() if entry.make is schedule]
     for name, player in scheme.players.items():
         if (named or warmup) and schedule_free_optimizers(player.optimizer):
-            asked = f"schedule={schedule!r}" if named else f"warmup={warmup}"
+            asked = f"schedule={named[0]!r}" if named else f"warmup={warmup}"
             raise WarmupError(
                 f"the optimizer of player {name!r} is schedule-free and takes no {asked}: it "
                 "averages instead; give a warm-up to the optimizer itself, as warmup_steps"
