@@ -161,7 +161,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$, shaped as `x` (B, ...), and $\log|\det|$ (B,)."""
         z = (x + self.shift) * self.log_scale.exp()
-        return z, (self.pixels_per_scale * self.log_scale.sum()).expand(len(x))
+        return z, (self.pixels_per_scale * self.log_scale.sum()).expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$, shaped as `z` (B, ...)."""
@@ -173,7 +173,7 @@ class Reverse(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$ (B, D) and $\log|\det|=0$ (B,)."""
-        return x.flip(1), x.new_zeros(len(x))
+        return x.flip(1), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$ (B, D)."""
@@ -449,7 +449,7 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$ (B, 4C, H/2, W/2) and $\log|\det|=0$ (B,)."""
-        return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$ (B, C, H, W)."""

@@ -36,6 +36,7 @@ from optgen.schemes.command import (
     share_option,
 )
 from .networks import METHODS, build_networks
+from .parts import AssistedParts
 
 # %% ../../nbs/30_schemes/31c_assisted_command.ipynb #1e6d92f1
 def class_names(images: ImageSet) -> list[str]:
@@ -227,6 +228,7 @@ class AssistedCommand(SchemeCommand):
 
     name = "assisted"
     summary = "classifier with few labels, assisted by a generative model"
+    parts = AssistedParts()
 
     def read_recorded(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the classes and the labeled images; arguments as `SchemeCommand`'s."""

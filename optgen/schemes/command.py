@@ -22,6 +22,7 @@ from ..data.loading import split_holdout
 from ..games import Game
 from ..options import LARGEST_SIZE, RealNumber, WholeNumber
 from ..registry import Registry
+from .parts import SchemeParts
 
 # %% ../../nbs/30_schemes/35_command.ipynb #38251a3b
 def option(*flags: str, **settings: Any) -> click.Option:
@@ -180,6 +181,7 @@ class SchemeCommand:
     Attributes:
         name: name of the scheme after `optgen train`.
         summary: one line of help.
+        parts: latents and networks of the scheme, for pictures and export.
         epochs: default number of passes over the data.
         ema: default decay of the average of the weights; None for no average.
         grid_samples: images in the sample grid of each epoch.
@@ -187,6 +189,7 @@ class SchemeCommand:
 
     name: str
     summary: str
+    parts: SchemeParts = SchemeParts()
     epochs: int = 20
     ema: float | None = None
     grid_samples: int = 64

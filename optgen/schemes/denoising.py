@@ -59,6 +59,7 @@ from optgen.schemes.levels import (
     optimal_coupling,
 )
 from .likelihood import check_dequantizable
+from .parts import DiffusionParts
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #34a00012
 class NoisyLevelBatch(NamedTuple):
@@ -448,6 +449,7 @@ class DiffusionCommand(SchemeCommand):
         schedule: default schedule, a name in `SCHEDULES`.
     """
 
+    parts = DiffusionParts()
     epochs = 8
     ema = 0.999
     grid_samples = 16

@@ -31,6 +31,7 @@ from optgen.schemes.command import (
     share_option,
 )
 from .likelihood import MaximumLikelihood
+from .parts import FlowParts, PixelParts, SchemeParts
 
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #6dfa3479
 MOST_LAYERS = 1000
@@ -57,6 +58,8 @@ def pixel_preprocessing(options: dict[str, Any]) -> tuple[str, int]:
 
 class PixelCommand(SchemeCommand):
     """Base class of the commands of pixel models, which override `build_model`."""
+
+    parts = PixelParts()
 
     def pixel_options(self) -> list[click.Option]:
         """Return the options of the preprocessing."""
@@ -106,6 +109,7 @@ class LSTMCommand(PixelCommand):
 
     name = "lstm"
     summary = "LSTM that reads an image pixel after pixel"
+    parts = SchemeParts()  # a step for each pixel: too many for a graph
     epochs = 5
 
     def train_options(self) -> list[click.Option]:
@@ -183,6 +187,8 @@ class MADECommand(PixelCommand):
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #198a4d8e
 class FlowCommand(SchemeCommand):
     """Base class of the commands of flows, which override `build_model`."""
+
+    parts = FlowParts()
 
     def logit_option(self) -> click.Option:
         """Return the option of the logit, the first transform."""
@@ -300,6 +306,7 @@ class MAFCommand(FlowCommand):
 
     name = "maf"
     summary = "flow by masked autoregressive layers"
+    parts = FlowParts(has_fast_inverse=False)
     grid_samples = 16
 
     def train_options(self) -> list[click.Option]:

@@ -40,6 +40,7 @@ from optgen.schemes.command import (
     option,
     read_widths,
 )
+from .parts import VAEParts
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-2
 class NoisyBatch(NamedTuple):
@@ -494,8 +495,7 @@ def build_vae(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
     if kind == "mlp":
         make = GaussianVAE if likelihood == "gaussian" else VAE
         return make(math.prod(shape), *hidden, options["z_dim"])
-    make = {"conv": ConvVAE, "autoregressive": AutoregressiveVAE}[kind]
-    return make(shape, options["z_dim"])
+    return (ConvVAE if kind == "conv" else AutoregressiveVAE)(shape, options["z_dim"])
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #20824eed
 class BetaVAECommand(SchemeCommand):
@@ -503,6 +503,7 @@ class BetaVAECommand(SchemeCommand):
 
     name = "beta-vae"
     summary = "variational auto-encoder, its KL weighted by beta"
+    parts = VAEParts()
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the model, its KL weight, estimator and inference."""

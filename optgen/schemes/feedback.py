@@ -44,6 +44,7 @@ from optgen.schemes.command import (
     option,
     read_widths,
 )
+from .parts import GANParts
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4-2
 class GANBatch(NamedTuple):
@@ -292,6 +293,7 @@ class FeedbackGANCommand(SchemeCommand):
 
     name = "feedback-gan"
     summary = "generative adversarial network, stepped by a rule of gradient feedback"
+    parts = GANParts()
     ema = 0.999
 
     def train_options(self) -> list[click.Option]:
