@@ -20,6 +20,7 @@ from typing import NoReturn
 import click
 
 from .measure import evaluate, sample
+from .pictures import interpolate, reconstruct, traverse
 from .runs import load_claims, load_commands
 from .train import train
 from ..console import lasting_streams, warnings_in_one_line
@@ -39,7 +40,7 @@ def cli() -> None:
     """Optimizers coupled with generative models: train, look, measure."""
 
 
-for command in (train, sample, evaluate):
+for command in (train, sample, evaluate, interpolate, reconstruct, traverse):
     cli.add_command(command)
 
 # %% ../../nbs/40_training/43_main.ipynb #94e0909a

@@ -90,6 +90,7 @@ class AutoregressiveVAE(BernoulliVAE):
     """
 
     pixels = "binary"
+    draws_pixels = True  # `decoder` returns random pixels, not their probabilities
 
     def __init__(
         self,

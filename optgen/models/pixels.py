@@ -406,7 +406,7 @@ class PixelCNN(PixelModel):
             x: rows (B, 1, rows, W) of images, or whole images.
             top: index of the first of these rows in the image.
         """
-        places = self.places[:, top : top + x.shape[2]].expand(len(x), -1, -1, -1)
+        places = self.places[:, top : top + x.shape[2]].expand(x.shape[0], -1, -1, -1)
         v = h = torch.cat([x, places], 1)
         for layer in self.layers:
             v, h = layer(v, h)
