@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .runs import OpenRun, find_command, open_run, pick_device
+from .text import is_of_text, write_texts
 from ..options import WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ def sample(folder: str, n: int, out: str | None, seed: int, device: str, **given
 
     run = open_run(folder, device)
     torch.manual_seed(seed)
+    if is_of_text(run):
+        return write_texts(run, n, out, given)
     path = Path(out or Path(folder) / "samples.png")
     if path.suffix != ".png":
         raise click.UsageError(f"--out takes a .png file, got {path}")
@@ -140,7 +143,9 @@ class RunData:
         from optgen.data.loading import load
 
         size, shape = self.run.config["options"]["image_size"], self.run.config["shape"]
-        images = load(name, split, size=size, holdout=holdout)
+        options = self.run.config["options"]
+        loaded = load(name, split, size=size, holdout=holdout)
+        images = self.run.command.prepare(options, loaded)
         if list(images.shape) != shape:
             raise click.UsageError(
                 f"{images.name} has images of shape {tuple(images.shape)}, "

@@ -16,6 +16,7 @@ import click
 
 from .options import train_params
 from .runs import find_command, free_folder, load_commands, pick_device, read_config
+from .text import describe_text_defaults, options_of_data, text_callbacks
 from ..options import RealNumber, WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class TrainGroup(click.Group):
             return None
         summary = f"{command.summary[0].upper()}{command.summary[1:]}."
         start = functools.partial(start_run, cmd_name)
-        return click.Command(cmd_name, params=train_params(command), callback=start, help=summary)
+        settings = {"params": train_params(command), "callback": start, "help": summary}
+        return click.Command(cmd_name, **settings, epilog=describe_text_defaults(command))
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the options; one that belongs after the name of a scheme is explained."""
@@ -118,12 +120,15 @@ def start_run(
         epochs: passes over the data in all.
         **options: all others, kept in config.json.
     """
-    from optgen.data.loading import resolve_data
+    from optgen.data.loading import is_text, resolve_data
 
     options["data"] = resolve_data(options["data"])
+    command = find_command(scheme)
+    options = options_of_data(command, options | {"epochs": epochs}, is_text(options["data"]))
+    epochs = options.pop("epochs")
     config = {"scheme": scheme, "options": options, "epochs": epochs}
     out = out or free_folder(f"runs/{scheme}-{Path(options['data']).name}")
-    with memory_errors_named(train_params(find_command(scheme)), options):
+    with memory_errors_named(train_params(command), options):
         train_run(config, out, device, progress, resume=False)
 
 
@@ -175,9 +180,9 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
     except (TypeError, ValueError) as error:
         raise click.UsageError(str(error)) from None
     if len(split.valid) < 2:
-        images = len(split.train) + len(split.valid)
+        n = len(split.train) + len(split.valid)
         raise click.UsageError(
-            f"--holdout {options['holdout']:g} leaves {len(split.valid)} of {images} images "
+            f"--holdout {options['holdout']:g} leaves {len(split.valid)} of {n} {split.train.unit} "
             "for validation, which needs two at least"
         )
     return scheme
@@ -223,7 +228,7 @@ def train_run(
             progress=progress,
             binarize=None if binarize == "none" else binarize,
             samples=command.grid_samples,
-            callbacks=[begun],
+            callbacks=[begun, *text_callbacks(scheme, out)],
             ema=options["ema"] or None,
             config={**config, "shape": list(split.train.shape)},
             **{name: options[name] for name in kept},
@@ -268,9 +273,10 @@ def announce(config: Mapping[str, Any], split: "DataSplit", out: str) -> None:
     """
     labeled = split.extra.get("labeled")
     shown = f" ({len(labeled)} labeled)" if labeled is not None else ""
+    train = split.train
     click.echo(
-        f"{click.style(config['scheme'], bold=True)} on {split.train.name}: "
-        f"{len(split.train)} images to train on{shown}, {len(split.valid)} to validate, "
+        f"{click.style(config['scheme'], bold=True)} on {train.name}: "
+        f"{len(train)} {train.unit} to train on{shown}, {len(split.valid)} to validate, "
         f"{config['epochs']} epochs, in {click.style(out, fg='cyan')}"
     )
 

@@ -183,6 +183,10 @@ class SchemeCommand:
         epochs: default number of passes over the data.
         ema: default decay of the average of the weights; None for no average.
         grid_samples: images in the sample grid of each epoch.
+        text_defaults: defaults of the options of a run on text, where they are others; None for a
+            scheme of images only.
+        text_options: options that only a run on text takes; their default is None.
+        image_options: options that only a run on images takes.
     """
 
     name: str
@@ -190,6 +194,9 @@ class SchemeCommand:
     epochs: int = 20
     ema: float | None = None
     grid_samples: int = 64
+    text_defaults: Mapping[str, Any] | None = None
+    text_options: tuple[str, ...] = ()
+    image_options: tuple[str, ...] = ()
 
     def train_options(self) -> Sequence[click.Option]:
         """Return the options of `optgen train` that only this scheme has."""
@@ -217,6 +224,15 @@ class SchemeCommand:
             click.UsageError: if the images do not provide what the options ask for.
         """
         return DataSplit(*split_holdout(images, options["holdout"]), {})
+
+    def prepare(self, options: dict[str, Any], images: Images | ImageFiles) -> Any:
+        """Return a data set as the run takes it, to measure it; by default as it is.
+
+        Args:
+            options: of the run.
+            images: the data set.
+        """
+        return images
 
     def build(self, options: dict[str, Any], shape: tuple[int, ...], **extra: Any) -> Game:
         """Build the scheme.
