@@ -6,7 +6,7 @@
 __all__ = ['SPLITS', 'RENUMBER', 'ASSETS', 'DATASETS', 'DataWarning', 'DataError', 'check_split', 'stable_hash',
            'seeded_generator', 'Batch', 'ImageSet', 'describe_data', 'how_to_get_tensor', 'is_channels_last',
            'likely_scale', 'how_to_get_bytes', 'how_to_get_labels', 'check_labels', 'Images', 'read_idx',
-           'data_folders', 'mnist', 'fashion_mnist', 'digits']
+           'data_folders', 'mnist', 'fashion_mnist', 'read_asset', 'digits']
 
 # %% ../../nbs/00_foundations/01_images.ipynb #d1900004
 import gzip
@@ -119,6 +119,7 @@ class ImageSet:
         fingerprint: number that distinguishes this set from others, for saved states.
         streamed: whether items are read from disk when they are needed. A set that is not
             streamed holds them in `images`, (N, *shape).
+        unit: what an example is, in the plural, for messages.
         max_value: number that becomes 1 in a batch; None where a batch holds the numbers as
             they are.
     """
@@ -130,6 +131,7 @@ class ImageSet:
     classes: tuple[str, ...]
     fingerprint: int
     streamed: ClassVar[bool] = False
+    unit: str = "images"
     max_value: ClassVar[int | None] = 255
 
     def __len__(self) -> int:
@@ -503,6 +505,23 @@ _DIGITS = {  # images, SHA-256 of the uncompressed file
 }
 
 
+def read_asset(name: str, checksum: str) -> bytearray:
+    """Return the content of a file of the package, checked.
+
+    Args:
+        name: of the file.
+        checksum: SHA-256 of the uncompressed content.
+
+    Raises:
+        DataError: if the file is missing, truncated or altered.
+    """
+    path = ASSETS / name
+    fix = "reinstall the package, pip install --force-reinstall --no-deps optgen"
+    content = _read_file(path, fix)
+    _check_sha256(path, content, checksum, fix)
+    return content
+
+
 def digits(split: str = "train") -> Images:
     """Return the real MNIST digits that come with the package, Eq. (digits).
 
@@ -517,10 +536,7 @@ def digits(split: str = "train") -> Images:
     """
     check_split(split)
     n, checksum = _DIGITS[split]
-    path = ASSETS / f"digits-{split}.xz"
-    fix = "reinstall the package, pip install --force-reinstall --no-deps optgen"
-    content = _read_file(path, fix)
-    _check_sha256(path, content, checksum, fix)
+    content = read_asset(f"digits-{split}.xz", checksum)
     images, labels = torch.frombuffer(content, dtype=torch.uint8).split((n * 784, n))
     return Images(images.view(n, 1, 28, 28), labels.long(), "digits", split, tuple("0123456789"))
 

@@ -35,6 +35,7 @@ class Sequences(Images):
         DataError: for another type, shape or split, and for a negative token.
     """
 
+    unit = "sequences"
     max_value = None
 
     def __post_init__(self) -> None:
