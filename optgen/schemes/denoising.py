@@ -24,6 +24,7 @@ from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode, to_float64
 from ..models.diffusion import SAMPLERS, Denoiser, UNet, ode_log_prob, variational_bound
+from ..models.features import compare_features, default_features, name_features
 from ..models.flow import dequantize
 from optgen.models.schedules import (
     TARGETS,
@@ -38,7 +39,7 @@ from optgen.models.schedules import (
     training_target,
 )
 from ..optim import Adam
-from ..sample_quality import feature_stats, features_name, fid, frechet_floor
+from ..sample_quality import features_name
 from optgen.schemes.command import (
     EvaluationContext,
     SchemeCommand,
@@ -49,7 +50,6 @@ from optgen.schemes.command import (
     read_widths,
     share_option,
 )
-from .feedback import default_features
 from optgen.schemes.levels import (
     WEIGHTS,
     AdaptiveLevels,
@@ -397,7 +397,7 @@ def evaluate_diffusion(
 
     Returns:
         "loss" at uniform levels, without uncertainty; "bound" and "nll", nats an image, with their
-        errors and bits; "fid" and "fid_floor"; and "n", the number of images.
+        errors and bits; the measures of `compare_features`; and "n", the number of images.
 
     Raises:
         ValueError: if there are no batches.
@@ -424,9 +424,7 @@ def evaluate_diffusion(
     for name, nats in found.items():
         result |= summarize_nats(name, nats, math.prod(scheme.model.shape))
     if fid_steps:
-        stats = feature_stats(real)
-        floor = frechet_floor(stats.cov, stats.n, stats.n).item()
-        result |= {"fid": fid(stats, fake), "fid_floor": floor}
+        result |= compare_features(fake, real)
     return result
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #b7bbd7fb
@@ -558,7 +556,7 @@ class DiffusionCommand(SchemeCommand):
         measured = {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
         if "fid" in measured:
             features = default_features(torch.empty(0, *context.images.shape))
-            measured["fid_features"] = features_name(features)
+            measured = name_features(measured, features_name(features))
         return measured
 
 
