@@ -11,11 +11,12 @@ from torch.nn.functional import softplus
 
 from optgen.data.images import Batch
 from optgen.models.diffusion import Denoiser, UNet
+from optgen.models.features import default_features
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
 from optgen.schemes.assisted import Assisted
 from optgen.schemes.couplings import NoCoupling
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.feedback import FeedbackGAN, default_features
+from optgen.schemes.feedback import FeedbackGAN
 from optgen.schemes.likelihood import MaximumLikelihood
 from optgen.testing import generator
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from optgen.data.images import Batch, Images, digits
+from optgen.models.features import downsampled_pixels
 from optgen.models.gan import (
     GAN_LOSSES,
     ConvDiscriminator,
@@ -27,7 +28,7 @@ from optgen.rules import (
     Simultaneous,
     SymplecticAdjustment,
 )
-from optgen.schemes.feedback import FeedbackGAN, GANBatch, downsampled_pixels
+from optgen.schemes.feedback import FeedbackGAN, GANBatch
 from optgen.testing import finite_difference, flat_weights, raises
 from optgen.training.checkpoint import load, save
 from optgen.training.trainer import fit

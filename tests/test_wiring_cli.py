@@ -430,8 +430,8 @@ class Keeping:
     features = None
 
     def evaluate(self, batches, **given):
-        """Return the arguments."""
-        return {"batches": batches, **given}
+        """Return the arguments, and a distance."""
+        return {"batches": batches, "fid": 1.0, **given}
 
     def sample(self, n, **given):
         """Return the arguments."""
@@ -442,8 +442,8 @@ def test_a_command_passes_everything_on_by_default():
     command, scheme = FeedbackGANCommand(), Keeping()
     context = SimpleNamespace(images=SimpleNamespace(shape=(1, 8, 8)))
     found = command.evaluate(scheme, context, [1, 2], 4, k=3)
-    features = found.pop("fid_features")
-    assert isinstance(features, str) and found == {"batches": [1, 2], "seed": 4, "k": 3}
+    assert found.pop("fid_features") == "pixels, averaged down to 8 x 8"
+    assert found == {"batches": [1, 2], "fid": 1.0, "seed": 4, "k": 3, "all_measures": True}
     assert command.sample(scheme, 5, steps=6) == {"n": 5, "steps": 6}
 
 

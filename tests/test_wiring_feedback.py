@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 from optgen.data.images import Batch
 from optgen.games import Game, Player
 from optgen.models.classifier import mnist_classifier
+from optgen.models.features import default_features, downsampled_pixels
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
 from optgen.optim import Adam
 from optgen.rules import (
@@ -26,7 +27,7 @@ from optgen.rules import (
     alternating_gan,
     build_rule,
 )
-from optgen.schemes.feedback import FeedbackGAN, GANBatch, default_features, downsampled_pixels
+from optgen.schemes.feedback import FeedbackGAN, GANBatch
 from optgen.testing import generator
 
 F64 = torch.float64
