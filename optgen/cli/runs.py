@@ -163,6 +163,9 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Any]:
     sizes = shape if isinstance(shape, list) and len(shape) == 3 else [None]
     if any(type(size) is not int or not 0 < size < 2**31 for size in sizes):
         raise ValueError(f"'shape' must be three whole numbers, at least 1, got {shape!r}")
+    classes = config.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"'classes' must be a list of names, got {classes!r}")
     return {"options": read_options(find_command(scheme), config["options"])}
 
 # %% ../../nbs/40_training/43a_runs.ipynb #6b039dc7

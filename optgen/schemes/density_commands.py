@@ -19,6 +19,7 @@ from ..data.images import Batch, Images
 from ..models.flow import Logit, image_flow, maf, realnvp
 from ..models.pixels import MADE, PixelCNN, PixelLSTM
 from ..options import RealNumber, WholeNumber
+from .classes import ConditionalCommand, check_same_classes
 from optgen.schemes.command import (
     DataSplit,
     EvaluationContext,
@@ -30,7 +31,7 @@ from optgen.schemes.command import (
     read_widths,
     share_option,
 )
-from .likelihood import MaximumLikelihood
+from .likelihood import MaximumLikelihood, evaluate_bayes
 
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #6dfa3479
 MOST_LAYERS = 1000
@@ -233,7 +234,7 @@ class FlowCommand(SchemeCommand):
         return {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **given)
 
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #19feed20
-class RealNVPCommand(FlowCommand):
+class RealNVPCommand(ConditionalCommand, FlowCommand):
     """The command `optgen train realnvp`."""
 
     name = "realnvp"
@@ -265,7 +266,14 @@ class RealNVPCommand(FlowCommand):
                 help="Units of a flat flow's networks.",
             ),
             self.logit_option(),
+            *self.class_options(),
         ]
+
+    def evaluate_options(self) -> list[click.Option]:
+        """Return the options of the bound, of the class accuracy and of Bayes' rule."""
+        help = "Also measure p(x), the mean over the classes, and classify by Bayes' rule."
+        flag = option("--bayes/--no-bayes", default=True, help=help)
+        return [*super().evaluate_options(), *self.accuracy_options(), flag]
 
     def split(self, options: dict[str, Any], images: Images | ImageFiles) -> DataSplit:
         """Split the images, and choose a flow of images or of flat vectors.
@@ -288,11 +296,35 @@ class RealNVPCommand(FlowCommand):
     def build_model(self, options: dict[str, Any], shape: tuple[int, ...]) -> nn.Module:
         """Build the couplings."""
         before = [Logit(options["alpha"])]
+        settings = {"preprocessing": before, "n_classes": self.count_classes(options)}
         if options["model"] == "flat":
             hidden = read_widths(options["hidden"])
-            return realnvp(math.prod(shape), options["layers"], hidden, preprocessing=before)
+            return realnvp(math.prod(shape), options["layers"], hidden, **settings)
         sizes = (options["scales"], options["couplings"], options["channels"], 1)
-        return image_flow(shape, *sizes, preprocessing=before)
+        return image_flow(shape, *sizes, **settings)
+
+    def describe_pixels(self, options: dict[str, Any]) -> str:
+        """Return the preprocessing in words, and whether images are measured given their class."""
+        described = super().describe_pixels(options)
+        return f"{described}, given the class" if options["conditional"] else described
+
+    def evaluate(
+        self,
+        scheme: "MaximumLikelihood",
+        context: EvaluationContext,
+        batches: Iterable[Batch],
+        seed: int,
+        **given: Any,
+    ) -> dict[str, Any]:
+        """Measure the bound, and a conditional run's classes too."""
+        if not scheme.conditional:
+            return super().evaluate(scheme, context, batches, seed, k=given["k"])
+        check_same_classes(context.images, context.options["classes"])
+        measured = super().evaluate(scheme, context, batches, seed, k=given["k"])
+        if given["bayes"]:
+            again = context.load_batches(context.options["data"], context.split, 0.1)()
+            measured |= evaluate_bayes(scheme, again, seed, given["k"])
+        return measured | self.measure_classes(scheme, context, seed, given["class_samples"])
 
 
 class MAFCommand(FlowCommand):
