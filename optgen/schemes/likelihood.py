@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PREPROCESSING', 'quantize_levels', 'check_dequantizable', 'as_distribution', 'check_unconditional',
-           'check_preprocessing', 'number_of_levels', 'calibrate', 'MaximumLikelihood']
+           'check_preprocessing', 'number_of_levels', 'calibrate', 'check_samples', 'summarize_likelihoods',
+           'MaximumLikelihood', 'evaluate_bayes']
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00002
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,9 +21,10 @@ from ..data.expectations import BatchCheck, expectation_of
 from ..data.images import Batch
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
-from ..metrics import bits_per_dim, eval_mode
+from ..metrics import bits_per_dim, eval_mode, wilson_interval
 from ..models.flow import dequantize
 from ..optim import Adam
+from .classes import class_counter, sample_labels
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #33a00006
 PREPROCESSING = {  # name: the pixels it expects, a name in `PIXELS`
@@ -163,12 +165,13 @@ def number_of_levels(model: nn.Module, data: str, levels: int | None) -> int | N
     return found
 
 # %% ../../nbs/30_schemes/33_likelihood.ipynb #ce9515a6
-def calibrate(model: nn.Module, y: Tensor) -> None:
+def calibrate(model: nn.Module, y: Tensor, labels: Tensor | None = None) -> None:
     """Initialize a model from its first batch, if it has a `calibrate`.
 
     Args:
         model: the model.
         y: images (B, ...) as the model takes them.
+        labels: (B,) classes of a conditional model.
 
     Raises:
         ValueError: if it is to be initialized from a single image.
@@ -180,7 +183,50 @@ def calibrate(model: nn.Module, y: Tensor) -> None:
             "the first batch, from which ActNorm starts, has one image: "
             "take a batch_size of two at least"
         )
-    model.calibrate(y)
+    model.calibrate(y, *([] if labels is None else [labels]))
+
+
+def check_samples(scheme: "MaximumLikelihood", k: int) -> None:
+    """Check the number of samples of an evaluation.
+
+    Args:
+        scheme: the scheme.
+        k: samples of the noise for each image.
+
+    Raises:
+        ValueError: if it is below one, or above one where the likelihood is exact.
+    """
+    check_count("evaluate", k=k)
+    if k > 1 and scheme.data != "dequantized":
+        raise ValueError(
+            f"k={k}: the likelihood of {scheme.data} data is exact, and needs no samples"
+        )
+
+
+def summarize_likelihoods(losses: Tensor, nll: Tensor, dim: int) -> dict[str, float]:
+    """Return the means of an evaluation, as `evaluate` returns them.
+
+    Args:
+        losses: (N,) nats, the mean over the samples of the noise.
+        nll: (N,) nats, of all samples together.
+        dim: numbers in an image.
+
+    Raises:
+        ValueError: if a likelihood is NaN.
+    """
+    n = len(nll)
+    if nll.isnan().any():
+        image = nll.isnan().nonzero()[0].item()
+        raise ValueError(
+            f"the likelihood of image {image} is NaN: look for NaN in the model's weights"
+        )
+    return {
+        "loss": losses.mean().item(),
+        "nll": nll.mean().item(),
+        "nll_se": (nll.std() / n**0.5).item() if n > 1 else math.nan,
+        "bits_per_dim": bits_per_dim(nll.mean().item(), dim),
+        "n": n,
+    }
 
 
 class MaximumLikelihood(Game):
@@ -188,13 +234,18 @@ class MaximumLikelihood(Game):
 
     Args:
         model: a module with `log_prob(x) -> (B,)` nats and `sample(n)`; or a flow of zuko's, of
-            flat images, without context.
+            flat images, without context. With an attribute `n_classes` above 0 it is conditional:
+            `log_prob(x, labels)` and `sample(n, labels=labels)`.
         data: preprocessing of gray images: "binary" (they are 0 and 1 already), "levels" or
             "dequantized".
         optimizer: of the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`.
         levels: $L$ of "levels", from 2 to 256; by default the model's own.
         shape: (C, H, W) of a sampled image; by default as the model gives it.
         rule: update rule of the player, by default plain descent.
+
+    Attributes:
+        n_classes: number of classes; 0 for none.
+        conditional: whether there are classes. Likelihoods are then those given the class.
 
     Raises:
         ValueError: if model and preprocessing do not agree.
@@ -214,9 +265,10 @@ class MaximumLikelihood(Game):
         self.levels = number_of_levels(model, data, levels)
         check_unconditional(model)
         self.model, self.data, self.shape, self.begun = model, data, shape, False
-        self.batch_check = BatchCheck(
-            "MaximumLikelihood", expectation_of(model, PREPROCESSING[data])
-        )
+        self.n_classes = getattr(model, "n_classes", 0)
+        self.conditional = self.n_classes > 0
+        expected = expectation_of(model, PREPROCESSING[data], self.conditional)
+        self.batch_check = BatchCheck("MaximumLikelihood", expected, class_counter(self.n_classes))
         optimizer = optimizer or Adam(model.parameters(), lr=1e-3)
         super().__init__(self.preprocess_batch, rule, model=Player(model, self.loss, optimizer))
 
@@ -250,17 +302,18 @@ class MaximumLikelihood(Game):
     def preprocess_batch(self, batch: Batch) -> Batch:
         """Return a batch as the model takes it; the first one initializes the model."""
         self.batch_check.step(batch, next(self.model.parameters()))
-        y = self.preprocess(batch.x)
+        y, labels = self.preprocess(batch.x), batch.y if self.conditional else None
         if not self.begun:
-            calibrate(self.model, y)
+            calibrate(self.model, y, labels)
             self.begun = True
-        return Batch(y)
+        return Batch(y, labels)
 
-    def nats(self, y: Tensor) -> Tensor:
+    def nats(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of each image, exact or by Eq. (likelihood-bound).
 
         Args:
             y: images (B, ...) after `preprocess`.
+            labels: (B,) classes of a conditional model.
 
         Returns:
             (B,) nats; of dequantized images one sample of the bound.
@@ -275,26 +328,28 @@ class MaximumLikelihood(Game):
             if D != size:
                 raise ValueError(f"expected images of {size} numbers, got shape {tuple(y.shape)}")
             y = y.flatten(1)
-        return D * math.log(256) * (self.data == "dequantized") - p.log_prob(y)
+        given = () if labels is None else (labels,)
+        return D * math.log(256) * (self.data == "dequantized") - p.log_prob(y, *given)
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the mean negative log-likelihood, 0-dim, nats an image, Eq. (likelihood)."""
-        return self.nats(batch.x).mean()
+        return self.nats(batch.x, batch.y).mean()
 
-    def check_samples(self, k: int) -> None:
-        """Check the number of samples of an evaluation.
+    def checked_pairs(
+        self, batches: Iterable[Batch | Tensor | tuple], chunk: int
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield images and labels of an evaluation, checked, at most `chunk` at once.
 
         Args:
-            k: samples of the noise for each image.
-
-        Raises:
-            ValueError: if it is below one, or above one where the likelihood is exact.
+            batches: as in `evaluate`.
+            chunk: number of images.
         """
-        check_count("evaluate", k=k)
-        if k > 1 and self.data != "dequantized":
-            raise ValueError(
-                f"k={k}: the likelihood of {self.data} data is exact, and needs no samples"
-            )
+        for batch in self.batch_check.evaluation(batches, next(self.model.parameters())):
+            x = batch if isinstance(batch, Tensor) else batch[0]
+            labels = batch.y if self.conditional else None
+            for start in range(0, len(x), chunk):
+                rows = slice(start, start + chunk)
+                yield x[rows], None if labels is None else labels[rows]
 
     @explains_torch_limits
     @torch.no_grad()
@@ -308,7 +363,8 @@ class MaximumLikelihood(Game):
         """Measure the likelihood of held-out images, in evaluation mode.
 
         Args:
-            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`.
+            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`; with classes
+                a `Batch` with labels.
             seed: of the noise, which has a generator of its own.
             k: samples of the noise for each image, Eq. (likelihood-bound); 1 where the likelihood
                 is exact.
@@ -322,59 +378,39 @@ class MaximumLikelihood(Game):
             ValueError: if `k` does not fit, a pixel is not what the preprocessing expects, there
                 are no images, or a likelihood is NaN.
         """
-        self.check_samples(k)
+        check_samples(self, k)
         losses, nll, generator = [], [], None
         with eval_mode(*self.model.modules()):
-            for x in self.batch_check.evaluation(batches, next(self.model.parameters())):
-                x = x if isinstance(x, Tensor) else x[0]
+            for x, labels in self.checked_pairs(batches, chunk):
                 generator = generator or torch.Generator(x.device).manual_seed(seed)
-                for images in x.split(chunk):
-                    draws = [self.nats(self.preprocess(images, generator)) for _ in range(k)]
-                    nats = torch.stack(draws)
-                    losses.append(nats.mean(0))
-                    nll.append(math.log(k) - (-nats).logsumexp(0))
+                draws = [self.nats(self.preprocess(x, generator), labels) for _ in range(k)]
+                nats = torch.stack(draws)
+                losses.append(nats.mean(0))
+                nll.append(math.log(k) - (-nats).logsumexp(0))
         if not nll:
             raise ValueError("nothing to evaluate: there are no batches")
-        return self.summarize(torch.cat(losses), torch.cat(nll), x[0].numel())
-
-    def summarize(self, losses: Tensor, nll: Tensor, dim: int) -> dict[str, float]:
-        """Return the means of an evaluation, as `evaluate` returns them.
-
-        Args:
-            losses: (N,) nats, the mean over the samples of the noise.
-            nll: (N,) nats, of all samples together.
-            dim: numbers in an image.
-
-        Raises:
-            ValueError: if a likelihood is NaN.
-        """
-        n = len(nll)
-        if nll.isnan().any():
-            image = nll.isnan().nonzero()[0].item()
-            raise ValueError(
-                f"the likelihood of image {image} is NaN: look for NaN in the model's weights"
-            )
-        return {
-            "loss": losses.mean().item(),
-            "nll": nll.mean().item(),
-            "nll_se": (nll.std() / n**0.5).item() if n > 1 else math.nan,
-            "bits_per_dim": bits_per_dim(nll.mean().item(), dim),
-            "n": n,
-        }
+        return summarize_likelihoods(torch.cat(losses), torch.cat(nll), x[0].numel())
 
     @torch.no_grad()
-    def sample(self, n: int) -> Tensor:
+    def sample(self, n: int, labels: Tensor | None = None) -> Tensor:
         """Draw images from the model, in evaluation mode.
 
         Args:
             n: number of images.
+            labels: (n,) classes of a conditional model, int64; by default 0, 1, ... in turn.
 
         Returns:
             (n, ...) images in [0, 1], on the grid of the levels, Eq. (likelihood-draw).
+
+        Raises:
+            ValueError: if labels are not wanted, or are no classes.
         """
+        device = next(self.model.parameters()).device
+        labels = sample_labels("MaximumLikelihood", n, labels, self.n_classes, device)
+        given = {} if labels is None else {"labels": labels}
         with eval_mode(*self.model.modules()):
             p = self.p
-            x = p.sample(n) if p is self.model else p.sample((n,))
+            x = p.sample(n, **given) if p is self.model else p.sample((n,))
         if self.data == "dequantized":
             x = (256 * x).floor().clamp(0, 255) / 255
         return x if self.shape is None else x.reshape(n, *self.shape)
@@ -399,3 +435,56 @@ class MaximumLikelihood(Game):
             )
         super().load_state_dict({k: v for k, v in state.items() if k != "begun"})
         self.begun = state["begun"]
+
+# %% ../../nbs/30_schemes/33_likelihood.ipynb #33c1bayes
+@explains_torch_limits
+@torch.no_grad()
+def evaluate_bayes(
+    scheme: MaximumLikelihood,
+    batches: Iterable[Batch],
+    seed: int = 0,
+    k: int = 1,
+    chunk: int = 200,
+) -> dict[str, float]:
+    """Measure a conditional model on images without their labels, Eq. (likelihood-bayes).
+
+    Args:
+        scheme: conditional.
+        batches: labeled images.
+        seed: of the noise.
+        k: as in `MaximumLikelihood.evaluate`.
+        chunk: images measured at once.
+
+    Returns:
+        "nll_marginal" and "bits_per_dim_marginal" of p(x); "bayes_accuracy", the share of images
+        that are assigned to their class, with the ends of its 95 % interval.
+
+    Raises:
+        ValueError: for an unconditional scheme, and as `MaximumLikelihood.evaluate`.
+    """
+    if not scheme.conditional:
+        raise ValueError("evaluate_bayes measures a conditional model, and this one has no classes")
+    check_samples(scheme, k)
+    marginal, right, generator = [], [], None
+    with eval_mode(*scheme.model.modules()):
+        for x, labels in scheme.checked_pairs(batches, chunk):
+            generator = generator or torch.Generator(x.device).manual_seed(seed)
+            draws = []
+            for _ in range(k):
+                y = scheme.preprocess(x, generator)
+                classes = (torch.full_like(labels, c) for c in range(scheme.n_classes))
+                draws.append(torch.stack([scheme.nats(y, c) for c in classes]))
+            by_class = math.log(k) - (-torch.stack(draws)).logsumexp(0)
+            marginal.append(math.log(scheme.n_classes) - (-by_class).logsumexp(0))
+            right.append(by_class.argmin(0) == labels)
+    if not marginal:
+        raise ValueError("nothing to evaluate: there are no batches")
+    nll, correct = torch.cat(marginal).mean().item(), torch.cat(right)
+    low, high = wilson_interval(correct.sum().item(), len(correct))
+    return {
+        "nll_marginal": nll,
+        "bits_per_dim_marginal": bits_per_dim(nll, x[0].numel()),
+        "bayes_accuracy": correct.double().mean().item(),
+        "bayes_accuracy_low": low,
+        "bayes_accuracy_high": high,
+    }

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PROGRESS', 'losses_by_player', 'ProgressBar', 'short', 'ProgressLines', 'progress_callbacks', 'MetricsLog',
-           'EpochCheckpoints', 'Pictures', 'Stopwatch', 'Looks', 'watch_training']
+           'EpochCheckpoints', 'class_columns', 'Pictures', 'Stopwatch', 'Looks', 'watch_training']
 
 # %% ../../nbs/40_training/40b_callbacks.ipynb #40b00003
 import contextlib
+import functools
 import json
 import sys
 import time
@@ -144,6 +145,17 @@ class EpochCheckpoints:
         run.save_epoch()
 
 
+def class_columns(scheme: Game, n: int) -> int | None:
+    """Return the columns of a grid of samples in which each class has its own; None without.
+
+    Args:
+        scheme: a conditional one draws its classes in turn.
+        n: number of samples that are asked for; with fewer than there are classes, None.
+    """
+    classes = getattr(scheme, "conditional", False) and getattr(scheme, "n_classes", None)
+    return classes if classes and classes <= n else None
+
+
 class Pictures:
     """The curves of a run and the grid of each epoch's samples.
 
@@ -161,7 +173,9 @@ class Pictures:
         self.try_to_draw("curves.png", self.draw_curves, run.records)
         if run.samples is not None:
             name = f"samples/epoch-{record['epoch']:04d}.png"
-            self.try_to_draw(name, save_image_grid, run.samples)
+            columns = class_columns(run.scheme, len(run.samples))
+            draw = functools.partial(save_image_grid, columns=columns)
+            self.try_to_draw(name, draw, run.samples)
 
     def draw_curves(self, records: list[dict], path: Path) -> None:
         """Draw the curves of some records into a file."""
