@@ -166,10 +166,15 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"'scheme' must be a text, got {scheme!r}")
     if type(epochs) is not int or not 0 < epochs < 2**31:
         raise ValueError(f"'epochs' must be a whole number, at least 1, got {epochs!r}")
-    sizes = shape if isinstance(shape, list) and len(shape) == 3 else [None]
+    command = find_command(scheme)
+    of_text = command.text_defaults is not None and isinstance(shape, list) and len(shape) == 1
+    sizes = shape if of_text or (isinstance(shape, list) and len(shape) == 3) else [None]
     if any(type(size) is not int or not 0 < size < 2**31 for size in sizes):
         raise ValueError(f"'shape' must be three whole numbers, at least 1, got {shape!r}")
-    return {"options": read_options(find_command(scheme), config["options"])}
+    classes = config.get("classes", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"'classes' must be a list of names, got {classes!r}")
+    return {"options": read_options(command, config["options"])}
 
 # %% ../../nbs/40_training/43a_runs.ipynb #6b039dc7
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import are_numbers, check_choice, check_count, check_number
+from ..checks import ImageSizeError, are_numbers, check_choice, check_count, check_number
 from .flow import zero_initialized
 from .schedules import TARGETS, denoised_from_output, expand_like
 
@@ -80,6 +80,9 @@ class Denoiser(nn.Module):
 class Embedding(nn.Module):
     """Embedding of a noise level and, if there are classes, of a class.
 
+    Label -1 is no class: nothing is added. It needs no weights, since a vector that all classes
+    share is part of the next layer's bias.
+
     Args:
         width: numbers in the embedding.
         classes: number of classes; 0 for none.
@@ -100,7 +103,7 @@ class Embedding(nn.Module):
 
         Args:
             c: numbers (B,), such as $\frac14\log\sigma$.
-            labels: classes (B,), int64; None if there are none.
+            labels: classes (B,), int64, -1 for no class; None if there are none.
 
         Raises:
             ValueError: if there are classes but no labels, or labels but no classes.
@@ -112,7 +115,10 @@ class Embedding(nn.Module):
             )
         wave = c[:, None].to(self.frequency) * self.frequency
         h = torch.cat([wave.sin(), wave.cos()], 1)
-        return self.net(h if labels is None else h + self.classes(labels))
+        if labels is not None:
+            known = (labels >= 0).to(h)[:, None]
+            h = h + known * self.classes(labels.clamp(min=0))
+        return self.net(h)
 
 # %% ../../nbs/20_models/25_diffusion.ipynb #25b00011
 class PerceptronDenoiser(nn.Module):
@@ -144,7 +150,7 @@ class PerceptronDenoiser(nn.Module):
         Args:
             x: examples (B, ...).
             c: numbers (B,) for the embedding.
-            labels: classes (B,), int64; None if there are none.
+            labels: classes (B,), int64, -1 for no class; None if there are none.
         """
         embedding = self.embed(c, labels)
         h = self.start(x.flatten(1))
@@ -279,7 +285,7 @@ class UNet(nn.Module):
         _, H, W = shape
         factor = 2 ** (levels - 1)
         if H % factor or W % factor:
-            raise ValueError(
+            raise ImageSizeError(
                 f"UNet: height and width must be divisible by {factor} for {levels} levels, "
                 f"got {H} x {W}"
             )
@@ -290,7 +296,7 @@ class UNet(nn.Module):
         Args:
             x: images (B, C, H, W).
             c: numbers (B,) for the embedding.
-            labels: classes (B,), int64; None if there are none.
+            labels: classes (B,), int64, -1 for no class; None if there are none.
         """
         embedding = self.embed(c, labels)
         h, skips = self.start(x), []

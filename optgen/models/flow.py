@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import ImageSizeError, check_count, check_number
+from .labels import ClassConditioned, check_labels_given, labels_for
 from .pixels import masked_perceptron
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00006
@@ -50,8 +51,11 @@ class AffineCoupling(nn.Module):
     Args:
         mask: shaped as an example; 1 for the numbers that are copied, 0 for the others.
         net: $g$, from (B, ...) to (B, 2, ...): $a$ and $t$ of every number. Those of the copied
-            numbers are ignored.
+            numbers are ignored. With labels it is called with them too.
         max_log_scale: bound $c>0$ of the log-scales, Eq. (flow-bounded).
+
+    Attributes:
+        takes_labels: whether the network is a `ClassConditioned` one.
     """
 
     def __init__(self, mask: Tensor, net: nn.Module, max_log_scale: float = 2.0) -> None:
@@ -59,24 +63,26 @@ class AffineCoupling(nn.Module):
         check_number("AffineCoupling", above=0, max_log_scale=max_log_scale)
         self.register_buffer("mask", mask.clone(memory_format=torch.contiguous_format))
         self.net, self.max_log_scale = net, max_log_scale
+        self.takes_labels = getattr(net, "takes_labels", False)
 
-    def scale_and_shift(self, copied: Tensor) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self, copied: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the log-scale and the shift, each (B, ...), 0 at the copied numbers.
 
         Args:
             copied: examples (B, ...) with 0 in place of the numbers that are not copied.
+            *labels: classes (B,), if the network takes them.
         """
-        a, t = self.net(copied).to(copied.dtype).unbind(1)
+        a, t = self.net(copied, *labels).to(copied.dtype).unbind(1)
         return (1 - self.mask) * bounded_log_scale(a, self.max_log_scale), (1 - self.mask) * t
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$, shaped as `x` (B, ...), and $\log|\det|$ (B,)."""
-        s, t = self.scale_and_shift(self.mask * x)
+        s, t = self.scale_and_shift(self.mask * x, *labels)
         return x * s.exp() + t, s.flatten(1).sum(1)
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, *labels: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$, shaped as `z` (B, ...)."""
-        s, t = self.scale_and_shift(self.mask * z)
+        s, t = self.scale_and_shift(self.mask * z, *labels)
         return (z - t) * (-s).exp()
 
 # %% ../../nbs/20_models/24_flow.ipynb #7bbb5dfd
@@ -161,7 +167,7 @@ class ActNorm(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$, shaped as `x` (B, ...), and $\log|\det|$ (B,)."""
         z = (x + self.shift) * self.log_scale.exp()
-        return z, (self.pixels_per_scale * self.log_scale.sum()).expand(len(x))
+        return z, (self.pixels_per_scale * self.log_scale.sum()).expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$, shaped as `z` (B, ...)."""
@@ -173,7 +179,7 @@ class Reverse(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$ (B, D) and $\log|\det|=0$ (B,)."""
-        return x.flip(1), x.new_zeros(len(x))
+        return x.flip(1), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$ (B, D)."""
@@ -227,7 +233,9 @@ class Flow(nn.Module):
     Args:
         shape: shape of an example.
         transforms: modules in the order from $x$ to $z$. Each has `forward(x) -> (z, log_det)` and
-            `inverse(z)`, and may have `calibrate(x)`.
+            `inverse(z)`, and may have `calibrate(x)`. Where its attribute `takes_labels` is true,
+            each of the three takes labels as a second argument.
+        n_classes: number of classes $y$, of the density $p(x|y)$; 0 for none.
 
     Attributes:
         is_density: True: `log_prob` is a log-density, not the log-probability of gray levels.
@@ -236,22 +244,29 @@ class Flow(nn.Module):
 
     is_density = True
 
-    def __init__(self, shape: Sequence[int], transforms: Iterable[nn.Module]) -> None:
+    def __init__(
+        self, shape: Sequence[int], transforms: Iterable[nn.Module], n_classes: int = 0
+    ) -> None:
         super().__init__()
+        check_count("Flow", 0, n_classes=n_classes)
         self.shape, self.transforms = tuple(shape), nn.ModuleList(transforms)
+        self.n_classes = n_classes
         like = next(self.parameters(), torch.empty(()))
+        label = torch.zeros(1, dtype=torch.int64, device=like.device) if n_classes else None
         with torch.no_grad():
-            self.z_shape = tuple(self(like.new_zeros(1, *shape))[0].shape[1:])
+            self.z_shape = tuple(self(like.new_zeros(1, *shape), label)[0].shape[1:])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""Return $z$ (B, *z_shape) and $\log|\det|$ (B,).
 
         Args:
             x: examples (B, *shape), or flat (B, D). A flow of vectors flattens images.
+            labels: classes (B,), int64; None if there are none.
 
         Raises:
-            ValueError: if the examples have another shape.
+            ValueError: if the examples have another shape, or labels are missing or not wanted.
         """
+        check_labels_given("the flow", self.n_classes, labels)
         given, flat = tuple(x.shape[1:]), 1 in (len(self.shape), x.ndim - 1)
         same_size = math.prod(given) == math.prod(self.shape)
         if not same_size or (given != self.shape and not flat):
@@ -261,79 +276,92 @@ class Flow(nn.Module):
             )
         z, total = x.reshape(-1, *self.shape), 0.0
         for transform in self.transforms:
-            z, log_det = transform(z)
+            z, log_det = transform(z, *labels_for(transform, labels))
             total = total + log_det
         return z, total
 
-    def inverse(self, z: Tensor) -> Tensor:
-        """Return $x=f^{-1}(z)$ (B, *shape) of `z` (B, *z_shape)."""
+    def inverse(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return $x=f^{-1}(z)$ (B, *shape) of `z` (B, *z_shape) and labels (B,)."""
+        check_labels_given("the flow", self.n_classes, labels)
         for transform in reversed(self.transforms):
-            z = transform.inverse(z)
+            z = transform.inverse(z, *labels_for(transform, labels))
         return z
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        r"""Return $\log p(x)$, Eq. (flow-density).
+    def log_prob(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        r"""Return $\log p(x)$, Eq. (flow-density), or $\log p(x|y)$ of labels $y$.
 
         Args:
             x: examples (B, *shape), or flat (B, D).
+            labels: classes (B,), int64; None if there are none.
 
         Returns:
             Nats (B,).
 
         Raises:
-            ValueError: if the examples have another shape.
+            ValueError: if the examples have another shape, or labels are missing or not wanted.
         """
-        z, log_det = self(x)
+        z, log_det = self(x, labels)
         return log_det - (z**2 + math.log(2 * math.pi)).flatten(1).sum(1) / 2
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draw from $p(x)$.
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Draw from $p(x)$, or from $p(x|y)$ of labels $y$.
 
         Args:
             n: number of draws.
             generator: random numbers, on the device of the parameters; None uses torch's own.
+            labels: classes (n,), int64; None if there are none.
 
         Returns:
             Draws (n, *shape), in the dtype of the parameters.
         """
         like = next(self.parameters(), torch.empty(()))
         here = {"dtype": like.dtype, "device": like.device}
-        return self.inverse(torch.randn(n, *self.z_shape, generator=generator, **here))
+        z = torch.randn(n, *self.z_shape, generator=generator, **here)
+        return self.inverse(z, labels)
 
     @torch.no_grad()
-    def calibrate(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor, labels: Tensor | None = None) -> None:
         """Initialize every `ActNorm`, first to last, from one batch.
 
         Args:
             x: examples (B, *shape), or flat (B, D); at least two.
+            labels: classes (B,), int64; None if there are none.
         """
         x = x.reshape(-1, *self.shape)
         for transform in self.transforms:
+            given = labels_for(transform, labels)
             if hasattr(transform, "calibrate"):
-                transform.calibrate(x)
-            x, _ = transform(x)
+                transform.calibrate(x, *given)
+            x, _ = transform(x, *given)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00010
 def perceptron(
-    x_dim: int, hidden: Sequence[int], activation: type[nn.Module] = nn.ReLU
-) -> nn.Sequential:
+    x_dim: int,
+    hidden: Sequence[int],
+    activation: type[nn.Module] = nn.ReLU,
+    n_classes: int = 0,
+) -> nn.Module:
     """Return a perceptron for `AffineCoupling` whose output is initially 0.
 
     Args:
         x_dim: numbers in an example.
         hidden: units of each hidden layer.
         activation: class of the module after each hidden layer.
+        n_classes: number of classes; 0 for none.
 
     Returns:
-        A module from (B, x_dim) to (B, 2, x_dim).
+        A module from (B, x_dim) and, if there are classes, labels to (B, 2, x_dim).
     """
     check_count("perceptron", x_dim=x_dim)
-    sizes, layers = [x_dim, *hidden], []
+    sizes, layers = [2 * x_dim if n_classes else x_dim, *hidden], []
     for inputs, outputs in pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), activation()]
     last = zero_initialized(nn.Linear(sizes[-1], 2 * x_dim))
-    return nn.Sequential(*layers, last, nn.Unflatten(1, (2, x_dim)))
+    net = nn.Sequential(*layers, last, nn.Unflatten(1, (2, x_dim)))
+    return ClassConditioned(net, (x_dim,), n_classes) if n_classes else net
 
 # %% ../../nbs/20_models/24_flow.ipynb #24b00010
 def realnvp(
@@ -343,6 +371,7 @@ def realnvp(
     max_log_scale: float = 2.0,
     activation: type[nn.Module] = nn.ReLU,
     preprocessing: Iterable[nn.Module] = (),
+    n_classes: int = 0,
 ) -> Flow:
     r"""Return a flow of couplings whose masks alternate. Dinh et al. (2017).
 
@@ -355,6 +384,7 @@ def realnvp(
         max_log_scale: bound $c>0$ of the log-scales, Eq. (flow-bounded).
         activation: class of the module after each hidden layer.
         preprocessing: transforms applied first, such as `Logit`.
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if `x_dim` is below 2 or another size below 1.
@@ -364,10 +394,10 @@ def realnvp(
     mask = (torch.arange(x_dim) % 2).float()
     transforms = [*preprocessing]
     for k in range(layers):
-        net = perceptron(x_dim, hidden, activation)
+        net = perceptron(x_dim, hidden, activation, n_classes)
         copied = mask if k % 2 else 1 - mask
         transforms += [ActNorm((x_dim,)), AffineCoupling(copied, net, max_log_scale)]
-    return Flow((x_dim,), transforms)
+    return Flow((x_dim,), transforms, n_classes)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24b00011
 def maf(
@@ -418,12 +448,14 @@ class ResidualNet(nn.Module):
         inputs: channels C of the image.
         channels: channels of the convolutions.
         blocks: number of residual blocks, of two convolutions each.
+        context: further channels that the network sees.
     """
 
-    def __init__(self, inputs: int, channels: int, blocks: int) -> None:
+    def __init__(self, inputs: int, channels: int, blocks: int, context: int = 0) -> None:
         super().__init__()
         check_count("ResidualNet", inputs=inputs, channels=channels, blocks=blocks)
-        self.start = same_conv(inputs, channels, 3)
+        check_count("ResidualNet", 0, context=context)
+        self.start = same_conv(inputs + context, channels, 3)
         self.end = same_conv(channels, 2 * inputs, 3)
         self.blocks = nn.ModuleList(
             nn.Sequential(
@@ -437,7 +469,7 @@ class ResidualNet(nn.Module):
         zero_initialized(self.end)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return $a$ and $t$ (B, 2, C, H, W) of images (B, C, H, W)."""
+        """Return $a$ and $t$ (B, 2, C, H, W) of images (B, C, H, W) and their context."""
         h = self.start(x)
         for block in self.blocks:
             h = h + block(h)
@@ -449,7 +481,7 @@ class Squeeze(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$ (B, 4C, H/2, W/2) and $\log|\det|=0$ (B,)."""
-        return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(len(x))
+        return nn.functional.pixel_unshuffle(x, 2), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$ (B, C, H, W)."""
@@ -465,23 +497,23 @@ class Split(nn.Module):
 
     def __init__(self, rest: Flow) -> None:
         super().__init__()
-        self.rest = rest
+        self.rest, self.takes_labels = rest, rest.n_classes > 0
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         r"""Return $z$, as many numbers as `x` (B, C, H, W), and $\log|\det|$ (B,)."""
         remaining, complete = x.chunk(2, 1)
-        z, log_det = self.rest(remaining)
+        z, log_det = self.rest(remaining, *labels)
         return torch.cat([z, complete.reshape(z.shape)], 1), log_det
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, *labels: Tensor) -> Tensor:
         """Return $x=f^{-1}(z)$ (B, C, H, W)."""
         z, complete = z.chunk(2, 1)
-        x = self.rest.inverse(z)
+        x = self.rest.inverse(z, *labels)
         return torch.cat([x, complete.reshape(x.shape)], 1)
 
-    def calibrate(self, x: Tensor) -> None:
+    def calibrate(self, x: Tensor, *labels: Tensor) -> None:
         """Initialize every `ActNorm` of `rest` from a batch (B, C, H, W)."""
-        self.rest.calibrate(x.chunk(2, 1)[0])
+        self.rest.calibrate(x.chunk(2, 1)[0], *labels)
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a1flow3
 def alternating_couplings(
@@ -491,6 +523,7 @@ def alternating_couplings(
     channels: int,
     blocks: int,
     max_log_scale: float,
+    n_classes: int = 0,
 ) -> list[nn.Module]:
     """Return couplings of images whose masks alternate, each after an ActNorm.
 
@@ -502,11 +535,14 @@ def alternating_couplings(
         channels: channels of the convolutions.
         blocks: residual blocks of every network.
         max_log_scale: bound $c>0$ of the log-scales, Eq. (flow-bounded).
+        n_classes: number of classes; 0 for none.
     """
     transforms = []
     for k in range(couplings):
         copied = mask if k % 2 else 1 - mask
-        net = ResidualNet(shape[0], channels, blocks)
+        net = ResidualNet(shape[0], channels, blocks, shape[0] if n_classes else 0)
+        if n_classes:
+            net = ClassConditioned(net, shape, n_classes)
         transforms += [ActNorm(shape), AffineCoupling(copied, net, max_log_scale)]
     return transforms
 
@@ -519,6 +555,7 @@ def image_flow(
     blocks: int = 2,
     max_log_scale: float = 2.0,
     preprocessing: Iterable[nn.Module] = (),
+    n_classes: int = 0,
 ) -> Flow:
     """Return a flow of images in several scales. Dinh et al. (2017).
 
@@ -531,6 +568,7 @@ def image_flow(
         blocks: residual blocks of every network, of two convolutions each.
         max_log_scale: bound $c>0$ of the log-scales, Eq. (flow-bounded).
         preprocessing: transforms applied first, such as `Logit`.
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if a size is below 1 or the image cannot be halved `scales` times.
@@ -548,8 +586,9 @@ def image_flow(
     settings = (couplings, channels, blocks, max_log_scale)
     rest = []
     if scales > 1:
-        rest = [Split(image_flow((2 * C, H // 2, W // 2), scales - 1, *settings))]
-    before = alternating_couplings(shape, checkerboard, *settings)
+        half = (2 * C, H // 2, W // 2)
+        rest = [Split(image_flow(half, scales - 1, *settings, n_classes=n_classes))]
+    before = alternating_couplings(shape, checkerboard, *settings, n_classes)
     squeezed_shape = (4 * C, H // 2, W // 2)
-    after = alternating_couplings(squeezed_shape, half_of_channels, *settings)
-    return Flow(shape, [*preprocessing, *before, Squeeze(), *after, *rest])
+    after = alternating_couplings(squeezed_shape, half_of_channels, *settings, n_classes)
+    return Flow(shape, [*preprocessing, *before, Squeeze(), *after, *rest], n_classes)

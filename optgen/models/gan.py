@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import relu, softplus
 
 from ..checks import ImageSizeError, check_choice, check_count
+from .labels import check_labels_given, unit_vectors
 from .vae import perceptron
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-2
@@ -177,64 +178,81 @@ class Generator(nn.Module):
     """A network from noise to examples, base class.
 
     Args:
-        net: maps noise (B, z_dim) to as many numbers as an example has.
+        net: maps (B, z_dim + n_classes) to as many numbers as an example has.
         z_dim: numbers of noise.
         shape: of an example.
         out: "linear", or "sigmoid" for pixels in [0, 1].
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: for any other `out`.
     """
 
-    def __init__(self, net: nn.Module, z_dim: int, shape: tuple[int, ...], out: str) -> None:
+    def __init__(
+        self, net: nn.Module, z_dim: int, shape: tuple[int, ...], out: str, n_classes: int = 0
+    ) -> None:
         super().__init__()
         check_choice(type(self).__name__, ("linear", "sigmoid"), out=out)
         self.net, self.z_dim, self.shape, self.out = net, z_dim, shape, out
+        self.n_classes = n_classes
         _initialize(net)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""Return examples (B, \*shape).
 
         Args:
             z: noise (B, z_dim).
+            labels: classes (B,), int64; None if there are none.
 
         Raises:
-            ValueError: for noise of another shape.
+            ValueError: for noise of another shape, and labels that are missing or not wanted.
         """
         if z.shape[1:] != (self.z_dim,):
             raise ValueError(f"expected noise (B, {self.z_dim}), got shape {tuple(z.shape)}")
-        x = self.net(z).to(z.dtype).view(-1, *self.shape)
+        check_labels_given(type(self).__name__, self.n_classes, labels)
+        given = z if labels is None else torch.cat([z, unit_vectors(labels, self.n_classes, z)], 1)
+        x = self.net(given).to(z.dtype).view(-1, *self.shape)
         return x.sigmoid() if self.out == "sigmoid" else x
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab15
 class Discriminator(nn.Module):
-    """A network from an example to one logit, base class. Images (three axes) are centered.
+    r"""A network from an example to one logit, base class. Images (three axes) are centered.
 
     Args:
-        net: maps examples to (B, 1).
+        net: maps examples to (B, 1). With classes it ends in a linear layer, whose input is $h$.
         shape: of an example.
+        n_classes: number of classes, Eq. (gan-projection); 0 for none.
     """
 
-    def __init__(self, net: nn.Module, shape: tuple[int, ...]) -> None:
+    def __init__(self, net: nn.Sequential, shape: tuple[int, ...], n_classes: int = 0) -> None:
         super().__init__()
-        self.net, self.shape = net, shape
+        self.net, self.shape, self.n_classes = net, shape, n_classes
         _initialize(net)
+        if n_classes:
+            self.projection = nn.Linear(net[-1].in_features, n_classes, bias=False)
+            nn.init.zeros_(self.projection.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         r"""Return logits (B,).
 
         Args:
             x: examples (B, \*shape).
+            labels: classes (B,), int64; None if there are none.
 
         Raises:
-            ValueError: for examples of another shape.
+            ValueError: for examples of another shape, and labels that are missing or not wanted.
         """
         if x.shape[1:] != self.shape:
             raise ValueError(
                 f"expected examples of shape {self.shape}, got a batch of shape {tuple(x.shape)}"
             )
+        check_labels_given(type(self).__name__, self.n_classes, labels)
         centered = 2 * x - 1 if len(self.shape) == 3 else x
-        return self.net(centered).squeeze(1).to(x.dtype)
+        if labels is None:
+            return self.net(centered).squeeze(1).to(x.dtype)
+        h = self.net[:-1](centered)
+        logits = self.net[-1](h) + self.projection(h).gather(1, labels[:, None])
+        return logits.squeeze(1).to(x.dtype)
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab17
 def _check_shape(owner: str, shape: Sequence[int], smallest: int = 1) -> tuple[int, ...]:
@@ -258,6 +276,7 @@ class MLPGenerator(Generator):
         hidden: units of each hidden layer.
         shape: of an example.
         out: "linear", or "sigmoid" for pixels in [0, 1].
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if a size is below 1, or for any other `out`.
@@ -269,11 +288,13 @@ class MLPGenerator(Generator):
         hidden: Sequence[int] = (128, 128),
         shape: Sequence[int] = (2,),
         out: str = "linear",
+        n_classes: int = 0,
     ) -> None:
         check_count("MLPGenerator", z_dim=z_dim, hidden=min(hidden, default=1))
+        check_count("MLPGenerator", 0, n_classes=n_classes)
         shape = _check_shape("MLPGenerator", shape)
-        net = perceptron(z_dim, *hidden, math.prod(shape), activation=Silu)
-        super().__init__(net, z_dim, shape, out)
+        net = perceptron(z_dim + n_classes, *hidden, math.prod(shape), activation=Silu)
+        super().__init__(net, z_dim, shape, out, n_classes)
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab18
 class MLPDiscriminator(Discriminator):
@@ -282,16 +303,20 @@ class MLPDiscriminator(Discriminator):
     Args:
         shape: of an example.
         hidden: units of each hidden layer.
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if a size is below 1.
     """
 
-    def __init__(self, shape: Sequence[int] = (2,), hidden: Sequence[int] = (128, 128)) -> None:
+    def __init__(
+        self, shape: Sequence[int] = (2,), hidden: Sequence[int] = (128, 128), n_classes: int = 0
+    ) -> None:
         check_count("MLPDiscriminator", hidden=min(hidden, default=1))
+        check_count("MLPDiscriminator", 0, n_classes=n_classes)
         shape = _check_shape("MLPDiscriminator", shape)
         layers = perceptron(math.prod(shape), *hidden, 1, activation=Silu)
-        super().__init__(nn.Sequential(nn.Flatten(), *layers), shape)
+        super().__init__(nn.Sequential(nn.Flatten(), *layers), shape, n_classes)
 
 # %% ../../nbs/20_models/21_gan.ipynb #23a2fcf4-7
 def _pyramid(shape: tuple[int, ...], width: int) -> tuple[list[tuple[int, int]], list[int]]:
@@ -309,26 +334,32 @@ class ConvGenerator(Generator):
         shape: (C, H, W) of an image.
         z_dim: numbers of noise.
         width: channels at the largest size; twice as many at each smaller one.
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if a size is below 1 or the image is smaller than 8 x 8.
     """
 
     def __init__(
-        self, shape: Sequence[int] = (1, 28, 28), z_dim: int = 64, width: int = 32
+        self,
+        shape: Sequence[int] = (1, 28, 28),
+        z_dim: int = 64,
+        width: int = 32,
+        n_classes: int = 0,
     ) -> None:
         check_count("ConvGenerator", z_dim=z_dim, width=width)
+        check_count("ConvGenerator", 0, n_classes=n_classes)
         shape = _check_shape("ConvGenerator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
         layers = [
-            nn.Linear(z_dim, channels[-1] * math.prod(sizes[-1])),
+            nn.Linear(z_dim + n_classes, channels[-1] * math.prod(sizes[-1])),
             Silu(),
             nn.Unflatten(1, (channels[-1], *sizes[-1])),
         ]
         for i in reversed(range(len(channels) - 1)):
             odd = (sizes[i][0] % 2, sizes[i][1] % 2)
             layers += [nn.ConvTranspose2d(channels[i + 1], channels[i], 4, 2, 1, odd), Silu()]
-        super().__init__(nn.Sequential(*layers[:-1]), z_dim, shape, "sigmoid")
+        super().__init__(nn.Sequential(*layers[:-1]), z_dim, shape, "sigmoid", n_classes)
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab20
 class ConvDiscriminator(Discriminator):
@@ -337,17 +368,21 @@ class ConvDiscriminator(Discriminator):
     Args:
         shape: (C, H, W) of an image.
         width: channels of the first convolution; each further one has twice as many.
+        n_classes: number of classes; 0 for none.
 
     Raises:
         ValueError: if a size is below 1 or the image is smaller than 8 x 8.
     """
 
-    def __init__(self, shape: Sequence[int] = (1, 28, 28), width: int = 32) -> None:
+    def __init__(
+        self, shape: Sequence[int] = (1, 28, 28), width: int = 32, n_classes: int = 0
+    ) -> None:
         check_count("ConvDiscriminator", width=width)
+        check_count("ConvDiscriminator", 0, n_classes=n_classes)
         shape = _check_shape("ConvDiscriminator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
         layers = []
         for inputs, outputs in pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), Silu()]
         layers += [nn.Flatten(), nn.Linear(channels[-1] * math.prod(sizes[-1]), 1)]
-        super().__init__(nn.Sequential(*layers), shape)
+        super().__init__(nn.Sequential(*layers), shape, n_classes)

@@ -26,6 +26,7 @@ from ..muon import Muon, muon_groups
 from ..optim import CombinedOptimizer
 from ..options import LARGEST_SIZE, RealNumber, WholeNumber
 from ..registry import Registry
+from .parts import SchemeParts
 
 # %% ../../nbs/30_schemes/35_command.ipynb #38251a3b
 def option(*flags: str, **settings: Any) -> click.Option:
@@ -230,16 +231,25 @@ class SchemeCommand:
     Attributes:
         name: name of the scheme after `optgen train`.
         summary: one line of help.
+        parts: latents and networks of the scheme, for pictures and export.
         epochs: default number of passes over the data.
         ema: default decay of the average of the weights; None for no average.
         grid_samples: images in the sample grid of each epoch.
+        text_defaults: defaults of the options of a run on text, where they are others; None for a
+            scheme of images only.
+        text_options: options that only a run on text takes; their default is None.
+        image_options: options that only a run on images takes.
     """
 
     name: str
     summary: str
+    parts: SchemeParts = SchemeParts()
     epochs: int = 20
     ema: float | None = None
     grid_samples: int = 64
+    text_defaults: Mapping[str, Any] | None = None
+    text_options: tuple[str, ...] = ()
+    image_options: tuple[str, ...] = ()
 
     def train_options(self) -> Sequence[click.Option]:
         """Return the options of `optgen train` that only this scheme has."""
@@ -267,6 +277,15 @@ class SchemeCommand:
             click.UsageError: if the images do not provide what the options ask for.
         """
         return DataSplit(*split_holdout(images, options["holdout"]), {})
+
+    def prepare(self, options: dict[str, Any], images: Images | ImageFiles) -> Any:
+        """Return a data set as the run takes it, to measure it; by default as it is.
+
+        Args:
+            options: of the run.
+            images: the data set.
+        """
+        return images
 
     def build(self, options: dict[str, Any], shape: tuple[int, ...], **extra: Any) -> Game:
         """Build the scheme.

@@ -40,6 +40,7 @@ from optgen.schemes.command import (
     option,
     read_widths,
 )
+from .parts import VAEParts
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-2
 class NoisyBatch(NamedTuple):
@@ -396,7 +397,7 @@ def build_inference(
     Args:
         text: NAME or NAME:KEY=VALUE,... with a name of `INFERENCE`.
         model: the VAE.
-        make_optimizer: function of parameters that returns their optimizer.
+        make_optimizer: function of a network that returns its optimizer.
 
     Returns:
         Values of `optimizer`, and of `rule` or `inner`.
@@ -409,9 +410,9 @@ def build_inference(
         raise ValueError("semi takes no optimizer, but steps, beta, clip, mode")
     built = INFERENCE.find(name).build(name, given)
     if name == "aggressive":
-        pair = (make_optimizer(model.q_net.parameters()), make_optimizer(model.p_net.parameters()))
+        pair = (make_optimizer(model.q_net), make_optimizer(model.p_net))
         return {"optimizer": pair, "rule": built}
-    return {"optimizer": make_optimizer(model.parameters())} | ({"inner": built} if built else {})
+    return {"optimizer": make_optimizer(model)} | ({"inner": built} if built else {})
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #228cfad6
 def complete_beta_arguments(
@@ -496,8 +497,7 @@ def build_vae(options: Mapping[str, Any], shape: tuple[int, ...]) -> nn.Module:
     if kind == "mlp":
         make = GaussianVAE if likelihood == "gaussian" else VAE
         return make(math.prod(shape), *hidden, options["z_dim"])
-    make = {"conv": ConvVAE, "autoregressive": AutoregressiveVAE}[kind]
-    return make(shape, options["z_dim"])
+    return (ConvVAE if kind == "conv" else AutoregressiveVAE)(shape, options["z_dim"])
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #20824eed
 class BetaVAECommand(SchemeCommand):
@@ -505,6 +505,7 @@ class BetaVAECommand(SchemeCommand):
 
     name = "beta-vae"
     summary = "variational auto-encoder, its KL weighted by beta"
+    parts = VAEParts()
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the model, its KL weight, estimator and inference."""
@@ -559,7 +560,7 @@ class BetaVAECommand(SchemeCommand):
             lambda: build_inference(
                 options.get("inference", "amortised"),
                 model,
-                lambda params: build_optimizer(options, params),
+                lambda network: build_optimizer(options, network),
             ),
         )
         return BetaVAE(

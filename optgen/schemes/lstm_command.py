@@ -21,6 +21,7 @@ from ..options import RealNumber, WholeNumber
 from .command import DataSplit, build_optimizer, count_option, option
 from .density_commands import MOST_LAYERS, PixelCommand
 from .language import LanguageModel
+from .parts import SchemeParts
 
 # %% ../../nbs/30_schemes/33c_lstm_command.ipynb #33c10007
 class LSTMCommand(PixelCommand):
@@ -28,6 +29,7 @@ class LSTMCommand(PixelCommand):
 
     name = "lstm"
     summary = "LSTM that reads an image pixel after pixel, or a text"
+    parts = SchemeParts()  # a step for each pixel: too many for a graph
     epochs = 5
     text_defaults = {
         "binarize": "none",

@@ -160,6 +160,7 @@ def describe_run(run: Any) -> dict[str, Any]:
     fixed |= plain_arguments([average.profile for average in run.scheme.averages], "ema", set())
     changeable = {f"lr of {name}": lr for name, lr in learning_rates(run.scheme).items()}
     changeable |= {"epochs": plan.epochs, "patience": plan.patience}
+    changeable["accumulate"] = plan.accumulate or run.scheme.micro_batches
     changeable["valid"] = valid and valid.data.fingerprint
     return {"fixed": fixed, "changeable": changeable}
 
@@ -221,7 +222,7 @@ def changed_arguments(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict
         CheckpointError: names the arguments that must agree and do not.
     """
     check_same_arguments(saved["fixed"], here["fixed"])
-    old, new = saved["changeable"], here["changeable"]
+    old, new = {"accumulate": 1} | saved["changeable"], here["changeable"]  # 1 before 0.6
     changed = [name for name in new if not is_same(old.get(name), new[name])]
     return {name: [old.get(name), new[name]] for name in changed}
 

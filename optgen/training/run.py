@@ -34,7 +34,7 @@ from optgen.training.guards import (
     seeded,
     temporary_attributes,
 )
-from .loop import TrainingLoop, add_losses, loss_context
+from .loop import TrainingLoop, add_losses, check_accumulate, loss_context
 from .measurement import criterion_value, is_better, measure_epoch, rehearse
 from .parallel import Ranks, exit_quietly
 from optgen.training.resume import (
@@ -69,6 +69,7 @@ class RunPlan:
         compile: whether losses run through `torch.compile`.
         warmup: number of steps in which the learning rates rise, Eq. (warmup).
         clip: largest 2-norm of each player's gradient, Eq. (clip), or None for the players' own.
+        accumulate: micro-batches in which a batch is evaluated, or None for the scheme's own.
 
     Raises:
         ValueError: if a number is out of range.
@@ -85,11 +86,12 @@ class RunPlan:
     compile: bool = False
     warmup: int = 0
     clip: float | None = None
+    accumulate: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schedule", find_schedule(self.schedule))
-        optional = {"patience": self.patience, "checkpoint_steps": self.checkpoint_steps}
-        given = {name: n for name, n in optional.items() if n is not None}
+        names = ("patience", "checkpoint_steps", "accumulate")
+        given = {name: n for name in names if (n := getattr(self, name)) is not None}
         check_count("fit", epochs=self.epochs, **given)
         check_count("fit", 0, samples=self.samples, warmup=self.warmup)
         check_number("fit", above=0, clip=1 if self.clip is None else self.clip)
@@ -202,8 +204,6 @@ def adopt_state_of_first_rank(run: "Run", device: torch.device) -> None:
         run: the run of this rank.
         device: where the states go.
     """
-    for player in run.scheme.players.values():
-        run.ranks.warn_batch_norm(player.module)
     own = {"state": run.state_dict(), "records": run.records}
     first = run.ranks.broadcast(own, device)
     if first is not own:
@@ -334,6 +334,7 @@ class Run(TrainingLoop):
         self.loader, self.valid, self.plan = loader, valid, plan
         self.folder, self.ranks = folder, ranks
         self.epochs = plan.epochs
+        check_accumulate(plan.accumulate, loader.order.batch_size)
         self.epoch = self.trained = self.best_epoch = self.images = 0
         self.seconds, self.best, self.loss_sums = 0.0, None, None
         self.records, self.samples, self.arguments, self.changes = [], None, {}, {}
@@ -567,11 +568,13 @@ def train_to_end(
         The records.
     """
     scheme, plan = run.scheme, run.plan
+    split = {"micro_batches": plan.accumulate or scheme.micro_batches, "ranks": run.ranks}
     context = loss_context(scheme, device, plan.precision)
     before, scheme.averages = scheme.averages, averages
     try:
         with (
-            temporary_attributes(scheme, ranks=run.ranks, autocast=context),
+            temporary_attributes(scheme, autocast=context, **split),
+            temporary_attributes(run.loader.source, ranks=run.ranks),
             put_back(scheme, learning_rates=run.lr_factor is not None),
             seeded(plan.seed),
         ):

@@ -33,46 +33,45 @@ from .loop import check_learning_rates
 from .measurement import check_schedule
 from .parallel import Ranks, abort_all_on_error, init_ranks
 from .run import Run, RunPlan, train_to_end
+from .schedules import check_schedule_free
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
 def check_fit_arguments(
     scheme: Game,
+    plan: RunPlan,
     valid: Any,
     out: str | Path | None,
     resume: bool,
-    patience: int | None,
-    precision: str,
     progress: str | None,
-    schedule: Callable[[float], float] | None,
 ) -> None:
     """Raise if arguments of `fit` do not fit together.
 
     Args:
         scheme: as in `fit`.
+        plan: arguments of `fit` that a run keeps.
         valid: as in `fit`.
         out: as in `fit`.
         resume: as in `fit`.
-        patience: as in `fit`.
-        precision: as in `fit`.
         progress: as in `fit`.
-        schedule: as in `fit`.
 
     Raises:
         ValueError: if an argument is out of range or missing, or an optimizer has no learning
             rate to schedule.
     """
-    check_choice("fit", ("float32", "bfloat16"), precision=precision)
+    check_choice("fit", ("float32", "bfloat16"), precision=plan.precision)
     if progress is not None:
         check_choice("fit", PROGRESS, progress=progress)
     if resume and out is None:
         raise ValueError("resume=True needs the run folder: pass out=")
-    if patience and (valid is None or out is None):
+    if plan.patience and (valid is None or out is None):
         raise ValueError("patience needs validation data and a run folder: pass valid= and out=")
     if valid is not None and not hasattr(scheme, "evaluate"):
         raise ValueError("valid= needs a scheme with evaluate(batches) -> dict; this one has none")
-    if schedule is not None:
+    check_schedule_free(scheme, plan.schedule, plan.warmup)
+    if plan.schedule or plan.warmup:
         check_learning_rates(scheme)
-        check_schedule(schedule)
+    if plan.schedule:
+        check_schedule(plan.schedule)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00006
 def first_parameter(scheme: Game) -> Tensor:
@@ -232,10 +231,13 @@ def fit(
     device: torch.device | str | None = None,
     compile: bool = False,
     precision: str = "float32",
+    accumulate: int | None = None,
     binarize: str | None = None,
     flip: bool = False,
     ema: float | Profile | None = None,
-    schedule: Callable[[float], float] | None = None,
+    schedule: str | Callable[[float], float] | None = None,
+    warmup: int = 0,
+    clip: float | None = None,
     patience: int | None = None,
     checkpoint_steps: int | None = None,
     checkpoint_seconds: float = 300.0,
@@ -244,7 +246,7 @@ def fit(
     callbacks: Iterable[Any] = (),
     config: dict | None = None,
 ) -> list[dict]:
-    """Train a scheme.
+    """Train a scheme; modes, scheduled learning rates and random numbers are put back.
 
     Args:
         scheme: a `Game`, validated if it has `evaluate(batches)`, sampled if it has `sample(n)`.
@@ -258,10 +260,13 @@ def fit(
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
+        accumulate: equal parts in which a batch is evaluated, in the memory of one; same steps.
         binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
         flip: mirror half of the training images, drawn anew in each epoch, Eq. (flips).
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
-        schedule: share of the run in [0, 1) -> factor on all learning rates, Eq. (fit-schedule).
+        schedule: name in `SCHEDULES`, or share of the run -> factor on all learning rates.
+        warmup: steps in which the learning rates rise, before the schedule, Eq. (warmup).
+        clip: largest 2-norm of a player's gradient, Eq. (clip); None is each player's own.
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
         checkpoint_steps: also write a checkpoint after this many steps.
         checkpoint_seconds: also write a checkpoint after this many seconds.
@@ -271,20 +276,16 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch, as on the lines of `metrics.jsonl`. Modes, scheduled rates and random
-        numbers are put back; averages stay in `scheme.averages`. Save and sample the weights that
-        were validated within `evaluating(scheme)`.
+        A record per epoch, as in `metrics.jsonl`. `evaluating(scheme)` has the validated weights.
 
     Raises:
         ValueError: if arguments do not fit together, or not to the run that is resumed.
-        NonFinite: if a loss, a gradient or a parameter is not finite.
-        Interrupted: if a signal stops the run; its message says how to resume.
-        CheckpointError: if a checkpoint cannot be written or read.
+        NonFinite, CheckpointError, Interrupted: as their messages say.
     """
     with abort_all_on_error(init_ranks()) as ranks:
-        saving = (checkpoint_steps, checkpoint_seconds)
-        plan = RunPlan(epochs, schedule, patience, samples, *saving, seed, precision, compile)
-        check_fit_arguments(scheme, valid, out, resume, patience, precision, progress, schedule)
+        rest = (checkpoint_steps, checkpoint_seconds, seed, precision, compile)
+        plan = RunPlan(epochs, schedule, patience, samples, *rest, warmup, clip, accumulate)
+        check_fit_arguments(scheme, plan, valid, out, resume, progress)
         device = move_to_device(scheme, device, ranks)
         loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed, flip)
         with open_folder(out, config, resume, ranks) as folder:
