@@ -11,6 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from optgen.accumulation import batch_tensors, slice_batch
 from optgen.data.images import Batch, Images, digits
 from optgen.models.diffusion import Denoiser, UNet
 from optgen.models.schedules import CosineSchedule, LinearSchedule, StraightSchedule
@@ -24,7 +25,6 @@ from optgen.schemes.levels import (
     p2_weight,
 )
 from optgen.testing import generator
-from optgen.training.parallel import batch_tensors, slice_batch
 from optgen.training.trainer import fit
 
 DIGITS = digits("train")
