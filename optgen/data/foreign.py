@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['READ_AGAIN', 'ANOTHER_READING', 'parts_of', 'find_generators', 'read_states', 'write_states', 'announce_epoch',
-           'count_loader_examples', 'SamplerOrder', 'BatchMaker', 'DatasetSource', 'ForeignLoader', 'has_state',
-           'StreamLoader', 'is_separable', 'foreign_loader']
+           'count_loader_examples', 'refuse_empty', 'SamplerOrder', 'BatchMaker', 'DatasetSource', 'ForeignLoader',
+           'has_state', 'StreamLoader', 'is_separable', 'foreign_loader']
 
 # %% ../../nbs/00_foundations/06d_foreign.ipynb #06d00003
 import itertools
@@ -87,6 +87,23 @@ def count_loader_examples(loader: Any) -> int | None:
     return n // size * size if loader.drop_last else n
 
 
+def refuse_empty(name: str, epoch: int, batches: int) -> None:
+    """Raise if an epoch of a loader had no batch.
+
+    Args:
+        name: of the loader.
+        epoch: number of epochs before.
+        batches: of this epoch.
+
+    Raises:
+        DataError: if there was none.
+    """
+    if not batches:
+        problem = f"gave no batch in epoch {epoch + 1}"
+        fix = "pass a loader that begins anew each epoch, with as many examples as a batch has"
+        raise DataError.with_fix(name, problem, fix)
+
+
 class SamplerOrder:
     """Indices of the batches of a `DataLoader`, epoch by epoch, in the order of its sampler.
 
@@ -133,6 +150,7 @@ class SamplerOrder:
 
     def end_epoch(self) -> None:
         """Count the epoch as finished."""
+        refuse_empty(type(self.loader).__name__, self.epoch, self.batch)
         self.epoch, self.batch = self.epoch + 1, 0
         self.start = read_states(self.generators)
 
@@ -313,7 +331,7 @@ class StreamLoader(BatchLoader):
         kind = type(getattr(loader, "dataset", None)).__name__
         self.fingerprint = zlib.crc32(repr((self.name, kind, self.steps)).encode())
         self.generators, self.stream = find_generators(loader), RandomStream()
-        self.epoch, self.batch, self.resumed, self.begun = 0, 0, None, False
+        self.epoch, self.batch, self.resumed = 0, 0, None
         self.start, self.first, self.last = read_states(self.generators), None, None
         self.raw = None
 
@@ -340,7 +358,7 @@ class StreamLoader(BatchLoader):
 
     def begin_epoch(self) -> Iterator[Any]:
         """Return what the loader gives in a new epoch, or in the rest of a resumed one."""
-        state, self.resumed, self.begun = self.resumed, None, True
+        state, self.resumed = self.resumed, None
         if state is None:
             self.batch, self.start = 0, read_states(self.generators)
         announce_epoch(self.loader, self.epoch)
@@ -355,7 +373,7 @@ class StreamLoader(BatchLoader):
                 iterator = iter(self.loader)
             self.stream.inner = unpack_state(state["random"])
             return drawn_from(self.stream, iterator)
-        with RandomStream():  # the epoch before is finished: its last draws were drawn already
+        with RandomStream("start", self.seed):
             self.loader.load_state_dict(inner)
             self.loader.state_dict()
         write_states(self.generators, self.start)
@@ -380,10 +398,7 @@ class StreamLoader(BatchLoader):
 
     def end_epoch(self) -> None:
         """Count the epoch as finished."""
-        if not self.batch:
-            problem = f"gave no batch in epoch {self.epoch + 1}"
-            fix = "pass a loader that begins anew each epoch, with as many examples as a batch has"
-            raise DataError.with_fix(self.name, problem, fix)
+        refuse_empty(self.name, self.epoch, self.batch)
         self.epoch, self.batch, self.raw, self.last = self.epoch + 1, 0, None, None
         self.start = read_states(self.generators)
 
@@ -396,8 +411,9 @@ class StreamLoader(BatchLoader):
         if self.resumed is not None:
             return dict(self.resumed)
         inner = None
-        if self.begun and has_state(self.loader):
-            inner = pack_state(self.loader.state_dict())
+        if has_state(self.loader):
+            with RandomStream("start", self.seed):  # before the first epoch it may begin workers
+                inner = pack_state(self.loader.state_dict())
         return self.settings | {
             "epoch": self.epoch,
             "batch": self.batch,
