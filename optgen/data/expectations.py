@@ -7,7 +7,7 @@ __all__ = ['PIXELS', 'valid_pixels', 'check_pixels', 'Expectation', 'expectation
            'check_batch_labels', 'check_label_range', 'with_dtype', 'BatchCheck', 'start_batch_check']
 
 # %% ../../nbs/00_foundations/06a_expectations.ipynb #ba7c0003
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import as_batch
 from optgen.data.images import (
     RENUMBER,
     DataError,
@@ -251,8 +252,8 @@ class BatchCheck:
         """Begin a run, whose first batch is checked wholly.
 
         Args:
-            *sets: training and validation set of the run, where they are known. Shapes and tokens
-                are checked now, labels with the first batch.
+            *sets: training and validation set of the run, where they are known. Shapes, tokens and
+                the numbers of `Examples` are checked now, labels with the first batch.
 
         Raises:
             DataError: if a set is not what the scheme expects.
@@ -264,6 +265,9 @@ class BatchCheck:
             tokens = getattr(data, "images", None)
             if self.expected.vocabulary and isinstance(tokens, Tensor):
                 self.check_tokens(tokens)
+            floats = getattr(data, "x", None)
+            for x in () if floats is None else floats.split(10_000):
+                self.check_values(x)
         if self.count_classes and any(data is not None for data in sets[1:]):
             if not any(y is not None and (y >= 0).any() for y in self.set_labels[1:]):
                 problem = "the images for validation have no labels"
@@ -351,8 +355,8 @@ class BatchCheck:
         """Yield the batches of an evaluation, each checked wholly and in the model's dtype.
 
         Args:
-            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`. With
-                labels they are `Batch`.
+            batches: tensors (B, ...), or tuples that begin with one, such as `Batch`. Pairs and
+                dictionaries, as a `DataLoader` gives them, become `Batch`.
             like: as in `step`.
             unknown_classes: whether labels may be -1 or missing.
 
@@ -363,6 +367,9 @@ class BatchCheck:
             fix = "pass an iterable of batches, such as [batch] or a Loader"
             raise DataError.with_fix(self.owner, "evaluate was given one batch", fix)
         for batch in batches:
+            is_pair = type(batch) in (tuple, list) and len(batch) == 2
+            if is_pair or isinstance(batch, Mapping):
+                batch = as_batch(batch)
             x = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
             check_examples(self.owner, x, self.expected, like)
             batch = with_dtype(batch, like)
