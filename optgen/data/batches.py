@@ -28,7 +28,9 @@ class BatchLoader:
         fingerprint: number that distinguishes the data from others.
         steps: batches in an epoch; None where it is unknown.
         examples: examples in an epoch; None where it is unknown.
+        batch_size: examples in a batch; None where it is unknown.
         last_batch_size: examples in the last batch of an epoch; None where it is unknown.
+        ranks: processes among which the reading is divided; None for one.
     """
 
     data: Any = None
@@ -37,7 +39,9 @@ class BatchLoader:
     fingerprint: int
     steps: int | None
     examples: int | None
+    batch_size: int | None = None
     last_batch_size: int | None
+    ranks: Any = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of an epoch; after `load_state_dict` those that it still lacked."""

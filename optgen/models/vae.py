@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import ImageSizeError, check_count, check_number
+from ..checks import ImageSizeError, check_choice, check_count, check_number
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-2
 def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
@@ -212,15 +212,35 @@ class GaussianVAE(VAE):
 
     Args:
         *args: arguments of `VAE`.
+        out: "sigmoid" for pixels in [0, 1], or "linear" for numbers of any range, such as vectors.
         **kwargs: keyword arguments of `VAE`.
 
     Attributes:
         variance: buffer $v$, 0-dim, positive, initially 1.
+
+    Raises:
+        ValueError: for another output, or a size below 1.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, out: str = "sigmoid", **kwargs: Any) -> None:
+        check_choice("GaussianVAE", ("sigmoid", "linear"), out=out)
         super().__init__(*args, **kwargs)
+        self.out, self.pixels = out, "unit" if out == "sigmoid" else "finite"
+        if out == "linear" and kwargs.get("x_mean") is not None:
+            self.p_net[-1].bias.data.copy_(kwargs["x_mean"].flatten())
         self.register_buffer("variance", torch.ones(()))
+
+    def decoder(self, z: Tensor) -> Tensor:
+        r"""Return the mean $\pi$ of every number.
+
+        Args:
+            z: latents (..., z_dim).
+        """
+        return self.mean(self.logits(z))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        """Return the mean that belongs to an output of the network."""
+        return logits.sigmoid() if self.out == "sigmoid" else logits
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         r"""Return $\log p(x\mid z)$, Eq. (vae-gaussian), in the wider of the two dtypes.
@@ -234,7 +254,7 @@ class GaussianVAE(VAE):
         """
         logits = self.logits(z)
         dtype = torch.promote_types(x.dtype, logits.dtype)
-        error = self.flatten_pixels(x).to(dtype) - logits.to(dtype).sigmoid()
+        error = self.flatten_pixels(x).to(dtype) - self.mean(logits.to(dtype))
         return -(error**2 / self.variance + (2 * math.pi * self.variance).log()).sum(-1) / 2
 
 # %% ../../nbs/20_models/20_vae.ipynb #53fde834

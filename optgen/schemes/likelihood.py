@@ -31,6 +31,7 @@ PREPROCESSING = {  # name: the pixels it expects, a name in `PIXELS`
     "binary": "binary",
     "levels": "levels",
     "dequantized": "levels",
+    "continuous": "finite",
 }
 
 
@@ -124,12 +125,13 @@ def check_preprocessing(model: nn.Module, data: str, levels: int | None) -> None
     check_choice("MaximumLikelihood", PREPROCESSING, data=data)
     name, model_levels = type(model).__name__, getattr(model, "levels", None)
     is_density = getattr(model, "is_density", not hasattr(model, "log_prob"))
-    if is_density and data != "dequantized":
+    needs_density = data in ("dequantized", "continuous")
+    if is_density and not needs_density:
         raise ValueError(
             f"{name} is a density, which on whole numbers can be made as high as one likes: "
             f"take data='dequantized', not {data!r}"
         )
-    if model_levels and data == "dequantized":
+    if model_levels and needs_density:
         raise ValueError(
             f"{name} gives probabilities of {model_levels} levels, not a density: "
             "take data='binary' or 'levels'"
@@ -237,7 +239,7 @@ class MaximumLikelihood(Game):
             flat images, without context. With an attribute `n_classes` above 0 it is conditional:
             `log_prob(x, labels)` and `sample(n, labels=labels)`.
         data: preprocessing of gray images: "binary" (they are 0 and 1 already), "levels" or
-            "dequantized".
+            "dequantized"; or "continuous", floats of any range, such as vectors, as they are.
         optimizer: of the model's parameters, by default `Adam(model.parameters(), lr=1e-3)`.
         levels: $L$ of "levels", from 2 to 256; by default the model's own.
         shape: (C, H, W) of a sampled image; by default as the model gives it.
@@ -285,13 +287,14 @@ class MaximumLikelihood(Game):
             generator: of the dequantization, on their device; torch's own if None.
 
         Returns:
-            0 or 1, multiples of 1 / (L - 1), or numbers in [0, 1); shaped as `x`.
+            0 or 1, multiples of 1 / (L - 1), numbers in [0, 1), or the numbers of `x`; shaped
+            as `x`.
 
         Raises:
             ValueError: if the dtype is too coarse for dequantized images.
         """
         x = x.to(next(self.model.parameters()).dtype)
-        if self.data == "binary":
+        if self.data in ("binary", "continuous"):
             return x
         if self.data == "levels":
             return quantize_levels(x, self.levels)
@@ -400,7 +403,8 @@ class MaximumLikelihood(Game):
             labels: (n,) classes of a conditional model, int64; by default 0, 1, ... in turn.
 
         Returns:
-            (n, ...) images in [0, 1], on the grid of the levels, Eq. (likelihood-draw).
+            (n, ...) images in [0, 1], on the grid of the levels, Eq. (likelihood-draw); or
+            continuous examples.
 
         Raises:
             ValueError: if labels are not wanted, or are no classes.

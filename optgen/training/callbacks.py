@@ -21,6 +21,7 @@ from tqdm import TqdmExperimentalWarning, TqdmWarning
 
 from ..averaging import Average, evaluating
 from ..console import LastingStream
+from ..data.batches import count_examples
 from ..games import Game
 from .loop import TrainingLoop
 from ..viz import plot_curves, save_image_grid
@@ -53,8 +54,8 @@ class ProgressBar:
     def on_train_begin(self, run: Any) -> None:
         """Show the bar, at what is done already."""
         self.bar = tqdm(
-            total=run.epochs * run.images_per_epoch,
-            initial=run.epoch * run.images_per_epoch + run.images,
+            total=run.images_per_epoch and run.epochs * run.images_per_epoch,
+            initial=run.epoch * (run.images_per_epoch or 0) + run.images,
             unit="img",
             unit_scale=True,
             dynamic_ncols=True,
@@ -63,7 +64,7 @@ class ProgressBar:
 
     def on_step(self, run: Any, batch: Any, losses: dict) -> None:
         """Advance by the batch."""
-        self.bar.update(len(batch.x))
+        self.bar.update(count_examples(batch.x))
         if time.monotonic() - self.last_read > 0.5:
             run.check_losses()
             shown = {name: f"{loss.item():.4g}" for name, loss in losses_by_player(losses).items()}

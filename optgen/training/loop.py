@@ -68,17 +68,17 @@ def scale_group(group: dict, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
-def check_accumulate(accumulate: int | None, batch_size: int) -> None:
+def check_accumulate(accumulate: int | None, batch_size: int | None) -> None:
     """Raise if a batch would be evaluated in more parts than it has examples.
 
     Args:
         accumulate: as in `fit`.
-        batch_size: examples of a batch.
+        batch_size: examples of a batch; None where it is unknown.
 
     Raises:
         ValueError: names the fix.
     """
-    if accumulate and accumulate > batch_size:
+    if accumulate and batch_size and accumulate > batch_size:
         raise ValueError(
             f"accumulate={accumulate} is more than the {batch_size} examples of a batch, which "
             f"is evaluated in so many equal parts: take a divisor of {batch_size}"

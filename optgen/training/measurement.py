@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['measured', 'plain_numbers', 'validate', 'grid_samples', 'draw_samples', 'measure_epoch', 'criterion_value',
-           'is_better', 'check_schedule', 'noted', 'rehearse']
+           'is_better', 'check_schedule', 'check_length', 'noted', 'rehearse']
 
 # %% ../../nbs/40_training/40g_measurement.ipynb #40g00002
 import contextlib
@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..averaging import evaluating
+from ..data.batches import BatchLoader
 from ..games import Game
 from ..metrics import eval_mode
 from . import checkpoint
@@ -95,11 +96,15 @@ def draw_samples(run: Any, n: int) -> Tensor | None:
         n: number of samples.
 
     Returns:
-        (n, C, H, W), or None if there are none.
+        (n, C, H, W), or None if there are none, or if the examples are no images, or if none is
+        known yet.
     """
+    shape = run.loader.shape
+    if shape is None or len(shape) != 3:
+        return None
     try:
         samples = run.scheme.sample(n)
-        return None if samples is None else samples.reshape(-1, *run.loader.data.shape)
+        return None if samples is None else samples.reshape(-1, *shape)
     except Exception as error:  # a picture is not worth a run, whatever fails in it
         run.has_samples = False
         warnings.warn(
@@ -124,12 +129,12 @@ def measure_epoch(run: Any) -> tuple[dict, Tensor | None]:
         "epoch": run.epoch + 1,
         "step": run.step,
         "seconds": run.seconds,
-        "images_per_second": run.images_per_epoch / run.seconds,
+        "images_per_second": run.images / run.seconds,
         "train": {name: total.item() / run.images for name, total in losses.items()},
     }
     samples = None
     with measured(run.scheme):
-        if run.valid:
+        if run.valid is not None:
             record["valid"] = validate(run, run.valid)
         if run.has_samples:
             samples = draw_samples(run, grid_samples(run.scheme, run.plan.samples))
@@ -182,6 +187,23 @@ def check_schedule(schedule: Callable[[float], float]) -> None:
             )
 
 
+def check_length(loader: BatchLoader, schedule: Callable[[float], float] | None) -> None:
+    """Raise if the share of a run is not defined on which a schedule depends.
+
+    Args:
+        loader: training batches.
+        schedule: of a `RunPlan`.
+
+    Raises:
+        ValueError: with a schedule, where the number of batches is unknown.
+    """
+    if schedule is not None and loader.steps is None:
+        raise ValueError(
+            "schedule depends on the number of steps, and the data have no length: give the "
+            "IterableDataset a __len__, or train without schedule="
+        )
+
+
 @contextlib.contextmanager
 def noted(where: str) -> Iterator[None]:
     """Add to an error raised in the block where it was found."""
@@ -208,7 +230,7 @@ def rehearse(run: Any) -> None:
     before = dict(vars(scheme))
     try:
         with measured(scheme):
-            if run.valid:
+            if run.valid is not None:
                 with noted("where evaluate was tried on the first batch of the validation data"):
                     result = validate(run, itertools.islice(run.valid, 1))
                     if run.plan.patience:

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NOT_SETTINGS', 'STATE_TYPES', 'SINCE_05', 'constructor_arguments', 'plain_arguments', 'arguments_of_parts',
            'scheme_arguments', 'learning_rates', 'set_learning_rates', 'describe_run', 'is_same',
-           'check_same_arguments', 'check_same_scheme', 'changed_arguments', 'check_run_state', 'check_optimizer_state',
-           'check_kinds', 'is_number', 'fits', 'foreign_state_as_checkpoint_error', 'named_in_errors',
-           'unchanged_on_error', 'load_scheme_state']
+           'check_same_arguments', 'check_same_scheme', 'changed_arguments', 'check_run_state', 'complete_state',
+           'check_optimizer_state', 'check_kinds', 'is_number', 'fits', 'foreign_state_as_checkpoint_error',
+           'named_in_errors', 'unchanged_on_error', 'load_scheme_state']
 
 # %% ../../nbs/40_training/40f_resume.ipynb #40f00002
 import contextlib
@@ -161,7 +161,7 @@ def describe_run(run: Any) -> dict[str, Any]:
     changeable = {f"lr of {name}": lr for name, lr in learning_rates(run.scheme).items()}
     changeable |= {"epochs": plan.epochs, "patience": plan.patience}
     changeable["accumulate"] = plan.accumulate or run.scheme.micro_batches
-    changeable["valid"] = valid and valid.data.fingerprint
+    changeable["valid"] = None if valid is None else valid.fingerprint
     return {"fixed": fixed, "changeable": changeable}
 
 
@@ -274,6 +274,25 @@ def check_run_state(state: Any) -> None:
             f"the checkpoint is not the state of a run: {numbers} cannot be; restore the file "
             "from a copy"
         )
+
+
+def complete_state(state: dict, images_per_epoch: int) -> dict:
+    """Return the state of a run with what versions before 0.5 did not save.
+
+    Their running sums were over batches, not over images.
+
+    Args:
+        state: of a run.
+        images_per_epoch: examples in an epoch.
+    """
+    if "images" in state:
+        return state
+    batch_size = state["loader"]["batch_size"]
+    images = min(images_per_epoch, state["loader"]["batch"] * batch_size)
+    total = state["total"]
+    if total is not None:
+        total = {name: loss * batch_size for name, loss in total.items()}
+    return {**state, "images": images, "total": total, "trained": state["epoch"]}
 
 # %% ../../nbs/40_training/40f_resume.ipynb #40f00012
 def check_optimizer_state(name: str, optimizer: Any, state: Any) -> None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STOP', 'RunPlan', 'check_finite', 'compare_ranks', 'start_or_resume', 'continue_run', 'continue_from',
            'adopt_state_of_first_rank', 'load_averages', 'restore_best', 'how_to_resume', 'interrupt', 'Run',
-           'complete_state', 'measure_on_first_rank', 'train_to_end']
+           'measure_on_first_rank', 'begin_checks', 'train_to_end']
 
 # %% ../../nbs/40_training/40e_run.ipynb #6800c8e0
 import math
@@ -20,8 +20,8 @@ import torch
 
 from ..averaging import Average
 from ..checks import check_count, check_number
+from ..data.batches import BatchLoader, count_examples
 from ..data.expectations import start_batch_check
-from ..data.loading import BatchOrder, Loader
 from ..games import Game
 from . import checkpoint
 from .folder import RunFolder
@@ -35,11 +35,18 @@ from optgen.training.guards import (
     temporary_attributes,
 )
 from .loop import TrainingLoop, add_losses, check_accumulate, loss_context
-from .measurement import criterion_value, is_better, measure_epoch, rehearse
+from optgen.training.measurement import (
+    check_length,
+    criterion_value,
+    is_better,
+    measure_epoch,
+    rehearse,
+)
 from .parallel import Ranks, exit_quietly
 from optgen.training.resume import (
     changed_arguments,
     check_run_state,
+    complete_state,
     describe_run,
     foreign_state_as_checkpoint_error,
     learning_rates,
@@ -129,7 +136,7 @@ def compare_ranks(run: "Run") -> None:
     run.ranks.check(
         weights=params,
         random_numbers=run.ranks.random_state(params[0].device),
-        order_of_data=[run.loader.order.start],
+        order_of_data=[run.loader.position()],
     )
 
 
@@ -305,7 +312,7 @@ class Run(TrainingLoop):
         epoch: number of finished epochs.
         trained: number of epochs whose steps are taken; one more than `epoch` while it is measured.
         records: a dict per finished epoch.
-        images_per_epoch: examples in an epoch.
+        images_per_epoch: examples in an epoch; None where it is unknown.
         images: examples in this epoch so far.
         loss_sums: sums of the losses over the images of this epoch so far, or None.
         seconds: time of this epoch so far.
@@ -321,32 +328,34 @@ class Run(TrainingLoop):
     def __init__(
         self,
         scheme: Game,
-        loader: Loader,
-        valid: Loader | None,
+        loader: BatchLoader,
+        valid: BatchLoader | None,
         plan: RunPlan,
         folder: RunFolder | None = None,
         ranks: Ranks | None = None,
         callbacks: Iterable[Any] = (),
     ) -> None:
-        check_warmup(plan.warmup, plan.epochs * len(loader))
+        check_length(loader, plan.schedule or plan.warmup)
+        if loader.steps is not None:
+            check_warmup(plan.warmup, plan.epochs * loader.steps)
         lr_factor = self.scheduled_factor if plan.schedule or plan.warmup else None
         super().__init__(scheme, callbacks=callbacks, lr_factor=lr_factor)
         self.loader, self.valid, self.plan = loader, valid, plan
         self.folder, self.ranks = folder, ranks
         self.epochs = plan.epochs
-        check_accumulate(plan.accumulate, loader.order.batch_size)
+        check_accumulate(plan.accumulate, loader.batch_size)
         self.epoch = self.trained = self.best_epoch = self.images = 0
         self.seconds, self.best, self.loss_sums = 0.0, None, None
         self.records, self.samples, self.arguments, self.changes = [], None, {}, {}
         self.watch, self.signals, self.stop_requested = NonFiniteWatch(), DeferredSignals(), False
-        self.images_per_epoch = min(len(loader.data), len(loader) * loader.order.batch_size)
-        self.valid_start = valid and valid.state_dict()
-        is_drawn = folder is not None and plan.samples > 0 and len(loader.data.shape) == 3
+        self.images_per_epoch = loader.examples
+        self.valid_start = None if valid is None else valid.state_dict()
+        is_drawn = folder is not None and plan.samples > 0
         self.has_samples = is_drawn and hasattr(scheme, "sample")
 
     def scheduled_factor(self, step: int) -> float:
         """Return the factor on the learning rates in a step, Eq. (warmup)."""
-        steps = self.epochs * len(self.loader)
+        steps = self.epochs * self.loader.steps
         return learning_rate_factor(step, steps, self.plan.schedule, self.plan.warmup)
 
     def state_dict(self) -> dict:
@@ -371,7 +380,7 @@ class Run(TrainingLoop):
             CheckpointError: if it belongs to another scheme or to other averages.
         """
         with unchanged_on_error(self.scheme), foreign_state_as_checkpoint_error():
-            state = complete_state(state, self.loader.order)
+            state = complete_state(state, self.images_per_epoch)
             self.loader.load_state_dict(state["loader"])
             load_scheme_state(self.scheme, state["scheme"])
             load_averages(self, state["ema"] or [])
@@ -406,8 +415,9 @@ class Run(TrainingLoop):
     def note_step(self, batch: Any, losses: dict) -> None:
         """Note the losses and gradients of a step, on the device."""
         self.watch.update(self.step, losses, self.scheme)
-        self.loss_sums = add_losses(self.loss_sums, losses, len(batch.x))
-        self.images += len(batch.x)
+        n = count_examples(batch.x)
+        self.loss_sums = add_losses(self.loss_sums, losses, n)
+        self.images += n
 
     def end_step(self, batch: Any, losses: dict) -> None:
         """Save if it is time to, and stop if a signal or a callback asks for it."""
@@ -452,7 +462,7 @@ class Run(TrainingLoop):
         """Save the epoch, then measure it."""
         self.check()
         self.trained = self.epoch + 1
-        if self.valid or self.has_samples:
+        if self.valid is not None or self.has_samples:
             self.save()
         self.record_epoch()
 
@@ -510,24 +520,6 @@ class Run(TrainingLoop):
         self.save()
 
 # %% ../../nbs/40_training/40e_run.ipynb #40e00001
-def complete_state(state: dict, order: BatchOrder) -> dict:
-    """Return the state of a run with what versions before 0.5 did not save.
-
-    Their running sums were over batches, not over images.
-
-    Args:
-        state: of a run.
-        order: of its training batches.
-    """
-    if "images" in state:
-        return state
-    images = min(order.n, state["loader"]["batch"] * order.batch_size)
-    total = state["total"]
-    if total is not None:
-        total = {name: loss * order.batch_size for name, loss in total.items()}
-    return {**state, "images": images, "total": total, "trained": state["epoch"]}
-
-
 def measure_on_first_rank(run: Run) -> dict:
     """Return the record of an epoch, which rank 0 measures; then compare the ranks.
 
@@ -553,6 +545,15 @@ def measure_on_first_rank(run: Run) -> dict:
     return record
 
 # %% ../../nbs/40_training/40e_run.ipynb #6404a9fd
+def begin_checks(run: Run) -> None:
+    """Check the data that are known already, and let the rest be checked as they are read."""
+    valid = None if run.valid is None else run.valid.data
+    start_batch_check(run.scheme, run.loader.data, valid)
+    check = getattr(run.scheme, "batch_check", None)
+    if check is not None:
+        run.loader.watch(check.check_values)
+
+
 def train_to_end(
     run: Run, averages: Sequence[Average], resume: bool, device: torch.device
 ) -> list[dict]:
@@ -574,14 +575,14 @@ def train_to_end(
     try:
         with (
             temporary_attributes(scheme, autocast=context, **split),
-            temporary_attributes(run.loader.source, ranks=run.ranks),
+            temporary_attributes(run.loader, ranks=run.ranks),
             put_back(scheme, learning_rates=run.lr_factor is not None),
             seeded(plan.seed),
         ):
             if plan.clip is not None:
                 for player in scheme.players.values():
                     player.clip = plan.clip
-            start_batch_check(scheme, run.loader.data, run.valid and run.valid.data)
+            begin_checks(run)
             start_or_resume(run, resume, device)
             if plan.compile:
                 scheme.compile()

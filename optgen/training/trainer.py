@@ -8,6 +8,7 @@ __all__ = ['check_fit_arguments', 'first_parameter', 'move_to_device', 'normaliz
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 
 from ..averaging import Average, Profile, averages_of, collect_evaluation_weights
 from ..checks import check_choice, check_count
-from ..data.folders import ImageFiles
-from ..data.images import Images
-from ..data.loading import Loader
+from ..data.batches import BatchLoader
+from ..data.images import ImageSet
+from ..data.sources import as_loader
 from ..games import Game
 from optgen.training.callbacks import (
     PROGRESS,
@@ -112,8 +113,8 @@ def has_batch_norm(scheme: Game) -> bool:
     return any(isinstance(m, nn.BatchNorm1d) for root in modules for m in root.modules())
 
 
-def check_last_batch(scheme: Game, loader: Loader) -> None:
-    """Raise if the last of several batches is one image that BatchNorm cannot normalize.
+def check_last_batch(scheme: Game, loader: BatchLoader) -> None:
+    """Raise if the last batch is one image, which BatchNorm cannot normalize.
 
     Args:
         scheme: game that is trained.
@@ -122,26 +123,25 @@ def check_last_batch(scheme: Game, loader: Loader) -> None:
     Raises:
         ValueError: names the fix.
     """
-    order = loader.order
-    alone = order.n % order.batch_size == 1 and not order.drop_last or order.batch_size == 1
-    if alone and has_batch_norm(scheme):
+    if loader.last_batch_size == 1 and has_batch_norm(scheme):
         raise ValueError(
-            f"fit: of {order.n} images in batches of {order.batch_size}, the last batch has one, "
-            "which BatchNorm cannot normalize: pass a Loader with drop_last=True, or another "
+            f"fit: of {loader.examples} images in {loader.steps} batches, the last batch has one, "
+            "which BatchNorm cannot normalize: pass a loader with drop_last=True, or another "
             "batch_size"
         )
 
 
 def build_loaders(
     scheme: Game,
-    data: Images | ImageFiles | Loader,
-    valid: Images | ImageFiles | Loader | None,
+    data: Any,
+    valid: Any,
     batch_size: int,
     device: torch.device,
     binarize: str | None,
     seed: int,
+    batch: Callable[[Any], Any] | None = None,
     flip: bool = False,
-) -> tuple[Loader, Loader | None]:
+) -> tuple[BatchLoader, BatchLoader | None]:
     """Build the loaders of the training and the validation data, unless they are loaders.
 
     The last batch is dropped, if it is smaller, where a module normalizes over the batch. A last
@@ -155,6 +155,7 @@ def build_loaders(
         device: where batches are made.
         binarize: as in `fit`.
         seed: of the order of the data, of the binarization and of the flips.
+        batch: as in `fit`.
         flip: as in `fit`.
 
     Returns:
@@ -166,20 +167,20 @@ def build_loaders(
     """
     check_count("fit", batch_size=batch_size)
     check_count("fit", 0, 2**63 - 1, seed=seed)
-    if not isinstance(data, Loader):
-        options = {"device": device, "binarize": binarize, "seed": seed}
-        n = len(data) if hasattr(data, "__len__") else 0
-        alone = n > batch_size > 1 and n % batch_size == 1
-        drop_last = normalizes_batch(scheme) or (alone and has_batch_norm(scheme))
-        data = Loader(data, batch_size, drop_last=drop_last, flip=flip, **options)
-    elif flip:
-        raise ValueError("flip=True is for images: give it to your loader, Loader(..., flip=True)")
-    check_last_batch(scheme, data)
-    if valid is None or isinstance(valid, Loader):
-        return data, valid
+    options = {"device": device, "seed": seed, "batch": batch}
+    make = partial(as_loader, data, batch_size, binarize=binarize, flip=flip, **options)
+    loader = make(drop_last=normalizes_batch(scheme))
+    alone = loader.last_batch_size == 1 < batch_size and loader.steps > 1
+    if alone and has_batch_norm(scheme):
+        loader = make(drop_last=True)
+    check_last_batch(scheme, loader)
+    if valid is None:
+        return loader, None
     if binarize:
-        binarize = "dynamic" if valid.streamed else "static"
-    return data, Loader(valid, 500, device=device, shuffle=False, seed=seed, binarize=binarize)
+        binarize = "dynamic" if getattr(valid, "streamed", False) else "static"
+    if isinstance(valid, (BatchLoader, ImageSet)):
+        options["batch"] = None  # its batches are optgen's
+    return loader, as_loader(valid, 500, shuffle=False, binarize=binarize, **options)
 
 # %% ../../nbs/40_training/40_trainer.ipynb #40t00009
 def choose_averages(scheme: Game, ema: float | Profile | None) -> Sequence[Average]:
@@ -220,11 +221,12 @@ def build_callbacks(
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-13
 def fit(
     scheme: Game,
-    data: Images | ImageFiles | Loader,
+    data: Any,
     *,
     epochs: int = 1,
     batch_size: int = 100,
-    valid: Images | ImageFiles | Loader | None = None,
+    valid: Any = None,
+    batch: Callable[[Any], Any] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -250,10 +252,11 @@ def fit(
 
     Args:
         scheme: a `Game`, validated if it has `evaluate(batches)`, sampled if it has `sample(n)`.
-        data: images, or a `Loader`, whose own batch size, binarization and seed then hold.
+        data: as in `optgen.data.sources.as_loader`. A loader's batch size and order are its own.
         epochs: number of epochs in all, those before a resumption included.
         batch_size: images per batch, of all ranks together.
-        valid: images or a `Loader` to validate on after each epoch.
+        valid: data to validate on after each epoch.
+        batch: maps a batch of a loader of yours to x, (x, y) or a `Batch`.
         out: run folder. Without one nothing is written.
         resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
         seed: of the order of the data and of the noise. The caller's generators are unchanged.
@@ -276,7 +279,7 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch, as in `metrics.jsonl`. `evaluating(scheme)` has the validated weights.
+        A record per epoch. Save and sample validated weights within `evaluating(scheme)`.
 
     Raises:
         ValueError: if arguments do not fit together, or not to the run that is resumed.
@@ -287,7 +290,9 @@ def fit(
         plan = RunPlan(epochs, schedule, patience, samples, *rest, warmup, clip, accumulate)
         check_fit_arguments(scheme, plan, valid, out, resume, progress)
         device = move_to_device(scheme, device, ranks)
-        loaders = build_loaders(scheme, data, valid, batch_size, device, binarize, seed, flip)
+        loaders = build_loaders(
+            scheme, data, valid, batch_size, device, binarize, seed, batch, flip
+        )
         with open_folder(out, config, resume, ranks) as folder:
             callbacks = build_callbacks(folder, progress, callbacks, ranks)
             run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
