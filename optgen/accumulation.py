@@ -219,7 +219,7 @@ class SplitBatches:
                 f"{name} ({kind}) normalizes each micro-batch by itself: the steps are not those "
                 "of the whole batch, and its running means take several updates a step. GroupNorm "
                 "and LayerNorm don't depend on the batch",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def warn_if_alone(self) -> None:
@@ -231,7 +231,7 @@ class SplitBatches:
                 f"this is one of {world} processes, and each trains a game of its own, whose "
                 "weights drift apart: call optgen.training.parallel.distribute(game) before the "
                 "first step",
-                stacklevel=5,
+                stacklevel=6,
             )
 
     def draw_part(self, batch: Any) -> Any:
@@ -279,7 +279,7 @@ class SplitBatches:
         """
         if self.batch_means is not None:
             return self.batch_means.answer(tensors)
-        return self.average_over_ranks(tensors)
+        return self.average_over_ranks([t.detach() for t in tensors])
 
     def rows_of_batch(
         self, function: Callable[[Any], Iterable[Tensor]], batch: Any

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..accumulation import batch_tensors, normalizing_module
+from ..accumulation import slice_batch as slice_batch  # here until 0.5
 from optgen.training.sharding import (
     RankError,
     RowGathering,
@@ -34,6 +35,7 @@ from optgen.training.sharding import (
     SharedRandom,
     device_of,
 )
+from .sharding import rank_slice as rank_slice
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4-2
 class ReportedByOtherRank(SystemExit):
