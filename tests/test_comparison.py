@@ -249,7 +249,7 @@ def runs(tmp_path_factory):
     """Finished runs of a VAE, a GAN, a diffusion model and a pixel model, on a small folder."""
     root = tmp_path_factory.mktemp("runs")
     folder = root / "images"
-    for split, n in (("train", 90), ("test", 30)):
+    for split, n in (("train", 90), ("test", 130)):
         (folder / split).mkdir(parents=True)
         for i, image in enumerate(gray(n, n)):
             Image.fromarray(image[0].numpy()).save(folder / split / f"{i:03}.png")
@@ -278,26 +278,26 @@ def evaluated(capsys, *args):
     "name, options", [("beta-vae", "--k 2"), ("ddpm", "--k 1 --steps 2"), ("made", "")]
 )
 def test_samples_of_a_run_are_compared(runs, capsys, name, options):
-    found = evaluated(capsys, runs / name, options, "--samples 130 --seed 3")
-    assert found["samples"] == 130 and found["images"] == 30
+    found = evaluated(capsys, runs / name, options, "--samples 120 --seed 3")
+    assert found["samples"] == 120 and found["images"] == 130
     features = "pixels, averaged down to 8 x 8"
     for measure in MEASURES:
         assert np.isfinite([found[measure], found[f"{measure}_floor"]]).all()
         assert found[f"{measure}_features"] == features
-    assert found["coverage_floor"] == pytest.approx(coverage_floor(130, 30))
-    again = evaluated(capsys, runs / name, options, "--samples 130 --seed 3")
+    assert found["coverage_floor"] == pytest.approx(coverage_floor(120, 130))
+    again = evaluated(capsys, runs / name, options, "--samples 120 --seed 3")
     assert again == found
-    other = evaluated(capsys, runs / name, options, "--samples 130 --seed 4")
+    other = evaluated(capsys, runs / name, options, "--samples 120 --seed 4")
     assert other["fid"] != found["fid"]
     if name == "ddpm":
-        fine = evaluated(capsys, runs / name, "--k 1 --steps 3 --samples 130 --seed 3")
+        fine = evaluated(capsys, runs / name, "--k 1 --steps 3 --samples 120 --seed 3")
         assert fine["fid"] != found["fid"] and fine["bound"] == found["bound"]
 
 
 def test_a_gan_is_compared_by_default_and_the_others_are_not(runs, capsys):
     found = evaluated(capsys, runs / "feedback-gan")
     assert {*MEASURES, "G", "D"} <= found.keys()
-    assert found["samples"] == found["images"] == 30
+    assert found["samples"] == found["images"] == 130
     assert not set(MEASURES) & evaluated(capsys, runs / "made").keys()
     more = evaluated(capsys, runs / "feedback-gan", "--samples 64")
     assert more["samples"] == 64 and more["G"] == found["G"] and more["fid"] != found["fid"]
@@ -312,13 +312,15 @@ def test_samples_of_a_file_or_a_folder_are_compared(runs, capsys, tmp_path, conv
         Image.fromarray(image[0].numpy()).save(tmp_path / "s" / f"{i}.png")
     asked = (runs / "beta-vae", "--k 1 --features", convolution, "--samples-from")
     found = [evaluated(capsys, *asked, tmp_path / name) for name in ("s.npz", "s.npy", "s")]
+    limited = evaluated(capsys, *asked, tmp_path / "s", "--limit 100")
+    assert limited["samples"] == 40 and limited["images"] == 100
     for one in found:
         assert one["fid_features"] == load_features(convolution).features_name
-        assert one["samples"] == 40 and one["images"] == 30
+        assert one["samples"] == 40 and one["images"] == 130
         assert one["precision_features"].startswith("conv.pt, sha256 ")
         assert one["kid"] == pytest.approx(found[0]["kid"], rel=1e-5)
         assert one["fid"] == pytest.approx(found[0]["fid"], rel=1e-4)
-    expected = compare(samples, gray(30, 30), load_features(convolution))
+    expected = compare(samples, gray(130, 130), load_features(convolution))
     for name in ("fid", "fid_floor", "kid", "kid_se", "precision", "recall", "coverage"):
         assert found[0][name] == pytest.approx(expected[name], rel=1e-4)
 
@@ -329,7 +331,7 @@ def test_the_table_names_features_and_floors(runs, capsys, convolution):
     table = {line.split()[0]: line for line in lines if line.split()[:1]}
     assert set(MEASURES) <= table.keys()
     for name in MEASURES:
-        assert "conv.pt, sha256 " in table[name] and "20 / 30" in table[name]
+        assert "conv.pt, sha256 " in table[name] and "20 / 130" in table[name]
     assert not any(line.startswith(("fid floor", "samples")) for line in lines)
     assert max(map(len, lines)) <= 100
 

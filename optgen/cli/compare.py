@@ -228,12 +228,15 @@ def measure_samples(
     Raises:
         click.UsageError: for fewer than two images, or features that are not finite.
     """
+    import torch
+
     from optgen.models.features import compare_features, name_features
     from optgen.sample_quality import features_name
 
     try:
-        images = [features(x) for x in real]
-        samples = [features(x) for x in draw(n or sum(map(len, images)))]
+        with torch.no_grad():
+            images = [features(x) for x in real]
+            samples = [features(x) for x in draw(n or sum(map(len, images)))]
         return name_features(compare_features(samples, images), features_name(features))
     except ValueError as error:
         raise click.UsageError(f"the samples can't be compared: {error}") from None

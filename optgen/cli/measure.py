@@ -205,9 +205,8 @@ class RunData:
             click.UsageError: for samples of another shape, or a file that is no array of images.
         """
         if Path(path).is_dir():
-            pictures = self.load(path, "test", 1.0)
-            self.limit = None
-            return (batch.x for batch in self.batches(pictures, gray=True))
+            every = RunData(self.run, self.device, None)
+            return (batch.x for batch in every.batches(every.load(path, "test", 1.0), gray=True))
         array = as_images(read_array(Path(path)), tuple(self.run.config["shape"]), path)
         return split_samples(array, pick_device(self.device))
 

@@ -88,10 +88,12 @@ class FileFeatures(nn.Module):
             images: (B, C, H, W) in [0, 1].
 
         Raises:
-            ValueError: if the network fails on such images, or returns anything but B rows of
-                finite numbers.
+            ValueError: if the images are not finite, the network fails on them, or it returns
+                anything but B rows of finite numbers.
         """
         shape = tuple(images.shape)
+        if not images.isfinite().all():
+            raise ValueError("images are not finite: look for NaN in the model that made them")
         try:
             found = self.network(images.float())
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
