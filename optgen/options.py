@@ -135,6 +135,7 @@ def limited_memory() -> Iterator[None]:
 
 # %% ../nbs/00_foundations/09a_options.ipynb #0a9b000c
 NOT_A_SIZE = {"seed", "epochs", "patience", "checkpoint_steps", "device", "data", "out", "outside"}
+NOT_A_SIZE |= {"samples_from", "features"}
 
 
 def largest_number(value: Any) -> float:

@@ -88,10 +88,12 @@ class FileFeatures(nn.Module):
             images: (B, C, H, W) in [0, 1].
 
         Raises:
-            ValueError: if the network fails on such images, or returns anything but B rows of
-                finite numbers.
+            ValueError: if the images are not finite, the network fails on them, or it returns
+                anything but B rows of finite numbers.
         """
         shape = tuple(images.shape)
+        if not images.isfinite().all():
+            raise ValueError("images are not finite: look for NaN in the model that made them")
         try:
             found = self.network(images.float())
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
@@ -169,7 +171,7 @@ def load_features(path: str | Path, device: torch.device | str = "cpu") -> FileF
 MEASURES = ("fid", "kid", "precision", "recall", "density", "coverage")
 
 
-def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dict[str, float]:
+def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dict[str, Any]:
     """Return six measures of samples against images, from their features.
 
     Args:
@@ -177,9 +179,10 @@ def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dic
         images: batches of features of real images, likewise.
 
     Returns:
-        The names of `MEASURES`, and for each its value for two sets of one distribution,
-        "fid_floor" and so on; "kid_se", and "kid_floor_se" beside a floor of 0. There is no "kid"
-        with fewer than four images in a set; with fewer than six there are only "fid" and "kid".
+        "samples" and "images", the numbers; the names of `MEASURES`; for each its value for two
+        sets of one distribution, "fid_floor" and so on; "kid_se", and "kid_floor_se" beside a
+        floor of 0. There is no "kid" with fewer than four images in a set; with fewer than six
+        there are only "fid" and "kid".
 
     Raises:
         ValueError: for fewer than two images, or features that are not finite.
@@ -187,7 +190,8 @@ def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dic
     stats = feature_stats(images)
     made, real = torch.cat(list(samples)), torch.cat(list(images))
     n, m = len(made), len(real)
-    found = {"fid": fid(stats, samples), "fid_floor": frechet_floor(stats.cov, n, m).item()}
+    found = {"samples": n, "images": m}
+    found |= {"fid": fid(stats, samples), "fid_floor": frechet_floor(stats.cov, n, m).item()}
     if min(n, m) >= 4:
         value, se, null_se = kid(made, real)
         found |= {"kid": value, "kid_se": se, "kid_floor": 0.0, "kid_floor_se": null_se}
@@ -238,7 +242,7 @@ def compare(
         batch_size: images that are passed to `features` at once, of a tensor.
 
     Returns:
-        As `compare_features`; "fid_features" and so on; and "samples" and "images", the numbers.
+        As `compare_features`, and "fid_features" and so on.
 
     Raises:
         ValueError: for fewer than two images, or features that are not finite.
@@ -253,5 +257,4 @@ def compare(
     for name, parts in (("samples", made), ("images", real)):
         if sum(map(len, parts)) < 2:
             raise ValueError(f"a comparison needs at least two images, got too few {name}")
-    numbers = {"samples": sum(map(len, made)), "images": sum(map(len, real))}
-    return numbers | name_features(compare_features(made, real), features_name(features))
+    return name_features(compare_features(made, real), features_name(features))
