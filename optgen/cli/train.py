@@ -192,12 +192,15 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
     """
     import torch
 
+    from optgen.training.schedules import check_warmup
+
     options = config["options"]
     epoch_steps = math.ceil(len(split.train) / options["batch_size"])
     options.setdefault("epoch_steps", epoch_steps)
     options.setdefault("steps", config["epochs"] * options["epoch_steps"])
     torch.manual_seed(options["seed"])
     try:
+        check_warmup(options["warmup"], config["epochs"] * options["epoch_steps"])
         scheme = command.build(options, split.train.shape, **split.extra)
         if options["compile"]:
             scheme.compile()
