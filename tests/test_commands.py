@@ -636,10 +636,11 @@ def test_every_optimizer_is_built_with_its_rate_and_adam_with_its_betas(name):
     weight = torch.nn.Parameter(torch.zeros(3))
     options = {"optimizer": name, "lr": 0.02}
     (group,) = build_optimizer(options, [weight], betas=(0.5, 0.99)).param_groups
-    assert group["lr"] == 0.02 and group["params"] == [weight]
-    if name.startswith("adam"):
+    # A vector is not for Muon: Adam steps it, at a twentieth of the rate.
+    assert group["lr"] == (0.001 if name == "muon" else 0.02) and group["params"] == [weight]
+    if name.startswith("adam") or name == "muon":
         assert tuple(group["betas"]) == (0.5, 0.99)
-    assert build_optimizer(options | {"lr": None}, [weight]).param_groups[0]["lr"] != 0.02
+    assert build_optimizer(options | {"lr": None}, [weight]).param_groups[0]["lr"] <= 0.01
 
 
 def test_a_registered_controller_and_loss_are_offered(
