@@ -27,7 +27,7 @@ DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", 
 DEPENDENCIES |= {"filelock"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
 MEASURED = {"bench.trainers": {"pythae"}}
-ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
+ALLOWED = DEPENDENCIES | {"optgen", "PIL", "numpy"}  # the last two are torchvision's
 MODULES = sorted(
     m.name.removeprefix("optgen.")
     for m in pkgutil.walk_packages(optgen.__path__, "optgen.")
