@@ -62,7 +62,8 @@ class StatefulStream(IterableDataset):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         self.i = max(self.i, first)
         while self.i < N:
-            vector = [self.i / N, *self.generator.random(4)]
+            drawn = noise()[0] if worker is None else 0.0  # those of workers are not saved
+            vector = [self.i / N, drawn, *self.generator.random(3)]
             self.i += step
             yield torch.tensor(vector, dtype=torch.float32)
         self.i = 0

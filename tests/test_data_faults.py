@@ -136,10 +136,15 @@ def test_other_things_than_tokens_are_refused(tokens, word):
         (None, "NoneType"),
     ],
 )
-def test_other_things_than_sets_are_no_data_of_a_loader_or_a_training(data, word):
-    for use in (lambda: Loader(data, 2), lambda: fit(vae(), data, progress="none")):
-        with refuses(word, "expected an ImageSet", "Images(x"):
-            use()
+def test_other_things_than_sets_are_no_data_of_a_loader(data, word):
+    with refuses(word, "expected an ImageSet", "Images(x"):
+        Loader(data, 2)
+
+
+@pytest.mark.parametrize("data, word", [(list(BYTES), "list"), ("digits", "str"), (None, "None")])
+def test_what_is_neither_data_nor_a_loader_is_refused_by_a_training(data, word):
+    with refuses(word, "expected tensors, a Dataset or a DataLoader"):
+        fit(vae(), data, progress="none")
 
 
 def test_what_is_unusual_and_right_is_taken():

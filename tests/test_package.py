@@ -30,7 +30,7 @@ OPTIONAL = {"torchdata", "tensorboard", "trackio", "wandb", "mlflow", "huggingfa
 OPTIONAL |= {"torchdiffeq"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
 MEASURED = {"bench.trainers": {"pythae"}}
-ALLOWED = DEPENDENCIES | {"optgen", "PIL", "numpy"}  # PIL is torchvision's, NumPy SciPy's
+ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
 MODULES = sorted(
     m.name.removeprefix("optgen.")
     for m in pkgutil.walk_packages(optgen.__path__, "optgen.")

@@ -423,3 +423,17 @@ def test_a_state_that_cannot_be_saved_is_one_error(tmp_path):
 def test_images_of_the_package_need_no_loader_of_others():
     assert as_loader(Images(DIGITS.images), 50).state_dict().keys() >= {"static", "dynamic"}
     assert as_loader(torch.arange(60).view(20, 3), 5).data.max_value is None
+
+
+@pytest.mark.parametrize("n, drop_last", [(230, False), (230, True), (200, False), (30, False)])
+def test_what_a_loader_says_of_its_epochs_is_so(n, drop_last):
+    data = TensorDataset(GRAY[:n])
+    sampler = sampled(data, 1)
+    for loader in (
+        as_loader(GRAY[:n], 50, drop_last=drop_last),
+        as_loader(data, 50, drop_last=drop_last),
+        as_loader(DataLoader(data, 50, sampler=sampler, drop_last=drop_last)),
+    ):
+        sizes = [len(batch.x) for batch in loader]
+        said = loader.steps, loader.examples, loader.last_batch_size
+        assert said == (len(sizes), sum(sizes), sizes[-1]) and loader.shape == (1, 28, 28)

@@ -66,8 +66,8 @@ def read_states(generators: list[torch.Generator]) -> Tensor:
 def write_states(generators: list[torch.Generator], states: Tensor) -> None:
     """Set generators to what `read_states` returned of them."""
     sizes = [len(generator.get_state()) for generator in generators]
-    for generator, state in zip(generators, states.cpu().split(sizes)):
-        generator.set_state(state.clone())
+    for owner, state in zip(generators, states.cpu().split(sizes)):
+        owner.set_state(state.clone())
 
 
 def announce_epoch(loader: Any, epoch: int) -> None:
