@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .decoding import read_size
 from .flips import check_flips, draw_flips, mirror
 from .folders import ImageFiles, image_folder
 from optgen.data.images import (
@@ -84,6 +85,9 @@ def load(
     found = resolve_data(name)
     if found not in DATASETS:
         return image_folder(found, split, size, holdout=holdout, resize=resize)
+    if (read_size(size), resize) != ((28, 28), "crop"):
+        message = f"{found}: a size and a way to resize are for folders, its images keep their own"
+        warnings.warn(message, DataWarning, stacklevel=1)
     make = DATASETS[found].make
     accepted = inspect.signature(make).parameters
     return make(split, root) if "root" in accepted else make(split)
