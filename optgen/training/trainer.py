@@ -254,7 +254,7 @@ def fit(
         valid: images or a `Loader` to validate on after each epoch.
         out: run folder. Without one nothing is written.
         resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
-        seed: of the order of the data and of the noise. The caller's generators are unchanged.
+        seed: of the order of the data and of the noise. Modes and generators are put back.
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
@@ -271,9 +271,7 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch, as on the lines of `metrics.jsonl`. Modes, scheduled rates and random
-        numbers are put back; averages stay in `scheme.averages`. Save and sample the weights that
-        were validated within `evaluating(scheme)`.
+        A record per epoch, as in `metrics.jsonl`. Sample averages within `evaluating(scheme)`.
 
     Raises:
         ValueError: if arguments do not fit together, or not to the run that is resumed.
