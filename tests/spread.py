@@ -493,6 +493,7 @@ def run(out, name, game=None, epochs=3, **kwargs):
         "ema": 0.9,
         "samples": 4,
         "progress": "lines",
+        "flip": True,  # of which the ranks agree without a message
     }
     try:
         records = fit(game, images, epochs=epochs, out=out / name, **{**usual, **kwargs})
