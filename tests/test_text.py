@@ -20,7 +20,7 @@ from optgen.data import text as text_module
 from optgen.data.images import Batch
 from optgen.data.loading import Loader, is_text, load, resolve_data
 from optgen.data.sequences import Sequences
-from optgen.data.text import Bytes, Characters, Numbers, Text, alice, text
+from optgen.data.text import Characters, Numbers, Text, alice, text
 from optgen.models.tokens import TokenLSTM
 from optgen.schemes.language import LanguageModel, ratio_with_error
 from optgen.testing import generator

@@ -52,7 +52,7 @@ def list_names() -> None:
     commands = load_commands()
     listings = {
         "schemes": {name: command.summary for name, command in commands.items()},
-        "data": DATASETS.summaries() | {"PATH": "a folder of your own images"},
+        "data": DATASETS.summaries() | {"PATH": "a folder of your own images, or a text file"},
         "optimizers": OPTIMIZERS.summaries(),
     }
     for command in commands.values():

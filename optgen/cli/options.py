@@ -38,7 +38,7 @@ def data_options() -> list[click.Option]:
             "--holdout",
             type=open_share,
             default=0.1,
-            help="Share of the training images kept for validation.",
+            help="Share of the training images or text kept for validation.",
         ),
     ]
 

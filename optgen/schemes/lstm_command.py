@@ -38,7 +38,7 @@ class LSTMCommand(PixelCommand):
         "batch_size": 32,
         "lr": 3e-3,
         "ema": 0.99,
-        "epochs": 20,
+        "epochs": 30,
     }
     text_options = ("tokens", "length", "dropout")
     image_options = ("binarize", "levels")
