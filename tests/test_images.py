@@ -11,6 +11,7 @@ import torch
 from data_helpers import refuses
 from optgen.data import images as image_sets
 from optgen.data.images import DATASETS, DataError, digits, fashion_mnist, mnist
+from optgen.data.text import alice
 from optgen.testing import generator
 
 SETS = {"MNIST": mnist, "FashionMNIST": fashion_mnist}
@@ -202,6 +203,7 @@ def test_the_registry_names_the_sets():
         "digits": digits,
         "mnist": mnist,
         "fashion-mnist": fashion_mnist,
+        "alice": alice,
     }
     assert "10,000 + 2,000" in DATASETS.summaries()["digits"]
 

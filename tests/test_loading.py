@@ -37,7 +37,7 @@ def test_load_knows_the_digits_and_names_the_sets_it_knows(tmp_path):
         with refuses(bad, "digits, mnist, fashion-mnist"):
             load(bad)
     (tmp_path / "file").write_text("")
-    with refuses(tmp_path / "file", "is a file"):
+    with refuses(tmp_path / "file", "holds no text"):
         load(str(tmp_path / "file"))
 
 

@@ -29,6 +29,7 @@ SHAPE = (1, 8, 8)
 NOT_THE_SCHEMES = {"assisted": {"labels"}} | dict.fromkeys(
     COMMANDS.keys() - {"assisted"}, {"binarize"}
 )
+NOT_THE_SCHEMES["lstm"] = {"binarize", *COMMANDS["lstm"].text_options}  # see test_text.py
 SMALL = {
     "beta-vae": "--hidden 8,6 --z-dim 3",
     "feedback-gan": "--model mlp --hidden 8 --z-dim 3",

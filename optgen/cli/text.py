@@ -65,6 +65,8 @@ def options_of_data(
     for name in (*command.image_options, *sorted(shared)):
         if name in given:
             raise click.UsageError(f"{flag(name)} is for images, and {data} is a text")
+    if "optimizer" in given:
+        given.add("lr")  # the default is that of Adam
     defaults = command.text_defaults.items()
     return {**options, **{name: value for name, value in defaults if name not in given}}
 
