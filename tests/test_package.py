@@ -25,8 +25,10 @@ REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
 DEPENDENCIES = {"torch", "torchvision", "matplotlib", "tqdm", "click", "scipy", "schedulefree"}
 DEPENDENCIES |= {"filelock"}
+DEPENDENCIES |= {"safetensors"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
 MEASURED = {"bench.trainers": {"pythae"}}
+MEASURED |= {"training.sharing": {"huggingface_hub"}}  # an extra
 ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
 MODULES = sorted(
     m.name.removeprefix("optgen.")
