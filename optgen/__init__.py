@@ -1,7 +1,8 @@
 """Optimizers coupled with generative models.
 
-`optgen.load` opens a run. It is imported when it is first used, so that `import optgen` and
-`optgen --help` do not wait for PyTorch. nbdev writes only the line of the version.
+`optgen.load` opens a run, and `optgen.from_pretrained` a model that was shared. They are imported
+when they are first used, so that `import optgen` and `optgen --help` do not wait for PyTorch.
+nbdev writes only the line of the version.
 """
 
 __version__ = "0.6.0"
@@ -10,10 +11,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cli.export import from_pretrained
     from .cli.runs import load
+    from .training.sharing import push_to_hub
 
-__all__ = ["load"]
-HOMES = {"load": "cli.runs"}  # module of each name
+HOMES = {  # module of each name
+    "load": "cli.runs",
+    "from_pretrained": "cli.export",
+    "push_to_hub": "training.sharing",
+}
+__all__ = ["from_pretrained", "load", "push_to_hub"]
 
 
 def __getattr__(name: str) -> Any:

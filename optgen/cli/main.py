@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import click
 
+from .export import export
 from .measure import evaluate, sample
 from .pictures import interpolate, reconstruct, traverse
 from .runs import load_claims, load_commands
@@ -40,7 +41,7 @@ def cli() -> None:
     """Optimizers coupled with generative models: train, look, measure."""
 
 
-for command in (train, sample, evaluate, interpolate, reconstruct, traverse):
+for command in (train, sample, evaluate, interpolate, reconstruct, traverse, export):
     cli.add_command(command)
 
 # %% ../../nbs/40_training/43_main.ipynb #94e0909a
