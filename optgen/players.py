@@ -167,7 +167,7 @@ def check_first_loss(loss: Tensor, name: str, function: Callable) -> None:
         raise ValueError(
             f"the loss of player {name!r} uses DistributedDataParallel, which averages in a "
             "backward pass that a game does not take: use the module itself, and "
-            "game.ranks = optgen.training.parallel.init_ranks()"
+            "optgen.training.parallel.distribute(game)"
         )
 
 # %% ../nbs/10_optimizers/12b_players.ipynb #12b00012

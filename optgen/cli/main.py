@@ -50,12 +50,16 @@ def list_names() -> None:
     """Show the names of schemes, data, optimizers and claims."""
     from optgen.data.images import DATASETS
     from optgen.schemes.command import OPTIMIZERS
+    from optgen.training.schedules import SCHEDULES
+    from optgen.training.trackers import TRACKERS
 
     commands = load_commands()
     listings = {
         "schemes": {name: command.summary for name, command in commands.items()},
-        "data": DATASETS.summaries() | {"PATH": "a folder of your own images"},
+        "data": DATASETS.summaries() | {"PATH": "a folder of your own images, or a text file"},
         "optimizers": OPTIMIZERS.summaries(),
+        "learning-rate schedules (--schedule)": SCHEDULES.summaries(),
+        "trackers (--track)": TRACKERS.summaries(),
     }
     for command in commands.values():
         listings |= command.listings()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_KEPT', 'ImageSize', 'image_options', 'data_options', 'ScheduleName', 'schedule_options', 'optimizer_options',
-           'run_options', 'progress_option', 'train_params', 'read_option', 'read_options']
+           'run_options', 'progress_option', 'train_params', 'read_option', 'read_value', 'read_options']
 
 # %% ../../nbs/40_training/43d_options.ipynb #43d00002
 import re
@@ -89,7 +89,7 @@ def data_options() -> list[click.Option]:
             "--holdout",
             type=open_share,
             default=0.1,
-            help="Share of the training images kept for validation.",
+            help="Share of the training images or text kept for validation.",
         ),
     ]
 
@@ -177,6 +177,7 @@ def run_options(epochs: int) -> list[click.Option]:
         epochs: default number of passes over the data.
     """
     from optgen.schemes.command import choice_option, count_option, option
+    from optgen.training.trackers import TRACKERS
 
     return [
         count_option("--epochs", epochs, "Passes over the data in all."),
@@ -200,6 +201,12 @@ def run_options(epochs: int) -> list[click.Option]:
             "bfloat16 evaluates the losses under autocast.",
         ),
         progress_option(),
+        option(
+            "--track",
+            type=click.Choice([*TRACKERS]),
+            multiple=True,
+            help="Also log to this tracker, on this machine by default; may be repeated.",
+        ),
         option(
             "--out",
             type=click.Path(file_okay=False),
@@ -243,6 +250,15 @@ def read_option(param: click.Option, value: Any, default: Any) -> Any:
     """
     if value is None and default is None:
         return None
+    if param.multiple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"option {param.name!r} cannot be {value!r}: expected a list")
+        return [read_value(param, one) for one in value]
+    return read_value(param, value)
+
+
+def read_value(param: click.Option, value: Any) -> Any:
+    """Return one value of an option that a file holds; arguments and errors as `read_option`'s."""
     right_kind = type(value) is bool if param.is_flag else type(value) in (int, float, str)
     if right_kind:
         try:

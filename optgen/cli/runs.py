@@ -393,7 +393,7 @@ def open_run(
     """Build the scheme of a run folder and load its weights, in evaluation mode.
 
     Args:
-        folder: of a run of `optgen train`.
+        folder: of a run of `optgen train`, or of `optgen export`.
         device: as in `pick_device`.
         which: as in `load`.
         averaged: as in `load`.
@@ -402,12 +402,17 @@ def open_run(
         click.ClickException: where the folder, its configuration and its checkpoint do not fit.
         CheckpointError: for a checkpoint that is missing or damaged.
     """
+    from optgen.training import sharing
     from optgen.viz import read_log
 
     folder = Path(folder)
     config = read_config(folder)
     command, on = find_command(config["scheme"]), pick_device(device)
     scheme = build_again(config, command, folder / "config.json")
+    if config.get("format") == sharing.FORMAT:
+        sharing.load_pretrained(scheme, folder, on)
+        state = {"epoch": config.get("trained_epochs")}
+        return OpenRun(config, command, scheme, state, [], folder / sharing.WEIGHTS)
     path = weights_path(folder, which)
     state = load_weights_into(scheme, path, on, averaged, config["options"]["ema"])
     return OpenRun(config, command, scheme, state, read_log(folder / "metrics.jsonl"), path)

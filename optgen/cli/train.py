@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['TrainGroup', 'train', 'set_average', 'start_run', 'resume_run', 'build_scheme', 'fit_arguments', 'recorded_classes',
-           'train_run', 'BegunRun', 'announce', 'announce_muon', 'report']
+           'choose_trackers', 'train_run', 'BegunRun', 'announce', 'announce_muon', 'report']
 
 # %% ../../nbs/40_training/43b_train.ipynb #4e081d02
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +204,8 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
     import torch
 
     from optgen.data.images import DATASETS
+    from optgen.training.loop import check_accumulate
+    from optgen.training.schedules import check_warmup
 
     options = config["options"]
     epoch_steps = math.ceil(len(split.train) / options["batch_size"])
@@ -211,6 +213,8 @@ def build_scheme(command: "SchemeCommand", config: Mapping[str, Any], split: "Da
     options.setdefault("steps", config["epochs"] * options["epoch_steps"])
     torch.manual_seed(options["seed"])
     try:
+        check_accumulate(options["accumulate"], options["batch_size"])
+        check_warmup(options["warmup"], config["epochs"] * options["epoch_steps"])
         scheme = command.build(options, split.train.shape, **split.extra)
         if options["compile"]:
             scheme.compile()
@@ -258,6 +262,23 @@ def recorded_classes(images: "Images | ImageFiles") -> dict[str, list[str]]:
     return {"classes": class_names(images)} if images.labels is not None else {}
 
 
+def choose_trackers(names: Iterable[str]) -> list[Any]:
+    """Return the trackers of the option `--track`.
+
+    Args:
+        names: of the trackers.
+
+    Raises:
+        click.UsageError: if the package of one is missing.
+    """
+    from optgen.training.trackers import build_trackers
+
+    try:
+        return build_trackers(names)
+    except ImportError as error:
+        raise click.UsageError(f"--track: {error}") from None
+
+
 def train_run(
     config: dict[str, Any], out: str, device: str, progress: str | None, resume: bool
 ) -> None:
@@ -281,7 +302,7 @@ def train_run(
 
     command, options = find_command(config["scheme"]), config["options"]
     split = command.split(options, load(options["data"], "train", **image_options(options)))
-    on = pick_device(device)
+    on, trackers = pick_device(device), choose_trackers(options["track"])
     scheme = build_scheme(command, config, split)
     announce(config, split, out)
     announce_muon(scheme, options["optimizer"])
@@ -297,7 +318,7 @@ def train_run(
             device=on,
             progress=progress,
             samples=command.grid_samples,
-            callbacks=[begun, *text_callbacks(scheme, out)],
+            callbacks=[begun, *trackers, *text_callbacks(scheme, out)],
             config={**config, "shape": list(split.train.shape), **recorded_classes(split.train)},
             **fit_arguments(config),
         )

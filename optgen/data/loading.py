@@ -27,6 +27,7 @@ from optgen.data.batches import (
     count_items,
     refuse_state,
 )
+from .decoding import read_size
 from .flips import check_flips, draw_flips, mirror
 from .folders import ImageFiles, image_folder
 from optgen.data.images import (
@@ -101,6 +102,9 @@ def load(
     found = resolve_data(name)
     given = {"root": root, "length": 1, "valid": 0.0}
     if found in DATASETS:
+        if (read_size(size), resize) != ((28, 28), "crop"):
+            message = f"{found}: a size and a way to resize are for folders, it keeps its own"
+            warnings.warn(message, DataWarning, stacklevel=1)
         make = DATASETS[found].make
         accepted = inspect.signature(make).parameters
         return make(split, **{key: given[key] for key in given.keys() & accepted})

@@ -356,6 +356,21 @@ class SchemeCommand:
         """
         return scheme.evaluate(batches, seed=seed, **given)
 
+    def at_sample_levels(
+        self, options: dict[str, Any], x: torch.Tensor, generator: torch.Generator
+    ) -> torch.Tensor:
+        """Return real images with the gray levels of samples, to compare the two.
+
+        Args:
+            options: options of the training.
+            x: images (B, C, H, W) in [0, 1].
+            generator: generator of random numbers on their device.
+
+        Returns:
+            The images; unchanged by default.
+        """
+        return x
+
     def sample(self, scheme: Game, n: int, **given: Any) -> torch.Tensor | None:
         """Draw new images.
 

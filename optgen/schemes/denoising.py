@@ -42,6 +42,7 @@ from ..sample_quality import features_name
 from .classes import ConditionalCommand, check_same_classes, sample_labels
 from optgen.schemes.command import (
     EvaluationContext,
+    build_checked,
     build_optimizer,
     choice_option,
     count_option,
@@ -588,7 +589,7 @@ class DiffusionCommand(ConditionalCommand):
     ) -> dict[str, Any]:
         """Measure the loss, the bound at k levels, and what else the options ask for."""
         n, guidance = given.pop("class_samples"), given["guidance"]
-        check_sampling(scheme, "heun", guidance)
+        build_checked("--guidance", lambda: check_sampling(scheme, "heun", guidance))
         if scheme.conditional:
             check_same_classes(context.images, context.options["classes"])
         asked = {name: number for name, number in given.items() if number is not None}

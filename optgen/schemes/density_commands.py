@@ -12,7 +12,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import click
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images
@@ -31,7 +32,7 @@ from optgen.schemes.command import (
     read_widths,
     share_option,
 )
-from .likelihood import MaximumLikelihood, evaluate_bayes
+from .likelihood import MaximumLikelihood, evaluate_bayes, quantize_levels
 from .parts import FlowParts, PixelParts
 
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #6dfa3479
@@ -96,6 +97,15 @@ class PixelCommand(SchemeCommand):
         model = self.build_model(options, shape, levels)
         optimizer = build_optimizer(options, model)
         return MaximumLikelihood(model, data, optimizer, shape=shape)
+
+    def at_sample_levels(
+        self, options: dict[str, Any], x: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Return real images, binarized or rounded down as the model's samples are."""
+        data, levels = pixel_preprocessing(options)
+        if data == "binary":
+            return torch.bernoulli(x, generator=generator)
+        return quantize_levels(x, levels)
 
     def describe_pixels(self, options: dict[str, Any]) -> str:
         """Return the preprocessing in words, as a record of an evaluation names it."""

@@ -40,7 +40,7 @@ class LSTMCommand(PixelCommand):
         "batch_size": 32,
         "lr": 3e-3,
         "ema": 0.99,
-        "epochs": 20,
+        "epochs": 30,
     }
     text_options = ("tokens", "length", "dropout")
     image_options = ("binarize", "levels")
@@ -141,9 +141,9 @@ class LSTMCommand(PixelCommand):
         self, scheme: Game, context: Any, batches: Any, seed: int, **given: Any
     ) -> dict[str, Any]:
         """Measure a run; arguments as `SchemeCommand.evaluate`'s."""
-        if not context.options["tokens"]:
+        if not isinstance(scheme, LanguageModel):
             return super().evaluate(scheme, context, batches, seed, **given)
-        return {"tokens": context.options["tokens"]} | scheme.evaluate(batches)
+        return {"tokens": scheme.tokenizer.name} | scheme.evaluate(batches)
 
     def sample(self, scheme: Game, n: int, **given: Any) -> Tensor:
         """Draw images; arguments as `SchemeCommand.sample`'s.

@@ -259,7 +259,7 @@ def fit(
         batch: maps a batch of a loader of yours to x, (x, y) or a `Batch`.
         out: run folder. Without one nothing is written.
         resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
-        seed: of the order of the data and of the noise. The caller's generators are unchanged.
+        seed: of the order of the data and of the noise. Modes and generators are put back.
         device: where to train. None is where the scheme is.
         compile: run the losses through `torch.compile`.
         precision: "float32", or "bfloat16" to evaluate the losses under autocast.
@@ -279,7 +279,7 @@ def fit(
         config: recorded in `config.json` beside the environment.
 
     Returns:
-        A record per epoch. Save and sample validated weights within `evaluating(scheme)`.
+        A record per epoch, as in `metrics.jsonl`. Sample averages within `evaluating(scheme)`.
 
     Raises:
         ValueError: if arguments do not fit together, or not to the run that is resumed.
