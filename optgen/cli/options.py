@@ -99,7 +99,7 @@ class ScheduleName(click.Choice):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name, or raise `click.BadParameter`."""
-        from optgen.schemes.denoising import SCHEDULES as NOISE_SCHEDULES
+        from optgen.schemes.diffusion_command import SCHEDULES as NOISE_SCHEDULES
 
         if value not in self.choices and value in NOISE_SCHEDULES:
             self.fail(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 from optgen.data.batches import (
     BatchLoader,
+    OrderedLoader,
     as_batch,
     check_position,
     check_settings,
@@ -28,7 +29,7 @@ from optgen.data.batches import (
     refuse_state,
 )
 from .images import Batch, DataError, DataWarning
-from .loading import OrderedLoader, explained_reading
+from .loading import explained_reading
 from optgen.data.reproducible import (
     RandomStream,
     SeededBatches,

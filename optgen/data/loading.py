@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['resolve_data', 'is_text', 'load', 'split_holdout', 'balanced_indices', 'binarize_pixels', 'BatchOrder',
-           'explained_reading', 'BatchSource', 'OrderedLoader', 'Loader']
+           'explained_reading', 'BatchSource', 'Loader']
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #d190001a
 import contextlib
@@ -20,13 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from optgen.data.batches import (
-    BatchLoader,
-    check_position,
-    check_settings,
-    count_items,
-    refuse_state,
-)
+from .batches import OrderedLoader
 from .decoding import read_size
 from .flips import check_flips, draw_flips, mirror
 from .folders import ImageFiles, image_folder
@@ -458,98 +452,6 @@ class BatchSource:
         return x / (1 if self.binarize else self.data.max_value)
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #23a2fcf4-17
-class OrderedLoader(BatchLoader):
-    """Batches of a data set, epoch by epoch: a `BatchOrder` served by a `BatchSource`.
-
-    Args:
-        source: makes a batch from the indices of its examples.
-        order: the indices of each batch.
-        settings: what a state must share with the loader that it is loaded into.
-    """
-
-    def __init__(self, source: Any, order: Any, settings: Mapping[str, Any]) -> None:
-        self.source, self.order, self.settings = source, order, dict(settings)
-        self.data, self.device, self.noise = source.data, source.device, source.noise
-
-    @property
-    def epoch(self) -> int:
-        """The number of finished epochs."""
-        return self.order.epoch
-
-    @property
-    def shape(self) -> tuple[int, ...] | None:
-        """The shape of an example."""
-        return self.source.shape
-
-    @property
-    def fingerprint(self) -> int:
-        """The number that distinguishes the data from others."""
-        return self.source.fingerprint
-
-    @property
-    def steps(self) -> int | None:
-        """The number of batches in an epoch."""
-        return count_items(self.order)
-
-    @property
-    def examples(self) -> int | None:
-        """The number of examples in an epoch."""
-        return self.order.examples
-
-    @property
-    def batch_size(self) -> int | None:
-        """The number of examples in a batch."""
-        return self.settings.get("batch_size")
-
-    @property
-    def last_batch_size(self) -> int | None:
-        """The number of examples in the last batch of an epoch."""
-        return self.order.last_batch_size
-
-    def __len__(self) -> int:
-        return len(self.order)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.serve(self.order.begin_epoch()):
-            self.order.batch += 1
-            yield batch
-        self.order.end_epoch()
-
-    def serve(self, batches: Sequence[Any]) -> Iterator[Batch]:
-        """Yield a batch for the indices of each."""
-        return self.source.serve(batches)
-
-    def position(self) -> Tensor:
-        """Return the state of the order's generator when the epoch began."""
-        return self.order.start
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position of the loader and what it belongs to: integers and tensors."""
-        state = self.settings | {"data": self.fingerprint} | self.order.state_dict()
-        return state | {"noise": self.noise.get_state()} if self.noise else state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state, bit for bit.
-
-        Args:
-            state: what `state_dict` returned.
-
-        Raises:
-            DataError: if it belongs to other data or settings, or lacks an entry.
-        """
-        check_settings(self.settings | {"data": self.fingerprint}, state)
-        needed = ["start"] + ["noise"] * (self.noise is not None)
-        refuse_state([f"no {key}" for key in needed if key not in state])
-        check_position(state, self.steps)
-        if self.noise and len(state["noise"]) != len(self.noise.get_state()):
-            refuse_state(["its noise was drawn on another kind of device"])
-        if len(state["start"]) != len(self.order.start):
-            refuse_state(["its order has other generators"])
-        self.order.load_state_dict(state)
-        if self.noise:
-            self.noise.set_state(state["noise"].cpu())
-
-
 class Loader(OrderedLoader):
     """Batches of an image set.
 

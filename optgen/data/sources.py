@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from optgen.data.batches import (
     BatchLoader,
+    OrderedLoader,
     count_examples,
     leaves_of,
     map_nested,
@@ -28,7 +29,7 @@ from optgen.data.batches import (
 )
 from .foreign import BatchMaker, DatasetSource, ForeignLoader, foreign_loader
 from .images import Batch, DataError, Images, ImageSet, describe_data
-from .loading import BatchOrder, Loader, OrderedLoader
+from .loading import BatchOrder, Loader
 from .reproducible import checksum_of
 from .sequences import Sequences
 
