@@ -555,14 +555,8 @@ class BetaVAECommand(SchemeCommand):
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         model = build_vae(options, shape)
         beta = build_checked("--beta", lambda: build_beta(options["beta"], options, shape))
-        inference = build_checked(
-            "--inference",
-            lambda: build_inference(
-                options.get("inference", "amortised"),
-                model,
-                lambda network: build_optimizer(options, network),
-            ),
-        )
+        name, make = options.get("inference", "amortised"), partial(build_optimizer, options)
+        inference = build_checked("--inference", lambda: build_inference(name, model, make))
         return BetaVAE(
             model,
             beta,

@@ -252,27 +252,24 @@ def fit(
 
     Args:
         scheme: a `Game`, validated if it has `evaluate(batches)`, sampled if it has `sample(n)`.
-        data: as in `optgen.data.sources.as_loader`. A loader's batch size and order are its own.
+        data, valid: what it is trained and validated on, see `optgen.data.sources.as_loader`. A
+            loader's batch size and order are its own.
         epochs: number of epochs in all, those before a resumption included.
-        batch_size: images per batch, of all ranks together.
-        valid: data to validate on after each epoch.
+        batch_size: examples per batch, of all ranks together.
         batch: maps a batch of a loader of yours to x, (x, y) or a `Batch`.
         out: run folder. Without one nothing is written.
         resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
-        seed: of the order of the data and of the noise. Modes and generators are put back.
+        seed: of the order of the data and of the noise.
         device: where to train. None is where the scheme is.
-        compile: run the losses through `torch.compile`.
-        precision: "float32", or "bfloat16" to evaluate the losses under autocast.
+        compile, precision: run the losses through `torch.compile`; in "float32" or "bfloat16".
         accumulate: equal parts in which a batch is evaluated, in the memory of one; same steps.
-        binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
-        flip: mirror half of the training images, drawn anew in each epoch, Eq. (flips).
+        binarize, flip: of training images, as in `Loader`; images for validation stay the same.
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
         schedule: name in `SCHEDULES`, or share of the run -> factor on all learning rates.
         warmup: steps in which the learning rates rise, before the schedule, Eq. (warmup).
         clip: largest 2-norm of a player's gradient, Eq. (clip); None is each player's own.
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
-        checkpoint_steps: also write a checkpoint after this many steps.
-        checkpoint_seconds: also write a checkpoint after this many seconds.
+        checkpoint_steps, checkpoint_seconds: also write a checkpoint every so often.
         samples: images in the grid of samples after each epoch; 0 for none.
         progress: "bar", "lines" or "none". None is a bar for a person and lines for a file.
         callbacks: objects with any of the methods of a callback, `optgen.training.callbacks`.
@@ -282,17 +279,15 @@ def fit(
         A record per epoch, as in `metrics.jsonl`. Sample averages within `evaluating(scheme)`.
 
     Raises:
-        ValueError: if arguments do not fit together, or not to the run that is resumed.
-        NonFinite, CheckpointError, Interrupted: as their messages say.
+        ValueError, NonFinite, CheckpointError, Interrupted: as their messages say.
     """
     with abort_all_on_error(init_ranks()) as ranks:
         rest = (checkpoint_steps, checkpoint_seconds, seed, precision, compile)
         plan = RunPlan(epochs, schedule, patience, samples, *rest, warmup, clip, accumulate)
         check_fit_arguments(scheme, plan, valid, out, resume, progress)
         device = move_to_device(scheme, device, ranks)
-        loaders = build_loaders(
-            scheme, data, valid, batch_size, device, binarize, seed, batch, flip
-        )
+        reading = (batch_size, device, binarize, seed, batch, flip)
+        loaders = build_loaders(scheme, data, valid, *reading)
         with open_folder(out, config, resume, ranks) as folder:
             callbacks = build_callbacks(folder, progress, callbacks, ranks)
             run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
