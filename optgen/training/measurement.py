@@ -4,20 +4,19 @@
 
 # %% auto #0
 __all__ = ['measured', 'plain_numbers', 'validate', 'grid_samples', 'draw_samples', 'measure_epoch', 'criterion_value',
-           'is_better', 'check_schedule', 'check_length', 'noted', 'rehearse']
+           'is_better', 'noted', 'rehearse']
 
 # %% ../../nbs/40_training/40g_measurement.ipynb #40g00002
 import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
 
 from ..averaging import evaluating
-from ..data.batches import BatchLoader
 from ..games import Game
 from ..metrics import eval_mode
 from . import checkpoint
@@ -165,45 +164,6 @@ def is_better(value: float, best: float | None) -> bool:
     return math.isfinite(value) and (best is None or value < best)
 
 # %% ../../nbs/40_training/40g_measurement.ipynb #40g00010
-def check_schedule(schedule: Callable[[float], float]) -> None:
-    """Raise unless a schedule gives a finite factor, at least 0, all along the run.
-
-    Args:
-        schedule: share of the run in [0, 1) -> factor on all learning rates.
-
-    Raises:
-        ValueError: names the share of the run at which it does not.
-    """
-    for share in (i / 100 for i in range(100)):
-        factor = schedule(share)
-        try:
-            valid = 0 <= float(factor) < math.inf
-        except (TypeError, ValueError, RuntimeError):
-            valid = False
-        if not valid:
-            raise ValueError(
-                f"schedule({share}) must be a finite number, at least 0, got {factor!r}: it is the "
-                "factor on the learning rates at that share of the run"
-            )
-
-
-def check_length(loader: BatchLoader, schedule: Callable[[float], float] | None) -> None:
-    """Raise if the share of a run is not defined on which a schedule depends.
-
-    Args:
-        loader: training batches.
-        schedule: of a `RunPlan`.
-
-    Raises:
-        ValueError: with a schedule, where the number of batches is unknown.
-    """
-    if schedule is not None and loader.steps is None:
-        raise ValueError(
-            "schedule depends on the number of steps, and the data have no length: give the "
-            "IterableDataset a __len__, or train without schedule="
-        )
-
-
 @contextlib.contextmanager
 def noted(where: str) -> Iterator[None]:
     """Add to an error raised in the block where it was found."""

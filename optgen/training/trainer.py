@@ -31,9 +31,9 @@ from optgen.training.callbacks import (
 from .folder import RunFolder, open_folder
 from .guards import temporary_attributes
 from .loop import check_learning_rates
-from .measurement import check_schedule
 from .parallel import Ranks, abort_all_on_error, init_ranks
-from .run import Run, RunPlan, train_to_end
+from .plan import RunPlan, check_schedule
+from .run import Run, train_to_end
 from .schedules import check_schedule_free
 
 # %% ../../nbs/40_training/40_trainer.ipynb #23a2fcf4-12
@@ -252,24 +252,27 @@ def fit(
 
     Args:
         scheme: a `Game`, validated if it has `evaluate(batches)`, sampled if it has `sample(n)`.
-        data, valid: what it is trained and validated on, see `optgen.data.sources.as_loader`. A
-            loader's batch size and order are its own.
+        data: as in `optgen.data.sources.as_loader`. A loader's batch size and order are its own.
         epochs: number of epochs in all, those before a resumption included.
         batch_size: examples per batch, of all ranks together.
+        valid: data to validate on after each epoch.
         batch: maps a batch of a loader of yours to x, (x, y) or a `Batch`.
         out: run folder. Without one nothing is written.
         resume: continue the run in `out`, bit for bit; see `optgen.training.resume`.
         seed: of the order of the data and of the noise.
         device: where to train. None is where the scheme is.
-        compile, precision: run the losses through `torch.compile`; in "float32" or "bfloat16".
+        compile: run the losses through `torch.compile`.
+        precision: "float32", or "bfloat16" to evaluate the losses under autocast.
         accumulate: equal parts in which a batch is evaluated, in the memory of one; same steps.
-        binarize, flip: of training images, as in `Loader`; images for validation stay the same.
+        binarize: None, "static" or "dynamic", as in `Loader`; validation images stay the same.
+        flip: mirror half of the training images, drawn anew in each epoch, Eq. (flips).
         ema: decay or profile of an average of the weights, which is validated, sampled and saved.
         schedule: name in `SCHEDULES`, or share of the run -> factor on all learning rates.
         warmup: steps in which the learning rates rise, before the schedule, Eq. (warmup).
         clip: largest 2-norm of a player's gradient, Eq. (clip); None is each player's own.
         patience: stop after so many epochs without a smaller `scheme.criterion`; keep the best.
-        checkpoint_steps, checkpoint_seconds: also write a checkpoint every so often.
+        checkpoint_steps: also write a checkpoint after this many steps.
+        checkpoint_seconds: also write a checkpoint after this many seconds.
         samples: images in the grid of samples after each epoch; 0 for none.
         progress: "bar", "lines" or "none". None is a bar for a person and lines for a file.
         callbacks: objects with any of the methods of a callback, `optgen.training.callbacks`.
