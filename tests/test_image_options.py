@@ -1,5 +1,6 @@
 """The options of images: sizes, resizing and flips, by every scheme, recorded and used again."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -243,10 +244,12 @@ def test_training_images_are_mirrored_and_validation_images_never(seed):
             whole = pixels[number] / 255
             mirrored[i // 5, number] = torch.equal(image, torch.flip(whole, [2]))
             assert mirrored[i // 5, number] or torch.equal(image, whole)
-    assert (mirrored.sum(1) >= 6).all() and (mirrored.sum(1) <= 24).all()  # 3.3 standard errors
-    assert len({tuple(epoch) for epoch in mirrored.tolist()}) == 3
-    _, other = train(data, valid, seed=seed + 1, binarize=None, epochs=1)
-    assert not all(torch.equal(a, b) for a, b in zip(other.train, seen.train))
+    # The rule is that of the image's number, the epoch and the seed, so that runs go on for years.
+    for epoch in range(3):
+        key = hashlib.sha256(f"flips/{seed}/{epoch}".encode()).hexdigest()[:8]
+        draw = torch.Generator().manual_seed(int(key, 16))
+        expected = torch.empty(30, dtype=torch.uint8).random_(0, 2, generator=draw)
+        assert mirrored[epoch].tolist() == expected.bool().tolist()
 
 
 def test_flips_of_what_has_no_left_and_right_are_refused():
