@@ -104,7 +104,6 @@ REFUSED = {
         "--hidden": WHOLE,
         "--length": WHOLE,
         "--dropout": (*REAL, "1"),
-        "--tokens": ("words", ""),
     },
     "pixelcnn": {"--channels": WHOLE, "--layers": (*WHOLE, "1001")},
     "made": {"--dropout": (*REAL, "1")},

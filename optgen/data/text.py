@@ -80,7 +80,8 @@ class Bytes:
 
     def decode(self, tokens: Tensor) -> str:
         """Return the string of bytes (n,); what is no UTF-8 becomes the mark U+FFFD."""
-        return bytes(tokens[tokens < self.vocab].tolist()).decode(errors="replace")
+        content = tokens[tokens < self.vocab].to(torch.uint8)
+        return bytes(content.numpy()).decode(errors="replace")
 
     def count_characters(self, tokens: Tensor) -> Tensor:
         """Return 1 where a character begins, else 0: at bytes that continue one and at padding."""
@@ -154,8 +155,8 @@ class Characters:
 
     def decode(self, tokens: Tensor) -> str:
         """Return the string of tokens (n,); the unknown character becomes the mark U+FFFD."""
-        letters = (*self.alphabet, "\ufffd", "")
-        return "".join(letters[token] for token in tokens.tolist())
+        points = _code_points(self.alphabet + "\ufffd")[tokens[tokens < self.vocab].long()]
+        return bytes(points.numpy()).decode("utf-32-le")
 
     def count_characters(self, tokens: Tensor) -> Tensor:
         """Return 1 for every token but padding."""
