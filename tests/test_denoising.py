@@ -169,22 +169,6 @@ def test_shards_make_the_whole(name):
     halves = [slice_batch(b, slice(10 * r, 10 * r + 10)) for r in range(2)]
     assert torch.allclose(sum(map(scheme.loss, halves)) / 2, scheme.loss(b))
 
-    whole, sharded = AdaptiveLevels(5), AdaptiveLevels(5)
-    losses = scheme.errors(b).detach()
-    for levels in (whole, sharded):
-        levels.draw(1, losses)
-    sums_of_ranks = []
-
-    def average(tensors):
-        """Return the mean over the ranks that have called so far."""
-        sums_of_ranks.append(tensors)
-        return [sum(t) / len(sums_of_ranks) for t in zip(*sums_of_ranks)]
-
-    AdaptiveLevels(5).update(b.u[:10], losses[:10], average)
-    sharded.update(b.u[10:], losses[10:], average)
-    whole.update(b.u, losses)
-    assert torch.allclose(whole.square.double(), sharded.square.double())
-
 
 def test_evaluates():
     scheme = tiny("conditional")

@@ -647,7 +647,8 @@ def test_a_rule_of_second_order_takes_the_graph_and_no_silent_zero():
     def half_squared_gradient():
         """Return half the squared norm of the gradient by the first tensor."""
         at = game.at(batch, graph=True)
-        return at.local_grads("model", ["model"])["model"][0].pow(2).sum() / 2
+        (point,) = at._points(graph=True)
+        return point.local_grads("model", ["model"])["model"][0].pow(2).sum() / 2
 
     check_gradient(half_squared_gradient, weights[:1], tol=1e-5)
     at = game.at(batch, graph=True)

@@ -432,6 +432,7 @@ def test_aggressive_inference_waits_and_stops_as_its_paper_says(seed, monkeypatc
     def prescribed(batch, movers):
         """Return the point with the next prescribed loss."""
         point = at(batch, movers=movers)
+        assert list(point.v) == list(movers)  # evaluates the losses
         value = torch.tensor(next(values), dtype=F64)
         monkeypatch.setitem(point.losses, movers[0], value)
         return point
