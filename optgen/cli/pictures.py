@@ -280,7 +280,7 @@ def source_option() -> Callable:
 @picture_command(
     "interpolate",
     source_option(),
-    count("--rows", 6, "Pairs of images."),
+    count("--rows", 6, "Pairs of images, at most."),
     count("--columns", 9, "Images of each arc, its ends included.", low=2),
 )
 def interpolate(
@@ -308,14 +308,15 @@ def interpolate(
     latent = LatentRun(folder, "interpolate", device, class_name, given)
     params, sizes = interpolate.params, {"rows": rows, "columns": columns}
     with memory_errors_named(params, sizes), torch.no_grad():
-        z, labels, x = latent.start(2 * rows, source, data, split, seed)
+        z, labels, x = latent.start(2 * rows, source, data, split, seed, least=2)
+        rows = len(z) // 2
         t = torch.linspace(0, 1, columns)
         arcs = torch.cat([spherical(z[i], z[i + 1], t) for i in range(0, 2 * rows, 2)])
-        kept = None if labels is None else labels[::2].repeat_interleave(columns)
+        kept = None if labels is None else labels[: 2 * rows : 2].repeat_interleave(columns)
         drawn = latent.decode(arcs, kept).unflatten(0, (rows, columns))
     names = [f"{v:.2g}" for v in t.tolist()]
     if x is not None:
-        ends = x.cpu().reshape(rows, 2, 1, *latent.shape).to(drawn)
+        ends = x[: 2 * rows].cpu().reshape(rows, 2, 1, *latent.shape).to(drawn)
         drawn = torch.cat([ends[:, 0], drawn, ends[:, 1]], 1)
         names = ["image", *names, "image"]
     rows_named = [str(i + 1) for i in range(rows)]
@@ -326,7 +327,7 @@ def interpolate(
 # %% ../../nbs/40_training/43f_pictures.ipynb #43f00014
 @picture_command(
     "reconstruct",
-    count("--n", 20, "Images."),
+    count("--n", 20, "Images, at most."),
     count("--columns", 10, "Images of a row."),
 )
 def reconstruct(
@@ -347,7 +348,8 @@ def reconstruct(
     path = output_path(folder, out, "reconstruct")
     latent = LatentRun(folder, "reconstruct", device, class_name, given)
     with memory_errors_named(reconstruct.params, {"n": n}), torch.no_grad():
-        z, labels, x = latent.start(n, "images", data, split, seed)
+        z, labels, x = latent.start(n, "images", data, split, seed, least=1)
+        n = len(z)
         again = latent.decode(z, labels)
     x = x.cpu().reshape(n, *latent.shape).to(again)
     difference = (again - x).double()

@@ -8,6 +8,7 @@ __all__ = ['BLOCK', 'RECORD', 'block_seed', 'draw_block', 'draw_images', 'check_
 
 # %% ../../nbs/40_training/41c_drawing.ipynb #41c00003
 import hashlib
+import io
 import json
 import os
 import zipfile
@@ -16,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 
 from ..checks import check_count
 from .checkpoint import write_atomically
@@ -274,9 +275,11 @@ def write_png(path: Path, pixels: Tensor) -> None:
         path: of the file.
         pixels: (C, H, W) bytes.
     """
-    beside = path.with_name(f".{path.name}.tmp")
+    beside, buffer = path.with_name(f".{path.name}.tmp"), io.BytesIO()
+    array = pixels.permute(1, 2, 0).squeeze(-1).numpy()
+    Image.fromarray(array).save(buffer, "PNG")
     try:
-        beside.write_bytes(encode_png(pixels).numpy().tobytes())
+        beside.write_bytes(buffer.getvalue())
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -76,11 +76,11 @@ def largest_difference(one: Any, other: Any) -> float:
 # %% ../../nbs/40_training/41b_programs.ipynb #41b00008
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Leave out warnings and log lines in a block, those of PyTorch about its own classes."""
+    """Leave out what PyTorch prints about its own classes and graphs in a block."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
