@@ -166,7 +166,7 @@ def build(scheme: str, *texts: str) -> Game:
     extra = {}
     if scheme == "assisted":
         options["classes"] = [str(digit) for digit in range(10)]
-        extra["labeled"] = digits("train").subset(torch.arange(20))
+        extra["labeled"] = digits("train").subset(torch.arange(20, device="cpu"))
     torch.manual_seed(0)
     return COMMANDS[scheme].build(options, SHAPE, **extra)
 

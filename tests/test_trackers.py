@@ -5,6 +5,7 @@ None of these tests has a network: TensorBoard, trackio, W&B (offline) and MLflo
 
 import json
 import socket
+import time
 import warnings
 
 import pytest
@@ -134,12 +135,22 @@ def wandb_records(path):
             yield record
 
 
+def finished_records(path):
+    """Return the records of a file of W&B, once its process has written the last of them."""
+    for _ in range(300):
+        records = list(wandb_records(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"{path.name} has no end")
+
+
 def read_wandb(folder):
     """Return the points of each curve in W&B's files, and the steps of the images."""
     curves, images, keys = {}, [], set()
     for path in sorted((folder / "wandb").rglob("run-*.wandb")):
         keys.add(path.stem)
-        for record in wandb_records(path):
+        for record in finished_records(path):
             if record.WhichOneof("record_type") != "history":
                 continue
             row = {(i.key or ".".join(i.nested_key)): i.value_json for i in record.history.item}
