@@ -357,7 +357,7 @@ def test_mistakes_are_one_line(data, options, words):
         fit(scheme(), data, progress="none", **options)
 
 
-def test_labels_of_any_loader_are_those_of_the_scheme(tmp_path):
+def test_other_data_of_the_same_length_are_refused(tmp_path):
     changed = TensorDataset(GRAY.flip(0))
     for data, other in (
         (TensorDataset(GRAY), changed),
