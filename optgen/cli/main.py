@@ -34,7 +34,8 @@ from ..options import WholeNumber, is_memory_error, requested_memory
 Begin with:
   optgen train beta-vae                    train on the digits that come with the package
   optgen sample runs/beta-vae-digits       look at new ones
-  optgen evaluate runs/beta-vae-digits     measure it""",
+  optgen evaluate runs/beta-vae-digits     measure it
+  optgen export runs/beta-vae-digits --to shared/vae     pass it on""",
 )
 @click.version_option(package_name="optgen")
 def cli() -> None:

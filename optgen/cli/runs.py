@@ -202,7 +202,8 @@ class OpenRun:
         """Names of the classes of a conditional scheme, None for any other."""
         if not getattr(self.scheme, "conditional", False):
             return None
-        return self.config.get("classes") or self.config.get("options", {}).get("classes")
+        names = self.config.get("classes") or self.config.get("options", {}).get("classes")
+        return names or [str(i) for i in range(getattr(self.scheme, "n_classes", 0))] or None
 
     def class_cycle(self, name: str | None = None) -> "Tensor | None":
         """Return the classes in which images are drawn in turn.

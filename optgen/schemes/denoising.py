@@ -74,9 +74,8 @@ class NoisyLevelBatch(NamedTuple):
 class DenoisingDiffusion(Game):
     """Game of a denoiser that is trained at all noise levels, Eq. (denoising-loss).
 
-    One player, `model`; with `uncertainty` a second one of the same loss. Ho et al. (2020) is
-    `LinearSchedule` with target and weight "eps", Karras et al. (2022) target and weight "v", and
-    flow matching `StraightSchedule` with target and weight "flow".
+    One player, `model`; with `uncertainty` a second one of the same loss. Target and weight
+    are "eps" in Ho et al. (2020), "v" in Karras et al. (2022), "flow" in flow matching.
 
     Args:
         model: as `optgen.models.diffusion.Denoiser`: `output(y, sigma[, labels])`, `shape`,
@@ -85,15 +84,12 @@ class DenoisingDiffusion(Game):
         schedule: noise levels of training, by default `LogNormalSchedule()`.
         levels: distribution of positions in it, by default `UniformLevels()`.
         coupling: whether noise and images are paired by `optimal_coupling`.
-        uncertainty: log-weight $q$: (B,) -> (B,), such as `Uncertainty()`; None for no second
-            player.
+        uncertainty: log-weight $q$: (B,) -> (B,), such as `Uncertainty()`; None for one player.
         conditional: whether the model is conditioned on the labels.
         label_dropout: probability, in [0, 1), that a label is dropped in training: the model then
             receives -1, and `sample` can guide it, Eq. (guidance).
-        pixels: whether examples are gray levels n / 255. The first batch is checked for that; the
-            model sees them dequantized and in [-1, 1].
-        optimizers: of the model, or a pair, of the model and of q; by default `Adam(lr=1e-3)` and
-            `Adam(lr=1e-2)`.
+        pixels: whether examples are gray levels n / 255; the model sees them in [-1, 1].
+        optimizers: of the model, or a pair, also of q; by default Adam with lr 1e-3 and 1e-2.
         rule: update rule of the players, by default plain descent.
 
     Attributes:
@@ -218,8 +214,13 @@ class DenoisingDiffusion(Game):
         q = torch.zeros_like(errors) if self.uncertainty is None else self.uncertainty(batch.sigma)
         errors = errors * (-q).exp()
         self.last_levels = batch.u, errors.detach()
-        self.levels_of_step.append(self.last_levels)
         return ((errors + q) / batch.density).mean()
+
+    def evaluate_loss(self, name: str, batch: NoisyLevelBatch) -> Tensor:
+        """Return the loss of a player as `Game.evaluate_loss` does, and note its levels."""
+        loss = super().evaluate_loss(name, batch)
+        self.levels_of_step.append(self.last_levels)
+        return loss
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """Take a step as `Game.step` does, and let the levels adapt to its losses."""
