@@ -140,11 +140,15 @@ def test_versions_agree():
 
 
 def names_of_the_changelog() -> list[str]:
-    """Return the classes and functions of this version in the table of those renamed."""
+    """Return the names that classes and functions were given, but those given another one since."""
     text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
-    table = re.search(r"Renamed classes and functions:\n\n(?:\|.*\n){2}((?:\|.*\n)+)", text)[1]
-    columns = [row.split("|")[2] for row in table.splitlines()]
-    return [name for column in columns for name in re.findall(r"`(\w+\.[\w.]+)`", column)]
+    old, new = set(), set()
+    for heading in ("Renamed classes and functions:", "Renamed or moved since 0.5:"):
+        table = re.search(rf"{heading}\n\n(?:\|.*\n){{2}}((?:\|.*\n)+)", text)[1]
+        for row in table.splitlines():
+            columns = [re.findall(r"`(\w+\.[\w.]+)`", column) for column in row.split("|")[1:3]]
+            old, new = old | set(columns[0]), new | set(columns[1])
+    return sorted(new - old)
 
 
 def test_the_new_names_of_the_changelog_exist():
