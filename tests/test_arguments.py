@@ -20,16 +20,20 @@ from optgen import averaging, controllers, estimators, metrics, posthoc, sample_
 from optgen.data import toy
 from optgen.inner import Refinement
 from optgen.models import (
+    adaptive,
     autoregressive,
     classifier,
     conditional,
     diffusion,
+    features,
     flow,
     gan,
+    labels,
     ladder,
     pixels,
     schedules,
     synthetic,
+    tokens,
     vae,
 )
 from optgen.muon import Muon
@@ -388,6 +392,36 @@ CASES = {
         {"low": 0.01, "high": 9.0, "std": 1.0, "steps": 2, "probes": 1},
         finite,
     ),
+    "models.adaptive.dopri5": (
+        lambda **o: adaptive.dopri5(shrink, X, [9.0, 0.1], **o),
+        {"rtol": 0.1, "atol": 0.1},
+        finite,
+    ),
+    "models.adaptive.adaptive_log_prob": (
+        lambda **o: adaptive.adaptive_log_prob(shrink, X, **o),
+        {"low": 0.01, "high": 9.0, "std": 1.0, "rtol": 0.1, "atol": 0.1, "probes": 1},
+        finite,
+    ),
+    "models.features.compare": (
+        lambda **o: features.compare(X, X, lambda x: x.flatten(1), **o),
+        {"batch_size": 2},
+        nothing,
+    ),
+    "models.labels.unit_vectors": (
+        lambda **o: labels.unit_vectors(torch.tensor([0, 1]), like=X, **o),
+        {"n_classes": 2},
+        finite,
+    ),
+    "models.labels.ClassConditioned": (
+        lambda **o: labels.ClassConditioned(nn.Identity(), (1, 4, 4), **o),
+        {"n_classes": 2},
+        nothing,
+    ),
+    "models.tokens.TokenLSTM": (
+        tokens.TokenLSTM,
+        {"vocab": 5, "embed": 3, "hidden": 4, "layers": 1, "dropout": 0.1},
+        lambda model: finite(model.next_nats(torch.tensor([[0, 0]]))[0]),
+    ),
     "models.diffusion.trace_directions": (
         lambda **o: diffusion.trace_directions(FLAT, generator=None, **o),
         {"probes": 1},
@@ -638,7 +672,12 @@ ELSEWHERE = {
     "data.toy.stacked_digits": "in the tests of toy data",
     "estimators.bound_loss": "its beta may be a tensor or a function",
     "estimators.resolve_beta": "its beta may be a tensor or a function",
+    "models.adaptive.solve": "its tolerances are checked through dopri5",
     "models.diffusion.check_density_arguments": "a check",
+    "models.diffusion.curve_slope": "a step of ode_log_prob, which checks its arguments",
+    "models.features.image_batches": "its batch size is checked by compare",
+    "models.labels.check_labels_given": "a check",
+    "sample_quality.check_feature_sets": "a check",
     "models.diffusion.ddim": "its levels are checked by level_pairs",
     "models.diffusion.heun": "its levels are checked by level_pairs",
     "models.diffusion.ancestral": "its levels are checked by level_pairs",

@@ -9,6 +9,9 @@ from optgen.models.diffusion import (
     Denoiser,
     PerceptronDenoiser,
     UNet,
+    ancestral,
+    ddim,
+    heun,
     ode_log_prob,
     variational_bound,
 )
@@ -116,7 +119,7 @@ def test_nothing_reads_values_from_the_device(name):
         model.target = target
         error = model.output(y, sigma) - training_target(y, y, sigma, target)
         (error**2).mean().backward()
-    for sampler in SAMPLERS.values():
+    for sampler in (ancestral, ddim, heun):  # dopri5 chooses its steps by values
         assert sampler(model, y, PowerSchedule().steps(3)).is_meta
     assert variational_bound(model, y, n_levels=2).is_meta
     assert ode_log_prob(model, y, steps=1, probes=1).is_meta

@@ -235,14 +235,15 @@ def test_samples_that_fail_are_a_warning(tmp_path, monkeypatch, failing):
     assert len(list(tmp_path.glob("samples/*.png"))) == max(0, failing - 1)
 
 
-def test_a_conditional_model_trains_though_its_samples_need_labels(tmp_path):
+def test_a_conditional_model_draws_its_classes_in_turn(tmp_path):
     network = UNet((1, 8, 8), 4, [1], 1, classes=10)
     model = Denoiser(network, (1, 8, 8), "v")
     scheme = DenoisingDiffusion(model, conditional=True)
     images = Images(FEW.images[:, :, 10:18, 10:18].contiguous(), FEW.labels)
-    with pytest.warns(UserWarning, match="no pictures of samples"):
-        fit(scheme, images, out=tmp_path, **QUIET)
-    assert (tmp_path / "checkpoint.pt").exists()
+    asked, draw = [], scheme.sample
+    scheme.sample = lambda n: asked.append(n) or draw(n)
+    fit(scheme, images, out=tmp_path, samples=20, **QUIET)
+    assert (tmp_path / "samples/epoch-0001.png").exists() and asked[-1] == 20
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch):

@@ -66,6 +66,7 @@ OTHERS = {
         "width": ("--width 8", "--model conv"),
         "hidden": ("--hidden 9",),
         "z_dim": ("--z-dim 4",),
+        "conditional": ("--conditional",),
     },
     "lstm": {
         "hidden": ("--hidden 5",),
@@ -91,6 +92,7 @@ OTHERS = {
         "layers": ("--layers 4", FLAT),
         "hidden": ("--hidden 9,9", FLAT),
         "alpha": ("--alpha 0.01",),
+        "conditional": ("--conditional",),
     },
     "maf": {"layers": ("--layers 3",), "hidden": ("--hidden 9",), "alpha": ("--alpha 0.01",)},
     "ddpm": {
@@ -104,6 +106,8 @@ OTHERS = {
         "levels": ("--levels adaptive",),
         "coupling": ("--coupling optimal",),
         "uncertainty": ("--uncertainty",),
+        "conditional": ("--conditional",),
+        "label_dropout": ("--label-dropout 0.3", "--conditional"),
     },
     "assisted": {
         "method": ("--method reconstruction",),
@@ -157,7 +161,8 @@ def parse(scheme: str, *texts: str) -> dict[str, Any]:
     command = COMMANDS[scheme]
     params = [*command.train_options(), *optimizer_options(command.ema), *run_options(1)]
     words = " ".join((SMALL[scheme], *texts)).split()
-    return click.Command(scheme, params=params).make_context(scheme, words).params
+    options = click.Command(scheme, params=params).make_context(scheme, words).params
+    return options | ({"classes": ["a", "b", "c"]} if options.get("conditional") else {})
 
 
 def build(scheme: str, *texts: str) -> Game:

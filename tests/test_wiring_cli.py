@@ -440,8 +440,9 @@ class Keeping:
 
 def test_a_command_passes_everything_on_by_default():
     command, scheme = FeedbackGANCommand(), Keeping()
-    context = SimpleNamespace(images=SimpleNamespace(shape=(1, 8, 8)))
-    found = command.evaluate(scheme, context, [1, 2], 4, k=3)
+    images, options = SimpleNamespace(shape=(1, 8, 8)), {"conditional": False}
+    context = SimpleNamespace(images=images, options=options)
+    found = command.evaluate(scheme, context, [1, 2], 4, k=3, class_samples=9)
     assert found.pop("fid_features") == "pixels, averaged down to 8 x 8"
     assert found == {"batches": [1, 2], "fid": 1.0, "seed": 4, "k": 3, "all_measures": True}
     assert command.sample(scheme, 5, steps=6) == {"n": 5, "steps": 6}

@@ -290,10 +290,12 @@ class RunData:
         Raises:
             click.UsageError: for images of another shape.
         """
+        from optgen.data.images import DATASETS
         from optgen.data.loading import load
 
         options, shape = self.run.config["options"], self.run.config["shape"]
-        loaded = load(name, split, holdout=holdout, **image_options(options))
+        sizes = {} if name in DATASETS else image_options(options)  # a named set keeps its own
+        loaded = load(name, split, holdout=holdout, **sizes)
         images = self.run.command.prepare(options, loaded)
         if list(images.shape) != shape:
             raise click.UsageError(

@@ -97,7 +97,9 @@ def load(
     given = {"root": root, "length": 1, "valid": 0.0}
     if found in DATASETS:
         if (read_size(size), resize) != ((28, 28), "crop"):
-            message = f"{found}: a size and a way to resize are for folders, it keeps its own"
+            message = (
+                f"{found}: a size and a way to resize are for folders, its images keep their own"
+            )
             warnings.warn(message, DataWarning, stacklevel=1)
         make = DATASETS[found].make
         accepted = inspect.signature(make).parameters

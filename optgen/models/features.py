@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
+from ..checks import check_count
 from ..kernel_distance import kid
 from .classifier import mnist_classifier
 from ..neighbors import NeighborBalls, density_coverage, precision_recall
@@ -185,7 +186,7 @@ def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dic
         there are only "fid" and "kid".
 
     Raises:
-        ValueError: for fewer than two images, or features that are not finite.
+        ValueError: for fewer than two images, features that are not finite, or a batch size below 1.
     """
     stats = feature_stats(images)
     made, real = torch.cat(list(samples)), torch.cat(list(images))
@@ -245,8 +246,9 @@ def compare(
         As `compare_features`, and "fid_features" and so on.
 
     Raises:
-        ValueError: for fewer than two images, or features that are not finite.
+        ValueError: for fewer than two images, features that are not finite, or a batch size below 1.
     """
+    check_count("compare", batch_size=batch_size)
     found: list[list[Tensor]] = []
     for source in (images, samples):
         found.append([])

@@ -36,9 +36,13 @@ def unit_vectors(labels: Tensor, n_classes: int, like: Tensor) -> Tensor:
 
     Args:
         labels: (B,) int64, 0 to K - 1.
-        n_classes: $K$.
+        n_classes: $K$, at least 1.
         like: any tensor of the dtype.
+
+    Raises:
+        ValueError: if there is no class.
     """
+    check_count("unit_vectors", n_classes=n_classes)
     classes = torch.arange(n_classes, device=labels.device)
     return n_classes**0.5 * (labels[:, None] == classes).to(like.dtype)
 

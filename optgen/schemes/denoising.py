@@ -74,8 +74,8 @@ class NoisyLevelBatch(NamedTuple):
 class DenoisingDiffusion(Game):
     """Game of a denoiser that is trained at all noise levels, Eq. (denoising-loss).
 
-    One player, `model`; with `uncertainty` a second one of the same loss. Target and weight
-    are "eps" in Ho et al. (2020), "v" in Karras et al. (2022), "flow" in flow matching.
+    One player, `model`; with `uncertainty` a second one of the same loss. Target and weight are
+    "eps" in Ho et al. (2020), "v" in Karras et al. (2022), "flow" in flow matching.
 
     Args:
         model: as `optgen.models.diffusion.Denoiser`: `output(y, sigma[, labels])`, `shape`,
@@ -86,8 +86,7 @@ class DenoisingDiffusion(Game):
         coupling: whether noise and images are paired by `optimal_coupling`.
         uncertainty: log-weight $q$: (B,) -> (B,), such as `Uncertainty()`; None for one player.
         conditional: whether the model is conditioned on the labels.
-        label_dropout: probability, in [0, 1), that a label is dropped in training: the model then
-            receives -1, and `sample` can guide it, Eq. (guidance).
+        label_dropout: probability, in [0, 1), that a label is -1 in training, for guidance.
         pixels: whether examples are gray levels n / 255; the model sees them in [-1, 1].
         optimizers: of the model, or a pair, also of q; by default Adam with lr 1e-3 and 1e-2.
         rule: update rule of the players, by default plain descent.

@@ -381,7 +381,7 @@ class FeedbackGANCommand(ConditionalCommand):
     ) -> dict[str, Any]:
         """Measure the losses and the quality of samples, and name the features of the latter."""
         features = scheme.features or default_features(torch.empty(0, *context.images.shape))
-        if scheme.conditional:
+        if context.options["conditional"]:
             check_same_classes(context.images, context.options["classes"])
         class_samples = given.pop("class_samples")
         measured = scheme.evaluate(batches, seed=seed, all_measures=True, **given)
