@@ -58,8 +58,9 @@ def solve(
     except ImportError:
         raise ValueError("adaptive steps need torchdiffeq: pip install 'optgen[ode]'") from None
     times = torch.tensor(ends, dtype=w.dtype, device=w.device)
-    # The last step ends at the last level: beyond it the denoiser was not trained.
-    options = {"norm": largest_rms, "dtype": w.dtype, "step_t": times[1:]}
+    # No step passes the last level, beyond which the denoiser was not trained.
+    first = {"first_step": abs(ends[1] - ends[0]) / 50}
+    options = {"norm": largest_rms, "dtype": w.dtype, "step_t": times[1:], **first}
     return odeint(slope, w, times, rtol=rtol, atol=atol, method="dopri5", options=options)[-1]
 
 # %% ../../nbs/20_models/25b_adaptive.ipynb #25d00008

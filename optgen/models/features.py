@@ -186,7 +186,7 @@ def compare_features(samples: Sequence[Tensor], images: Sequence[Tensor]) -> dic
         there are only "fid" and "kid".
 
     Raises:
-        ValueError: for fewer than two images, features that are not finite, or a batch size below 1.
+        ValueError: for fewer than two images, a wrong batch size, or features not finite.
     """
     stats = feature_stats(images)
     made, real = torch.cat(list(samples)), torch.cat(list(images))
@@ -246,7 +246,7 @@ def compare(
         As `compare_features`, and "fid_features" and so on.
 
     Raises:
-        ValueError: for fewer than two images, features that are not finite, or a batch size below 1.
+        ValueError: for fewer than two images, a wrong batch size, or features not finite.
     """
     check_count("compare", batch_size=batch_size)
     found: list[list[Tensor]] = []
