@@ -190,7 +190,6 @@ LAUNCHED = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_
 @pytest.fixture
 def launcher(monkeypatch):
     "Return a function that sets the variables of a launcher; None takes one away."
-    init_ranks.cache_clear()
 
     def set_variables(**changes):
         for name, value in (LAUNCHED | {"LOCAL_RANK": None} | changes).items():
@@ -200,7 +199,6 @@ def launcher(monkeypatch):
                 monkeypatch.setenv(name, value)
 
     yield set_variables
-    init_ranks.cache_clear()
 
 
 @pytest.mark.parametrize("world", [None, "", " ", "1", " 1 ", "0"])
@@ -310,10 +308,10 @@ def test_the_command_line_trains_and_measures_the_set_that_is_named(
 
 def test_images_from_outside_are_those_of_the_name(hiding_folder):
     from optgen.cli.measure import RunData
-    from optgen.cli.runs import OpenRun
+    from optgen.cli.runs import OpenRun, load_commands
 
     config = {"options": {"image_size": 28, "resize": "crop"}, "shape": [1, 28, 28]}
-    data = RunData(OpenRun(config, None, None, {}), "cpu", None)
+    data = RunData(OpenRun(config, load_commands()["beta-vae"], None, {}), "cpu", None)
     with pytest.warns(DataWarning):
         assert len(data.load("digits", "test", 1.0)) == 2000
     assert len(data.load("./digits", "test", 1.0)) == 20

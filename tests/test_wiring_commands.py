@@ -24,14 +24,14 @@ from optgen.models.schedules import (
 )
 from optgen.models.vae import VAE, ConvVAE, GaussianVAE
 from optgen.optim import SGD, Adam, Momentum
-from optgen.schemes import denoising, density_commands, elbo, lstm_command
+from optgen.schemes import density_commands, diffusion_command, elbo, lstm_command
 from optgen.schemes.elbo import Aggressive
 from optgen.schemes.levels import AdaptiveLevels, UniformLevels
 from optgen.testing import generator
 
 COMMANDS = {
     command.name: command
-    for module in (elbo, lstm_command, density_commands, denoising)
+    for module in (elbo, lstm_command, density_commands, diffusion_command)
     for command in module.COMMANDS
 }
 SHAPE = (1, 8, 8)
