@@ -198,7 +198,7 @@ def launcher(monkeypatch):
             else:
                 monkeypatch.setenv(name, value)
 
-    yield set_variables
+    return set_variables
 
 
 @pytest.mark.parametrize("world", [None, "", " ", "1", " 1 ", "0"])
