@@ -285,17 +285,21 @@ def test_every_command_measures_with_the_seed_and_the_numbers_that_are_asked_for
     x = torch.randint(256, (6, *SHAPE), generator=generator(1)) / 255
     binary = "binary" in getattr(scheme, "data", "binary") and name not in ("ddpm", "flow-matching")
     batches = [Batch(x.round() if binary else x)]
-    asked = {p.name: 3 for p in command.evaluate_options()}
-    context = SimpleNamespace(images=SimpleNamespace(shape=SHAPE))
+    of_classes = {"class_samples": 3, "bayes": False, "guidance": 1.0}  # of a run without classes
+    names = {p.name for p in command.evaluate_options()}
+    asked = dict.fromkeys(names - of_classes.keys(), 3)
+    others = {name: of_classes[name] for name in names & of_classes.keys()}
+    images, run_options = SimpleNamespace(shape=SHAPE), {"conditional": False}
+    context = SimpleNamespace(images=images, options=run_options)
     for seed in (0, 5):
-        found = command.evaluate(scheme, context, batches, seed, **asked)
+        found = command.evaluate(scheme, context, batches, seed, **asked, **others)
         assert found == {**scheme.evaluate(batches, seed=seed, **asked)} | {
             key: value for key, value in found.items() if key == "k" or key.endswith("_features")
         }
         if asked:
             assert found["k"] == 3
     if asked:
-        other = command.evaluate(scheme, context, batches, 6, **asked)
+        other = command.evaluate(scheme, context, batches, 6, **asked, **others)
         assert other["loss"] != found["loss"] or other["nll"] != found["nll"]
     bits = "nll_bits_per_dim" if "nll_bits_per_dim" in found else "bits_per_dim"
     assert found[bits] == pytest.approx(found["nll"] / 64 / math.log(2))
