@@ -184,11 +184,13 @@ class SplitBatches:
             `optgen.training.parallel.distribute`; None for one process. Before the first step all
             processes get the state of the first.
         sharded: whether each process brings its own part of the batch; else all bring the same.
+        joined_rows: examples of the last batch that was joined from parts; None before one.
     """
 
     micro_batches = 1
     ranks = None
     sharded = False
+    joined_rows: int | None = None
     known_ranks = None  # those of the last step
     known_micro_batches = 1
     warned_alone = False
@@ -245,6 +247,7 @@ class SplitBatches:
         if not self.sharded:
             return self.ranks.shard(self.draw(batch))
         joined = self.ranks.join_parts(batch)
+        self.joined_rows = max(len(t) for t in batch_tensors(joined) if t.ndim)
         with self.ranks.random_of_first(self):
             return self.ranks.shard(self.draw(joined))
 

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from optgen.controllers import Geco
 from optgen.data.folders import ImageFiles, image_folder
+from optgen.data.foreign import has_own_parts
 from optgen.data.images import Batch
 from optgen.data.loading import Loader
 from optgen.models.vae import VAE
 from optgen.optim import Momentum
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.training.parallel import abort_all_on_error, distribute, init_ranks
-from optgen.training.sharding import has_own_parts
 from optgen.training.trainer import fit
 from spread import RULES, gan, launch, some
 
@@ -215,6 +215,50 @@ def read(out, name):
     torch.save([weights, decoded], out / f"{name}-{rank}.pt")
 
 
+def own_loader(out, name):
+    """Fit on a loader that gives each rank its own part; alone, on the batches they make."""
+    ranks = init_ranks()
+    data = TensorDataset(some_pixels(22))
+    torch.manual_seed(0)
+    scheme = BetaVAE(VAE(64, 8, 5, 2).double())
+    if ranks:
+        sampler = DistributedSampler(data, seed=3, drop_last=True)
+        loader = DataLoader(data, 4, sampler=sampler)
+    else:
+        loader = DataLoader(data, batch_sampler=JoinedBatches(len(data), int(name[-1])))
+    records = fit(scheme, loader, epochs=2, progress="none")
+    weights = torch.cat([p.detach().flatten() for p in scheme.model.parameters()])
+    found = [weights, [record["train"]["loss"] for record in records]]
+    torch.save(found, out / f"{name}-{ranks.rank if ranks else 'alone'}.pt")
+
+
+def some_pixels(n):
+    """Return n images of 8 x 8, the same on every rank."""
+    return torch.rand(n, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+class JoinedBatches:
+    """The batches that ranks make together, each rank's rows after those of the one before."""
+
+    def __init__(self, n, world):
+        self.n, self.world, self.epoch = n, world, 0
+
+    def set_epoch(self, epoch):
+        """Set the number of the epoch, as a `DistributedSampler` does."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(3 + self.epoch)  # as DistributedSampler's
+        order = torch.randperm(self.n, generator=generator).tolist()
+        own = self.n // self.world
+        parts = [order[: own * self.world][rank :: self.world] for rank in range(self.world)]
+        for start in range(0, own, 4):
+            yield [i for part in parts for i in part[start : start + 4]]
+
+    def __len__(self):
+        return -(-(self.n // self.world) // 4)
+
+
 if __name__ == "__main__":
     out, outcomes = Path(sys.argv[1]), {}
     for world in (1, 2, 3):
@@ -222,4 +266,7 @@ if __name__ == "__main__":
     outcomes["late"] = launch(out, 2, late)
     for world in (1, 2, 3):
         outcomes[f"read {world}"] = launch(out, world, read, f"read{world}")
+    for world in (2, 3):
+        outcomes[f"own loader {world}"] = launch(out, world, own_loader, f"own{world}")
+        outcomes[f"alone {world}"] = launch(out, 1, own_loader, f"own{world}")
     (out / "outcomes.json").write_text(json.dumps(outcomes))

@@ -105,3 +105,12 @@ def test_a_rank_reads_what_it_slices(n, world):
         rows, share = rank_slice(n, rank, world)
         part = ranks.shard(torch.arange(n))
         assert part.tolist() == list(range(n))[rows] and ranks.share == share
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_fit_joins_the_parts_of_a_distributed_sampler(job, world):
+    weights, losses = torch.load(job / f"own{world}-alone.pt")
+    for rank in range(world):
+        own, reported = torch.load(job / f"own{world}-{rank}.pt")
+        assert (own - weights).norm() < 1e-12 * weights.norm()
+        assert reported == pytest.approx(losses, rel=1e-12)

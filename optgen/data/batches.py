@@ -31,6 +31,7 @@ class BatchLoader:
         batch_size: examples in a batch; None where it is unknown.
         last_batch_size: examples in the last batch of an epoch; None where it is unknown.
         ranks: processes among which the reading is divided; None for one.
+        sharded: whether each of several processes gives its own part of a batch.
     """
 
     data: Any = None
@@ -42,6 +43,7 @@ class BatchLoader:
     batch_size: int | None = None
     last_batch_size: int | None
     ranks: Any = None
+    sharded: bool = False
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches of an epoch; after `load_state_dict` those that it still lacked."""

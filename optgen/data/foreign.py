@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READ_AGAIN', 'ANOTHER_READING', 'parts_of', 'find_generators', 'read_states', 'write_states', 'announce_epoch',
            'count_loader_examples', 'refuse_empty', 'SamplerOrder', 'BatchMaker', 'DatasetSource', 'ForeignLoader',
-           'has_state', 'StreamLoader', 'is_separable', 'foreign_loader']
+           'has_state', 'StreamLoader', 'is_separable', 'has_own_parts', 'separate_loader', 'foreign_loader']
 
 # %% ../../nbs/00_foundations/06d_foreign.ipynb #06d00003
 import itertools
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, default_collate
 
 from optgen.data.batches import (
     BatchLoader,
@@ -462,6 +462,30 @@ def is_separable(loader: Any) -> bool:
     return is_known and not saves_parts and hasattr(loader.dataset, "__len__")
 
 
+def has_own_parts(loader: Any) -> bool:
+    """Return whether a `DataLoader` gives each rank its own part: by a `DistributedSampler`."""
+    samplers = [getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)]
+    samplers.append(getattr(samplers[1], "sampler", None))
+    return any(isinstance(sampler, DistributedSampler) for sampler in samplers)
+
+
+def separate_loader(loader: Any, maker: BatchMaker, seed: int) -> ForeignLoader:
+    """Return a loader that replays the sampler of a `DataLoader` and reads its data set.
+
+    Args:
+        loader: of a map-style data set.
+        maker: makes a `Batch` of what it gives.
+        seed: of what it draws from the generators of the process.
+    """
+    order = SamplerOrder(loader, seed)
+    names = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
+    reading = {name: getattr(loader, name) for name in (*names, "prefetch_factor", "pin_memory")}
+    options = {"collate": loader.collate_fn, "single": loader.batch_sampler is None}
+    source = DatasetSource(loader.dataset, order, maker, seed, **options, **reading)
+    settings = {"loader": "DataLoader", "seed": seed, "steps": count_items(order)}
+    return ForeignLoader(source, order, settings)
+
+
 def foreign_loader(
     loader: Iterable[Any],
     device: torch.device,
@@ -471,7 +495,8 @@ def foreign_loader(
     """Return a loader of a training run that serves the batches of another one.
 
     Args:
-        loader: a `DataLoader`, or any iterable of batches.
+        loader: a `DataLoader`, or any iterable of batches. With a `DistributedSampler` each rank
+            gives its own part of a batch.
         device: where the tensors go.
         function: as in `as_batch`.
         seed: of what the loader draws from the generators of the process.
@@ -480,12 +505,7 @@ def foreign_loader(
         DataError: for an iterator, and for data that make no batch.
     """
     maker = BatchMaker(device, function)
-    if not is_separable(loader):
-        return StreamLoader(loader, maker, seed)
-    order = SamplerOrder(loader, seed)
-    names = ("num_workers", "timeout", "worker_init_fn", "multiprocessing_context")
-    reading = {name: getattr(loader, name) for name in (*names, "prefetch_factor", "pin_memory")}
-    options = {"collate": loader.collate_fn, "single": loader.batch_sampler is None}
-    source = DatasetSource(loader.dataset, order, maker, seed, **options, **reading)
-    settings = {"loader": "DataLoader", "seed": seed, "steps": count_items(order)}
-    return ForeignLoader(source, order, settings)
+    make = separate_loader if is_separable(loader) else StreamLoader
+    made = make(loader, maker, seed)
+    made.sharded = has_own_parts(loader)
+    return made

@@ -83,11 +83,10 @@ def compare_ranks(run: "Run") -> None:
     """
     players = run.scheme.players.values()
     params = [p for player in players for p in player.params.values()]
-    run.ranks.check(
-        weights=params,
-        random_numbers=run.ranks.random_state(params[0].device),
-        order_of_data=[run.loader.position()],
-    )
+    parts = {"weights": params, "order_of_data": [run.loader.position()]}
+    if not run.scheme.sharded:  # else rank 0 draws for all
+        parts["random_numbers"] = run.ranks.random_state(params[0].device)
+    run.ranks.check(**parts)
 
 
 def start_or_resume(run: "Run", resume: bool, device: torch.device) -> None:
@@ -296,6 +295,8 @@ class Run(TrainingLoop):
         self.records, self.samples, self.arguments, self.changes = [], None, {}, {}
         self.watch, self.signals, self.stop_requested = NonFiniteWatch(), DeferredSignals(), False
         self.images_per_epoch = loader.examples
+        if ranks and loader.sharded:
+            self.images_per_epoch *= ranks.world
         self.valid_start = None if valid is None else valid.state_dict()
         is_drawn = folder is not None and plan.samples > 0
         self.has_samples = is_drawn and hasattr(scheme, "sample")
@@ -362,7 +363,7 @@ class Run(TrainingLoop):
     def note_step(self, batch: Any, losses: dict) -> None:
         """Note the losses and gradients of a step, on the device."""
         self.watch.update(self.step, losses, self.scheme)
-        n = count_examples(batch.x)
+        n = self.scheme.joined_rows if self.scheme.sharded else count_examples(batch.x)
         self.loss_sums = add_losses(self.loss_sums, losses, n)
         self.images += n
 
@@ -517,6 +518,7 @@ def train_to_end(
     """
     scheme, plan = run.scheme, run.plan
     split = {"micro_batches": plan.accumulate or scheme.micro_batches, "ranks": run.ranks}
+    split["sharded"] = run.ranks is not None and (run.loader.sharded or scheme.sharded)
     context = loss_context(scheme, device, plan.precision)
     before, scheme.averages = scheme.averages, averages
     try:
