@@ -160,7 +160,9 @@ class SampleRun:
 
         from optgen.viz import save_image_grid
 
-        save_image_grid(torch.cat([*self.images()]), path)
+        classes = 0 if self.labels is None else len(self.labels)
+        columns = classes if 1 < classes <= self.n else None  # a column for each class
+        save_image_grid(torch.cat([*self.images()]), path, columns)
 
     def to_npz(self, path: Path) -> None:
         """Write one file for NumPy.
