@@ -63,20 +63,21 @@ class RunPlan:
             check_number("fit", 0, checkpoint_seconds=self.checkpoint_seconds)
 
 # %% ../../nbs/40_training/40j_plan.ipynb #40j00008
-def check_length(loader: BatchLoader, schedule: Callable[[float], float] | None) -> None:
-    """Raise if the share of a run is not defined on which a schedule depends.
+def check_length(plan: RunPlan, loader: BatchLoader) -> None:
+    """Raise if a plan depends on a number of steps that is unknown.
 
     Args:
-        loader: training batches.
-        schedule: of a `RunPlan`.
+        plan: of the run.
+        loader: its batches.
 
     Raises:
-        ValueError: with a schedule, where the number of batches is unknown.
+        ValueError: with a schedule or a warm-up, where the number of batches is unknown.
     """
-    if schedule is not None and loader.steps is None:
+    if loader.steps is None and (plan.schedule or plan.warmup):
+        name = "schedule" if plan.schedule else "warmup"
         raise ValueError(
-            "schedule depends on the number of steps, and the data have no length: give the "
-            "IterableDataset a __len__, or train without schedule="
+            f"{name} depends on the number of steps, and the data have no length: give the "
+            f"IterableDataset a __len__, or train without {name}="
         )
 
 
@@ -91,7 +92,7 @@ def check_plan(plan: RunPlan, loader: BatchLoader) -> None:
         ValueError: with a schedule or a warm-up where the number of steps is unknown, for a longer
             warm-up than the run, and for more micro-batches than a batch has examples.
     """
-    check_length(loader, plan.schedule or plan.warmup)
+    check_length(plan, loader)
     if loader.steps is not None:
         check_warmup(plan.warmup, plan.epochs * loader.steps)
     check_accumulate(plan.accumulate, loader.batch_size)
