@@ -275,7 +275,7 @@ class Unsized(IterableDataset):
         return iter(GRAY)
 
 
-def test_data_without_a_length_train_but_for_a_schedule(tmp_path, capsys):
+def test_data_without_a_length_train_but_for_a_schedule_and_a_warmup(tmp_path, capsys):
     records = fit(
         scheme(),
         Unsized(),
@@ -289,6 +289,8 @@ def test_data_without_a_length_train_but_for_a_schedule(tmp_path, capsys):
     assert (tmp_path / "run" / "samples" / "epoch-0001.png").exists()  # known by then
     with pytest.raises(ValueError, match="schedule depends on the number of steps"):
         fit(scheme(), Unsized(), schedule=lambda t: 1 - t, progress="none")
+    with pytest.raises(ValueError, match="warmup depends on the number of steps"):
+        fit(scheme(), Unsized(), warmup=3, progress="none")
 
 
 def ramp(low, high, where=200):

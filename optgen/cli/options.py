@@ -253,7 +253,7 @@ def read_option(param: click.Option, value: Any, default: Any) -> Any:
     if param.multiple:
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"option {param.name!r} cannot be {value!r}: expected a list")
-        return [read_value(param, one) for one in value]
+        return tuple(read_value(param, one) for one in value)
     return read_value(param, value)
 
 
