@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STOP', 'check_finite', 'compare_ranks', 'start_or_resume', 'continue_run', 'continue_from',
-           'adopt_state_of_first_rank', 'load_averages', 'restore_best', 'how_to_resume', 'interrupt', 'Run',
-           'measure_on_first_rank', 'begin_checks', 'train_to_end']
+           'adopt_state_of_first_rank', 'load_averages', 'restore_best', 'how_to_resume', 'interrupt', 'count_of_epoch',
+           'Run', 'measure_on_first_rank', 'begin_checks', 'train_to_end']
 
 # %% ../../nbs/40_training/40e_run.ipynb #6800c8e0
 import shlex
@@ -240,6 +240,18 @@ def interrupt(run: "Run", signum: int) -> None:
     name = signal.Signals(signum).name
     raise Interrupted(f"{name} after step {run.step}: {how_to_resume(run)}", signum)
 
+
+def count_of_epoch(loader: BatchLoader, ranks: Ranks | None) -> int | None:
+    """Return the number of examples in an epoch, of all ranks; None where it is unknown.
+
+    Args:
+        loader: training batches, of all ranks or of this one.
+        ranks: the processes of the run, or None.
+    """
+    if ranks is None or not loader.sharded or loader.examples is None:
+        return loader.examples
+    return loader.examples * ranks.world
+
 # %% ../../nbs/40_training/40e_run.ipynb #23a2fcf4-9
 STOP = 1  # what ranks agree on after `stop()`; for a signal, one more than its number
 
@@ -294,9 +306,7 @@ class Run(TrainingLoop):
         self.seconds, self.best, self.loss_sums = 0.0, None, None
         self.records, self.samples, self.arguments, self.changes = [], None, {}, {}
         self.watch, self.signals, self.stop_requested = NonFiniteWatch(), DeferredSignals(), False
-        self.images_per_epoch = loader.examples
-        if ranks and loader.sharded:
-            self.images_per_epoch *= ranks.world
+        self.images_per_epoch = count_of_epoch(loader, ranks)
         self.valid_start = None if valid is None else valid.state_dict()
         is_drawn = folder is not None and plan.samples > 0
         self.has_samples = is_drawn and hasattr(scheme, "sample")
