@@ -116,9 +116,7 @@ class DenoisingDiffusion(Game):
     ) -> None:
         check_number("DenoisingDiffusion", 0, below=1, label_dropout=label_dropout)
         if label_dropout and not conditional:
-            raise ValueError(
-                "label_dropout goes with conditional=True: there are no labels to drop"
-            )
+            raise ValueError("label_dropout needs conditional=True: there are no labels to drop")
         if not callable(weight):
             check_choice("DenoisingDiffusion", (*WEIGHTS, "elbo"), weight=weight)
         check_model("DenoisingDiffusion", "model", model, "output", "shape", "target", "std")
