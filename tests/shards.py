@@ -228,7 +228,9 @@ def own_loader(out, name):
         loader = DataLoader(data, batch_sampler=JoinedBatches(len(data), int(name[-1])))
     records = fit(scheme, loader, epochs=2, progress="none")
     weights = torch.cat([p.detach().flatten() for p in scheme.model.parameters()])
-    found = [weights, [record["train"]["loss"] for record in records]]
+    losses = [record["train"]["loss"] for record in records]
+    examples = [round(r["images_per_second"] * r["seconds"]) for r in records]
+    found = [weights, losses, examples]
     torch.save(found, out / f"{name}-{ranks.rank if ranks else 'alone'}.pt")
 
 

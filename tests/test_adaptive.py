@@ -61,6 +61,19 @@ def test_likelihood_is_the_change_of_variables() -> None:
         assert abs(nats - prior - np.linalg.slogdet(jacobian)[1]) < 1e-5
 
 
+def test_no_level_lies_beyond_the_ends() -> None:
+    """With a wide tolerance the last step would pass them, and the first one be tried there."""
+    seen = []
+
+    def shrink(y: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        seen.append(sigma[0].item())
+        return y / (1 + sigma.view(-1, 1) ** 2)
+
+    y = 9 * torch.ones(2, 3, dtype=torch.float64)
+    dopri5(shrink, y, [9.0, 0.1], rtol=0.5, atol=0.5)
+    assert 0.1 * (1 - 1e-9) <= min(seen) and max(seen) <= 9.0 * (1 + 1e-9)
+
+
 def test_missing_library_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without torchdiffeq the error names the extra."""
     monkeypatch.setitem(sys.modules, "torchdiffeq", None)
