@@ -16,6 +16,7 @@ from torch import nn
 
 import optgen
 from cli_helpers import assert_one_line, run, train_args
+from optgen.cli.measure import SampleRun
 from optgen.cli.runs import OpenRun, RunError
 from optgen.models.vae import VAE
 from optgen.schemes.elbo import BetaVAE
@@ -203,6 +204,21 @@ def test_classes_are_drawn_in_turn_or_one_of_them(name, expected):
     assert torch.equal(drawn, torch.tensor(expected * 200)[:200])
     with pytest.raises(ValueError, match="no class 'cow'; there are: ape, cat, dog"):
         opened.sample(2, class_name="cow")
+
+
+def test_a_picture_has_a_column_for_each_class(tmp_path):
+    """Twelve single pixels make three columns and four rows, with two pixels between them."""
+    opened = OpenRun(
+        {"classes": ["ape", "cat", "dog"], "shape": [1, 1, 1]}, None, Conditional(), {}
+    )
+    path = tmp_path / "classes.png"
+    SampleRun(opened, 12, 0, opened.class_cycle(), 64, False, {}).to_picture(path)
+    with Image.open(path) as picture:
+        assert picture.size == (3 * 3 + 2, 4 * 3 + 2)
+        pixels = torch.from_numpy(np.array(picture.convert("L"))).long()
+    for column, shade in enumerate((0, 26, 51)):  # 0, 0.1 and 0.2 of 255
+        drawn = pixels[2::3, 2 + 3 * column]
+        assert len(drawn) == 4 and ((drawn - shade).abs() <= 1).all()
 
 
 def test_mistakes_with_samples_are_one_line(vae, tmp_path, capsys):
