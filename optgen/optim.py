@@ -41,12 +41,14 @@ class SGD(Descent):
         foreach: True for the foreach form, False for the reference form, None to choose.
         differentiable: whether autograd differentiates the step. The loss must then be computed
             from clones of the parameters.
-        fused: accepted for the signature of `torch.optim.SGD`; must not be True.
+        fused: True for PyTorch's fused kernel, False for another form, None to choose.
 
     Raises:
         TypeError: if an option is neither a number nor a tensor.
         ValueError: if an option is out of its range, or a form cannot be had.
     """
+
+    has_fused_kernel = True
 
     def __init__(
         self,
@@ -111,6 +113,28 @@ class SGD(Descent):
         terms = foreach_momentum_terms_(group, gs, m) if m else [(gs, 1)]
         for directions, weight in terms:
             foreach_descend_(thetas, directions, group["lr"] * weight)
+
+    def fused_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        is_first: bool,
+        m: list[Tensor] | None = None,
+    ) -> None:
+        """Take the step of Eq. (sgd) in place by PyTorch's kernel."""
+        torch._fused_sgd_(
+            params,
+            grads,
+            m or [],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+            is_first_step=is_first,
+        )
 
 # %% ../nbs/10_optimizers/10_optim.ipynb #fde40c23-5
 def momentum_direction(
@@ -341,7 +365,7 @@ class Adam(Descent):
         capturable: whether to count steps beside the parameters, for graph capture.
         differentiable: whether autograd differentiates the step. The loss must then be computed
             from clones of the parameters.
-        fused: accepted for the signature of `torch.optim.Adam`; must not be True.
+        fused: True for PyTorch's fused kernel, False for another form, None to choose.
         decoupled_weight_decay: whether the decay is that of Eq. (adamw).
 
     Raises:
@@ -350,6 +374,7 @@ class Adam(Descent):
     """
 
     counts_steps = True
+    has_fused_kernel = True
 
     def __init__(
         self,
@@ -436,6 +461,35 @@ class Adam(Descent):
         torch._foreach_add_(denominators, [group["eps"] * root for root in roots])
         lrs = [lr * root / bias_correction(b1, step) for root, step in zip(roots, t)]
         foreach_descend_quotient_(thetas, m, denominators, lrs)
+
+    def fused_step(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        is_first: bool,
+        t: list[Tensor],
+        m: list[Tensor],
+        v: list[Tensor],
+        v_max: list[Tensor] | None = None,
+    ) -> None:
+        """Take the step of Eq. (adam) or (adamw) in place by PyTorch's kernel."""
+        kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        kernel(
+            params,
+            grads,
+            m,
+            v,
+            v_max or [],
+            t,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=group["amsgrad"],
+            maximize=group["maximize"],
+        )
 
 # %% ../nbs/10_optimizers/10_optim.ipynb #23a2fcf4-9
 class AdamW(Adam):
