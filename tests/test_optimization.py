@@ -319,5 +319,5 @@ def test_a_clip_of_another_size_is_another_run(images, tmp_path, capsys):
     config["options"]["clip"] = 0.25
     (out / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert resume(out, 2) == 1
+    assert resume(out, 2) == 2
     assert_one_line(capsys.readouterr().err, "clip of model: saved 0.5, here 0.25")

@@ -158,7 +158,7 @@ def test_a_folder_is_completed_and_nothing_else_is_mixed_into_it(vae, tmp_path, 
     assert len(kept) == 69
     capsys.readouterr()
     for more, message in (("--seed 1", "other weights, seed"), ("--n 9", "more than the 9")):
-        assert run("sample", vae, f"--n 130 {more} --out", folder) == 1
+        assert run("sample", vae, f"--n 130 {more} --out", folder) == 2
         assert_one_line(capsys.readouterr().err, message)
     assert run("sample", vae, "--n 9 --seed 1 --overwrite --out", folder) == 0
     assert len([*folder.glob("*.png")]) == 9
@@ -174,11 +174,11 @@ def test_an_interrupted_file_leaves_nothing(vae, tmp_path, monkeypatch, capsys):
         return draw(function, block, *args)
 
     monkeypatch.setattr(drawing, "draw_block", fail)
-    assert run("sample", vae, "--n 100 --chunk 64 --out", path) == 1
+    assert run("sample", vae, "--n 100 --chunk 64 --out", path) == 2
     assert_one_line(capsys.readouterr().err, "No space left on device")
     assert not [*tmp_path.iterdir()]
     path.write_bytes(b"mine")
-    assert run("sample", vae, "--n 100 --out", path) == 1
+    assert run("sample", vae, "--n 100 --out", path) == 2
     assert_one_line(capsys.readouterr().err, "exists: choose another file, or add --overwrite")
     assert run("sample", vae, "--n 100 --overwrite --out", path) == 1  # fails, and keeps it
     assert path.read_bytes() == b"mine" and len([*tmp_path.iterdir()]) == 1
@@ -227,7 +227,7 @@ def test_mistakes_with_samples_are_one_line(vae, tmp_path, capsys):
         (("--out", tmp_path / "x.jpg"), 2, "--out takes a .png file, an .npz file or a folder"),
         (("--class 3",), 2, "trained without classes"),
         (("--chunk 0",), 2, "must be a whole number from 1"),
-        (("--out", tmp_path), 1, "is not empty, and its files are not samples"),
+        (("--out", tmp_path), 2, "is not empty, and its files are not samples"),
     ):
         assert run("sample", vae, *args) == code
         assert_one_line(capsys.readouterr().err, message)
@@ -362,13 +362,13 @@ def test_a_shared_model_is_sampled_and_refused_where_it_was_changed(vae, shared,
         ({"parts": {"beta": {"entries": 3}}}, "damaged"),
     ):
         (copy / "config.json").write_text(json.dumps(config | changed))
-        assert run("sample", copy) == 1
+        assert run("sample", copy) == 2
         assert_one_line(capsys.readouterr().err, message)
         with pytest.raises(ValueError, match=message):
             optgen.from_pretrained(copy)
-    assert run("export", vae, "--to", shared) == 1
+    assert run("export", vae, "--to", shared) == 2
     assert_one_line(capsys.readouterr().err, "holds an exported model", "--overwrite")
-    assert run("export", vae, "--to", vae) == 1
+    assert run("export", vae, "--to", vae) == 2
     assert_one_line(capsys.readouterr().err, "is not empty, and holds no exported model")
 
 
@@ -453,7 +453,7 @@ def test_a_folder_is_uploaded_as_one_commit(hub, shared):
 
 def test_an_upload_that_fails_is_one_line(hub, shared, tmp_path, vae, capsys):
     hub.code = 403
-    assert run("export", vae, "--push user/vae --to", tmp_path / "new") == 1
+    assert run("export", vae, "--push user/vae --to", tmp_path / "new") == 2
     assert_one_line(capsys.readouterr().err, "was not uploaded to user/vae")
     assert (tmp_path / "new/README.md").exists()
     with pytest.raises(CheckpointError, match="can't be read|was not written by optgen"):
@@ -479,7 +479,7 @@ def test_without_the_extra_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'optgen\[hub\]'"):
         optgen.from_pretrained("user/vae")
-    assert run("export", vae, "--push user/vae --to", tmp_path / "x") == 1
+    assert run("export", vae, "--push user/vae --to", tmp_path / "x") == 2
     assert_one_line(capsys.readouterr().err, "pip install 'optgen[hub]'")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..options import WholeNumber
+from ..options import InputError, WholeNumber
 
 if TYPE_CHECKING:
     import numpy as np
@@ -161,7 +161,7 @@ def draw_samples(run: "OpenRun", n: int, seed: int, **given: Any) -> "Iterator[t
 
     Raises:
         click.UsageError: if the sampler refuses its options.
-        click.ClickException: if the scheme draws no images.
+        InputError: if the scheme draws no images.
     """
     import torch
     from tqdm import tqdm
@@ -175,7 +175,7 @@ def draw_samples(run: "OpenRun", n: int, seed: int, **given: Any) -> "Iterator[t
             except ValueError as error:
                 raise click.UsageError(str(error)) from None
             if images is None:
-                raise click.ClickException(f"a {run.command.name} of this kind draws no images")
+                raise InputError(f"a {run.command.name} of this kind draws no images")
             yield images.reshape(size, *run.config["shape"]).clamp(0, 1)
             bar.update(size)
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from optgen.games import Game
     from optgen.schemes.parts import Network
+from ..options import InputError
 
 # %% ../../nbs/40_training/43e_export.ipynb #43e00007
 def evaluated_record(run: OpenRun) -> dict[str, Any]:
@@ -164,7 +165,7 @@ def export_networks(networks: "dict[str, Network]", folder: Path) -> dict[str, f
         The largest difference from the network, by file.
 
     Raises:
-        click.ClickException: for a network that cannot be exported.
+        InputError: for a network that cannot be exported.
     """
     from optgen.training.programs import export_program
 
@@ -174,7 +175,7 @@ def export_networks(networks: "dict[str, Network]", folder: Path) -> dict[str, f
         try:
             found[file] = export_program(folder / file, model, *inputs, method=method)
         except ValueError as error:
-            raise click.ClickException(f"--torch-export: {error}") from None
+            raise InputError(f"--torch-export: {error}") from None
         click.echo(f"{folder / file}: differs by at most {found[file]:.1e} from the network")
     return found
 
@@ -187,18 +188,16 @@ def check_target(folder: Path, overwrite: bool) -> None:
         overwrite: whether an exported model may be replaced.
 
     Raises:
-        click.ClickException: for a folder that holds anything else.
+        InputError: for a folder that holds anything else.
     """
     from optgen.training.sharing import WEIGHTS
 
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not (folder / WEIGHTS).exists() or (folder / "checkpoint.pt").exists():
-        raise click.ClickException(
-            f"{folder} is not empty, and holds no exported model: choose another"
-        )
+        raise InputError(f"{folder} is not empty, and holds no exported model: choose another")
     if not overwrite:
-        raise click.ClickException(
+        raise InputError(
             f"{folder} holds an exported model: choose another folder, or add --overwrite"
         )
 

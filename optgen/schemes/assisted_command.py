@@ -20,7 +20,7 @@ from ..controllers import CONTROLLERS, build_controller
 from ..data.images import Batch, Images, ImageSet
 from ..data.loading import balanced_indices
 from ..models.classifier import Classifier
-from ..options import RealNumber
+from ..options import InputError, RealNumber
 from ..registry import Entry, parse_spec, read_json
 from .assisted import Assisted, Balanced
 from .classes import check_same_classes, class_names
@@ -338,11 +338,11 @@ class AssistedCommand(SchemeCommand):
         """Draw new images from the generative half.
 
         Raises:
-            click.ClickException: for a method without a generator of images.
+            InputError: for a method without a generator of images.
         """
         images = scheme.sample(n)
         if images is None:
-            raise click.ClickException(
+            raise InputError(
                 "there is nothing to draw from: of the methods, agreement, m1 and m1+m2 have "
                 "a generator of images"
             )

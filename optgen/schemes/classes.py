@@ -21,6 +21,7 @@ from ..data.images import Batch, Images, ImageSet
 from ..games import Game
 from ..metrics import wilson_interval
 from ..models.classifier import mnist_classifier, predict_classes
+from ..options import InputError
 from optgen.schemes.command import (
     DataSplit,
     EvaluationContext,
@@ -156,11 +157,11 @@ def check_same_classes(images: ImageSet, learned: Sequence[str]) -> None:
         learned: names of the classes of the run.
 
     Raises:
-        click.ClickException: if they have other classes.
+        InputError: if they have other classes.
     """
     known = class_names(images)
     if images.labels is not None and known != list(learned):
-        raise click.ClickException(
+        raise InputError(
             f"{images.name} has the classes {', '.join(known)}, "
             f"and the run learned {', '.join(learned)}"
         )
