@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from optgen.cli.compare import (
+    CHUNK,
     as_images,
     check_comparison,
     comparison_keys,
     comparison_options,
-    draw_samples,
     format_comparison,
     measure_samples,
     open_features,
@@ -120,9 +120,9 @@ class SampleRun:
         n: number of images.
         seed: of the images.
         labels: classes in turn, None without classes.
+        options: of the sampler.
         chunk: images in memory at once.
         overwrite: whether files that are there are replaced.
-        options: of the sampler.
     """
 
     def __init__(
@@ -131,9 +131,9 @@ class SampleRun:
         n: int,
         seed: int,
         labels: "Tensor | None",
-        chunk: int,
-        overwrite: bool,
         options: dict[str, Any],
+        chunk: int,
+        overwrite: bool = False,
     ) -> None:
         self.run, self.n, self.seed, self.labels = run, n, seed, labels
         self.chunk, self.overwrite, self.options = chunk, overwrite, options
@@ -143,7 +143,7 @@ class SampleRun:
         """Return a progress bar over the images, on a terminal only."""
         from tqdm import tqdm
 
-        return tqdm(total=self.n, unit="image", disable=None, leave=False)
+        return tqdm(total=self.n, desc="samples", unit="image", disable=None, leave=False)
 
     def images(self) -> "Iterator[Tensor]":
         """Yield the images, chunk by chunk."""
@@ -262,7 +262,7 @@ def sample(
     try:
         labels = run.class_cycle(class_name)
         with memory_errors_named(params, {"n": n, "chunk": chunk, **given}):
-            draw = SampleRun(run, n, seed, labels, chunk, overwrite, given)
+            draw = SampleRun(run, n, seed, labels, given, chunk, overwrite)
             {"picture": draw.to_picture, "npz": draw.to_npz, "folder": draw.to_folder}[kind](path)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
@@ -394,7 +394,10 @@ def compare_samples(
 
     def draw(count: int) -> "Iterable[Tensor]":
         """Return the samples of the file, or draw as many as asked for."""
-        return loaded if loaded is not None else draw_samples(run, count, seed, **sampler)
+        if loaded is not None:
+            return loaded
+        drawn = SampleRun(run, count, seed, run.class_cycle(), sampler, CHUNK)
+        return (x.clamp(0, 1).to(pick_device(data.device)) for x in drawn.images())
 
     return lambda: measure_samples(data.sample_references(images, seed), draw, n, features)
 
