@@ -76,18 +76,18 @@ def sample_labels(
     return labels.to(device)
 
 
-def class_counter(n_classes: int) -> Callable[[Tensor], int] | None:
+def class_counter(n_classes: int | None) -> Callable[[Tensor], int | None] | None:
     """Return the function by which `BatchCheck` counts classes; None where there are none.
 
     Args:
-        n_classes: number of classes; 0 for none.
+        n_classes: number of classes; 0 for none, None where it is unknown.
     """
 
-    def count(x: Tensor) -> int:
+    def count(x: Tensor) -> int | None:
         """Return the number of classes, whatever the examples."""
         return n_classes
 
-    return count if n_classes else None
+    return None if n_classes == 0 else count
 
 # %% ../../nbs/30_schemes/35a_classes.ipynb #35c00013
 def digits_classifier(shape: Sequence[int], names: Sequence[str]) -> nn.Module | None:

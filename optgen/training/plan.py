@@ -89,18 +89,13 @@ def check_plan(plan: RunPlan, loader: BatchLoader) -> None:
         loader: its batches.
 
     Raises:
-        ValueError: with a schedule or a warm-up where the number of steps is unknown, for a longer
-            warm-up than the run, and for more micro-batches than a batch has examples.
+        ValueError: as in `check_length`, for a longer warm-up than the run, and for more
+            micro-batches than a batch has examples.
     """
     check_accumulate(plan.accumulate, loader.batch_size)
     check_length(plan, loader)
     if loader.steps is not None:
         check_warmup(plan.warmup, plan.epochs * loader.steps)
-    elif plan.schedule is not None or plan.warmup:
-        raise ValueError(
-            "a schedule depends on the number of steps, and the data have no length: give the "
-            "IterableDataset a __len__, or train without schedule= and warmup="
-        )
 
 # %% ../../nbs/40_training/40k_plan.ipynb #40j00010
 def check_schedule(schedule: Callable[[float], float]) -> None:
