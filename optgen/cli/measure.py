@@ -27,7 +27,7 @@ from optgen.cli.compare import (
     open_features,
     read_array,
 )
-from .options import image_options
+from .options import image_options, seed_option
 from .runs import OpenRun, find_command, open_run, pick_device
 from .text import is_of_text, write_texts
 from ..options import WholeNumber, memory_errors_named
@@ -210,13 +210,7 @@ class SampleRun:
     help="A .png file for one picture, an .npz file, or a folder for one PNG file an image.  "
     "[default: DIR/samples.png]",
 )
-@click.option(
-    "--seed",
-    type=WholeNumber(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of the samples.",
-)
+@seed_option("Seed of the samples.")
 @click.option(
     "--class",
     "class_name",
@@ -423,13 +417,7 @@ def compare_samples(
     show_default=True,
     help="Part of the data set that is measured.",
 )
-@click.option(
-    "--seed",
-    type=WholeNumber(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Seed of the measurement.",
-)
+@seed_option("Seed of the measurement.")
 @comparison_options
 @click.option("--device", default="auto", show_default=True, help="Where to measure.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

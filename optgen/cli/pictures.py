@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .measure import RunCommand, RunData
+from .options import seed_option
 from .runs import find_command, load_commands, open_run, read_config
 from ..options import WholeNumber, memory_errors_named
 
@@ -213,13 +214,7 @@ _OPTIONS = (
         metavar="NAME|NUMBER",
         help="Class of images from noise, of a conditional run.  [default: all in turn]",
     ),
-    click.option(
-        "--seed",
-        type=WholeNumber(0, 2**63 - 1),
-        default=0,
-        show_default=True,
-        help="Seed of the noise.",
-    ),
+    seed_option("Seed of the noise."),
     click.option("--device", default="auto", show_default=True, help="Where to draw."),
 )
 
