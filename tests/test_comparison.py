@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+import optgen
 from cli_helpers import assert_one_line, run, train_args
 from optgen.cli.compare import as_images
 from optgen.data.images import Batch
@@ -292,6 +293,18 @@ def test_samples_of_a_run_are_compared(runs, capsys, name, options):
     if name == "ddpm":
         fine = evaluated(capsys, runs / name, "--k 1 --steps 3 --samples 120 --seed 3")
         assert fine["fid"] != found["fid"] and fine["bound"] == found["bound"]
+
+
+def test_samples_are_those_of_optgen_sample_whatever_the_chunk(runs, capsys, monkeypatch):
+    asked = (runs / "ddpm", "--k 1 --steps 2 --samples 150 --seed 3")
+    found = evaluated(capsys, *asked)
+    monkeypatch.setattr("optgen.cli.measure.CHUNK", 20)
+    again = evaluated(capsys, *asked)
+    samples = optgen.load(runs / "ddpm", device="cpu").sample(150, seed=3, steps=2)
+    expected = compare(samples.clamp(0, 1), gray(130, 130))
+    for name in MEASURES:
+        assert again[name] == pytest.approx(found[name], rel=1e-12)
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 def test_a_gan_is_compared_by_default_and_the_others_are_not(runs, capsys):

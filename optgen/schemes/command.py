@@ -352,9 +352,10 @@ class SchemeCommand:
             **given: values of the options of `evaluate_options`.
 
         Returns:
-            Numbers by name, ready for JSON.
+            Numbers by name, ready for JSON; the first is `k` where this is an option.
         """
-        return scheme.evaluate(batches, seed=seed, **given)
+        number = {"k": given["k"]} if "k" in given else {}
+        return number | scheme.evaluate(batches, seed=seed, **given)
 
     def at_sample_levels(
         self, options: dict[str, Any], x: torch.Tensor, generator: torch.Generator
