@@ -16,7 +16,7 @@ from torch import nn
 
 import optgen
 from cli_helpers import assert_one_line, run, train_args
-from optgen.cli.measure import SampleRun
+from optgen.cli.measure import SampleWriter
 from optgen.cli.runs import OpenRun, RunError
 from optgen.models.vae import VAE
 from optgen.schemes.elbo import BetaVAE
@@ -212,7 +212,7 @@ def test_a_picture_has_a_column_for_each_class(tmp_path):
         {"classes": ["ape", "cat", "dog"], "shape": [1, 1, 1]}, None, Conditional(), {}
     )
     path = tmp_path / "classes.png"
-    SampleRun(opened, 12, 0, opened.class_cycle(), {}, 64).to_picture(path)
+    SampleWriter(opened, 12, 0, opened.class_cycle(), {}, 64).to_picture(path)
     with Image.open(path) as picture:
         assert picture.size == (3 * 3 + 2, 4 * 3 + 2)
         pixels = torch.from_numpy(np.array(picture.convert("L"))).long()

@@ -66,10 +66,10 @@ def check_comparison(ctx: click.Context, sample_flags: dict[str, str]) -> None:
         raise click.UsageError(
             "--samples draws from the run and --samples-from reads a file: give one of them", ctx
         )
-    drawn = given["samples"] or (given["features"] and not given["samples_from"])
+    draws = given["samples"] or (given["features"] and not given["samples_from"])
     for name, flag in sample_flags.items():
         source = ctx.get_parameter_source(name)
-        if not drawn and source is click.core.ParameterSource.COMMANDLINE:
+        if not draws and source is click.core.ParameterSource.COMMANDLINE:
             raise click.UsageError(f"{flag} is for drawn samples: add --samples N", ctx)
 
 # %% ../../nbs/40_training/43e_compare.ipynb #43e00008

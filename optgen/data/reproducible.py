@@ -66,24 +66,24 @@ class RandomStream:
     """
 
     def __init__(self, *key: object) -> None:
-        self.outer = []
+        self.process_states = []
         self.restart(*key)
 
     def restart(self, *key: object) -> None:
         """Begin at the numbers of a key."""
         with seeded_process(*key):
-            self.inner = read_generators()
+            self.states = read_generators()
 
     def __enter__(self) -> "RandomStream":
         """Put the stream's generators in the place of those of the process."""
-        self.outer.append(read_generators())
-        write_generators(self.inner)
+        self.process_states.append(read_generators())
+        write_generators(self.states)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Put the generators of the process back."""
-        self.inner = read_generators()
-        write_generators(self.outer.pop())
+        self.states = read_generators()
+        write_generators(self.process_states.pop())
 
 
 def drawn_from(stream: RandomStream, items: Iterable[Any]) -> Iterator[Any]:
@@ -109,15 +109,16 @@ class SeededBatches(Dataset):
 
     Args:
         dataset: with `__getitem__`, or `__getitems__` for several.
-        collate: makes a batch of a list of items, or of an item if the indices are single.
+        collate: makes a batch of a list of items, or of an item that is a batch.
         seed: from which the random numbers of transforms follow.
-        single: whether an index is that of a whole batch.
+        item_is_batch: whether an item of the data set is a whole batch.
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[Any], Any], seed: int, single: bool = False
+        self, dataset: Any, collate: Callable[[Any], Any], seed: int, item_is_batch: bool = False
     ) -> None:
-        self.dataset, self.collate, self.seed, self.single = dataset, collate, seed, single
+        self.dataset, self.collate, self.seed = dataset, collate, seed
+        self.item_is_batch = item_is_batch
 
     def __getitem__(self, key: tuple[int, int, Any]) -> Any:
         """Return the batch of an epoch, a number in it, and indices."""
@@ -127,7 +128,7 @@ class SeededBatches(Dataset):
 
     def read(self, indices: Any) -> Any:
         """Return the items at indices."""
-        if self.single:
+        if self.item_is_batch:
             return self.dataset[indices]
         if callable(getattr(self.dataset, "__getitems__", None)):
             return self.dataset.__getitems__(indices)

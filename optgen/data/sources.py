@@ -27,7 +27,7 @@ from optgen.data.batches import (
     pair_of,
     tensors_of_arrays,
 )
-from .foreign import BatchMaker, DatasetSource, ForeignLoader, foreign_loader
+from .foreign import BatchMaker, DatasetLoader, DatasetSource, foreign_loader
 from .images import Batch, DataError, Images, ImageSet, describe_data
 from .loading import BatchOrder, Loader
 from .reproducible import checksum_of
@@ -234,12 +234,12 @@ def tensor_loader(
 
 def dataset_loader(
     data: Any, batch_size: int, maker: BatchMaker, workers: int, options: Mapping[str, Any]
-) -> ForeignLoader:
+) -> DatasetLoader:
     """Return a loader of a map-style data set; arguments as in `as_loader`, three in `options`."""
     order = BatchOrder(len(data), batch_size, **options)
     source = DatasetSource(data, order, maker, options["seed"], num_workers=workers)
     settings = {"loader": "Dataset", "batch_size": batch_size, **options}
-    return ForeignLoader(source, order, settings)
+    return DatasetLoader(source, order, settings)
 
 
 def is_dataset(data: Any) -> bool:
