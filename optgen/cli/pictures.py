@@ -107,6 +107,12 @@ class LatentRun:
             self.cycle = self.run.class_cycle(class_name)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        if not self.space.has_classes:
+            self.cycle = None
+            if class_name is not None:
+                raise click.UsageError(
+                    "--class: the latents of this run belong to no class: leave it out"
+                )
 
     def images(
         self, n: int, data: str | None, split: str, least: int | None = None
