@@ -126,7 +126,7 @@ class LatentRun:
             least: number of images that suffice; None for all `n`.
 
         Raises:
-            click.UsageError: if there are fewer images.
+            click.UsageError: if there are fewer images, or they lack the run's classes.
         """
         import torch
 
@@ -140,9 +140,15 @@ class LatentRun:
             raise click.UsageError(
                 f"{name} has {len(x)} {split} images, and {least or n} are asked for"
             )
-        labels = None
-        if self.cycle is not None:
-            labels = torch.cat([batch.y for batch in batches])[:n]
+        if self.cycle is None:
+            return x, None
+        classes, found = self.run.classes, [batch.y for batch in batches]
+        labels = None if found[0] is None else torch.cat(found)[:n]
+        if labels is None or labels.min() < 0 or labels.max() >= len(classes):
+            raise click.UsageError(
+                f"{name} has images without a class of the run: choose images whose classes are "
+                f"{', '.join(classes)} with --data"
+            )
         return x, labels
 
     def noise(self, n: int, seed: int) -> "tuple[Tensor, Tensor | None]":
