@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -516,6 +517,50 @@ def test_a_classifier_every_way(way, few_labeled, few_images, tmp_path, capsys, 
     draws = way in WITH_SAMPLES
     assert run("sample", out, "--n 4") == (0 if draws else 2)
     assert (out / "samples.png").exists() == draws
+
+
+@pytest.mark.parametrize("way", ["agreement", "m1+m2"])
+def test_a_classifier_with_a_generator_of_classes_draws_the_class_asked_for(
+    way, few_labeled, tmp_path, capsys, no_pictures
+):
+    out, file = tmp_path / "run", tmp_path / "drawn.npz"
+    args = f"{ASSISTED} {METHOD_WAYS[way]} --out"
+    assert run(*train_args("assisted", few_labeled, args), out) == 0
+    scheme = open_run(out, "cpu").scheme
+    torch.manual_seed(3)
+    noise = torch.randn(64, 2)  # of the first block
+    net = scheme.generator.p_net
+    for more, classes in (("", [0, 1]), ("--class light", [1]), ("--class 0", [0])):
+        drawn = f"sample {out} --n 70 --seed 3 --device cpu --overwrite {more} --out {file}"
+        assert run(*drawn.split()) == 0, capsys.readouterr().err
+        with np.load(file) as found:
+            images, labels = torch.from_numpy(found["arr_0"]).flatten(1), found["arr_1"].tolist()
+        assert labels == (classes * 70)[:70]
+        given = torch.nn.functional.one_hot(torch.tensor(labels[:64]), 2).float()
+        with torch.no_grad():
+            outputs = net.out((net.x(noise) + net.y(given)).relu())
+            if way == "m1+m2":  # the mean, the first half, is that of latents
+                outputs = scheme.features.p_net(outputs[:, :2])
+        assert (255 * outputs.sigmoid() - images[:64]).abs().max() < 0.501
+    assert run("sample", out, "--class cow") == 2
+    assert_one_line(capsys.readouterr().err, "no class 'cow'; there are: dark, light")
+    if way == "m1+m2":  # the latents of its features are of all classes
+        assert run("traverse", out, "--class light") == 2
+        assert_one_line(capsys.readouterr().err, "--class", "belong to no class")
+        assert run("traverse", out, "--data", few_labeled / "unlabeled", "--split train") == 0
+
+
+@pytest.mark.parametrize("way", ["m1", "plain"])
+def test_a_classifier_without_a_generator_of_classes_names_its_method(
+    way, few_labeled, tmp_path, capsys, no_pictures
+):
+    out = tmp_path / "run"
+    args = f"{ASSISTED} {METHOD_WAYS[way]} --out"
+    assert run(*train_args("assisted", few_labeled, args), out) == 0
+    assert run("sample", out, "--class light") == 2
+    summary = METHODS[way].summary
+    assert_one_line(capsys.readouterr().err, f"--method {way} ({summary})", "agreement and m1+m2")
+    assert not (out / "samples.png").exists()
 
 
 def pixel_set(images: Images) -> set[bytes]:

@@ -261,6 +261,27 @@ def test_pictures_of_a_vae(vae, tmp_path, capsys, few_images):
         assert_one_line(capsys.readouterr().err, message)
 
 
+def test_images_without_the_classes_of_a_conditional_run_are_one_line(
+    few_images, tmp_path, capsys, no_pictures
+):
+    for i, path in enumerate(sorted(few_images.iterdir())):
+        for folder in (f"two/{'ab'[i % 2]}", f"three/{'abc'[i % 3]}"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "run"
+    options = "--conditional --model flat --layers 2 --hidden 8,7 --epochs 1 --out"
+    assert run(*train_args("realnvp", tmp_path / "two", options), out) == 0
+    for picture, data in (
+        ("reconstruct", few_images),
+        ("interpolate", few_images),
+        ("reconstruct --n 50", tmp_path / "three"),
+    ):
+        capsys.readouterr()
+        assert run(*picture.split(), out, "--split train --data", data) == 2
+        assert_one_line(capsys.readouterr().err, "without a class of the run", "a, b")
+    assert run("reconstruct", out, "--split train --data", tmp_path / "two") == 0
+
+
 @pytest.mark.parametrize(
     "scheme, options, pictures",
     [
