@@ -174,10 +174,10 @@ def test_the_number_of_workers_changes_nothing(kind):
 
 
 def test_the_generators_of_the_process_are_left_alone():
-    loaders = [as_loader(LOADERS[kind](0)) for kind in LOADERS]
+    sources = [LOADERS[kind](0) for kind in LOADERS]  # a DataLoader draws its seed when made
     before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    for loader in loaders:
-        list(loader)
+    for source in sources:
+        list(as_loader(source))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
 

@@ -122,6 +122,12 @@ class LatentRun:
             self.cycle = self.run.class_cycle(class_name)
         except ValueError as error:
             raise click.UsageError(str(error)) from None
+        if not self.space.has_classes:
+            self.cycle = None
+            if class_name is not None:
+                raise click.UsageError(
+                    "--class: the latents of this run belong to no class: leave it out"
+                )
 
     def images(self, n: int, least: int | None = None) -> "tuple[Tensor, Tensor | None]":
         """Return the first images of the data set as the model takes them, and their labels.
@@ -131,7 +137,7 @@ class LatentRun:
             least: number of images that suffice; None for all `n`.
 
         Raises:
-            click.UsageError: if there are fewer images.
+            click.UsageError: if there are fewer images, or they lack the run's classes.
         """
         import torch
 
@@ -145,9 +151,15 @@ class LatentRun:
             raise click.UsageError(
                 f"{name} has {len(x)} {self.split} images, and {least or n} are asked for"
             )
-        labels = None
-        if self.cycle is not None:
-            labels = torch.cat([batch.y for batch in batches])[:n]
+        if self.cycle is None:
+            return x, None
+        classes, found = self.run.classes, [batch.y for batch in batches]
+        labels = None if found[0] is None else torch.cat(found)[:n]
+        if labels is None or labels.min() < 0 or labels.max() >= len(classes):
+            raise click.UsageError(
+                f"{name} has images without a class of the run: choose images whose classes are "
+                f"{', '.join(classes)} with --data"
+            )
         return x, labels
 
     def noise(self, n: int) -> "tuple[Tensor, Tensor | None]":

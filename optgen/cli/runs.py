@@ -220,10 +220,13 @@ class OpenRun:
         """
         import torch
 
+        from optgen.schemes.command import SchemeCommand
+
         classes = self.classes
         if classes is None:
             if name is not None:
-                raise ValueError("the run was trained without classes: there is none to choose")
+                command = self.command or SchemeCommand()
+                raise ValueError(command.explain_no_classes(self.config.get("options", {})))
             return None
         numbers = [str(i) for i in range(len(classes))]
         if name is not None and name not in (*classes, *numbers):

@@ -39,6 +39,7 @@ from optgen.data.reproducible import (
     dataset_fingerprint,
     drawn_from,
     pack_state,
+    seeded_process,
     unchanged,
     unpack_state,
 )
@@ -240,7 +241,8 @@ class DatasetSource:
     def has_integer_keys(self) -> bool:
         """Return whether the data set has an item 0; else its sampler gives other keys."""
         try:
-            self.dataset[0]
+            with seeded_process("first item"):
+                self.dataset[0]
         except (KeyError, IndexError):
             return False
         return True

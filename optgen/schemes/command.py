@@ -326,6 +326,14 @@ class SchemeCommand:
         """Return the names that `optgen list` shows for this scheme: title -> name -> help."""
         return {}
 
+    def explain_no_classes(self, options: dict[str, Any]) -> str:
+        """Return why no class can be chosen of a run whose scheme is not conditional.
+
+        Args:
+            options: options of the training.
+        """
+        return "the run was trained without classes: there is none to choose"
+
     def describe_pixels(self, options: dict[str, Any]) -> str | None:
         """Describe the pixels on which a likelihood is measured; None without a likelihood.
 

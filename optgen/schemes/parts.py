@@ -56,12 +56,14 @@ class LatentSpace:
         decode: latents (n, *shape) and labels (n,) or None -> images (n, ...).
         encode: images (n, ...) and labels -> latents; None where images have no latents.
         rates: images -> (n, *shape) nats that each latent carries; None where it is unknown.
+        has_classes: whether `decode` and `encode` use the labels of a conditional scheme.
     """
 
     shape: tuple[int, ...]
     decode: Callable[[Tensor, Tensor | None], Tensor]
     encode: Callable[[Tensor, Tensor | None], Tensor] | None = None
     rates: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    has_classes: bool = True
 
 
 class Network(NamedTuple):
@@ -150,7 +152,7 @@ def vae_space(model: nn.Module, encoder: Callable[[Tensor], tuple[Tensor, Tensor
         """Return the KL divergence from the prior of each latent."""
         return gaussian_kl(*encoder(x))
 
-    return LatentSpace((model.z_dim,), decode, encode, rates)
+    return LatentSpace((model.z_dim,), decode, encode, rates, has_classes=False)
 
 
 def vae_networks(model: nn.Module, shape: tuple[int, ...]) -> dict[str, Network]:
