@@ -481,6 +481,15 @@ def test_an_upload_that_fails_is_one_line(hub, shared, tmp_path, vae, capsys):
         push_to_hub(vae, "user/vae")
 
 
+def test_an_opened_run_is_shown_in_a_line(vae, shared):
+    found = optgen.load(vae, device="cpu")
+    assert (
+        repr(found) == f"OpenRun({str(found.path)!r}, scheme=BetaVAE, epochs={len(found.records)})"
+    )
+    assert "\n" not in repr(optgen.from_pretrained(shared, device="cpu"))
+    assert len(repr(optgen.from_pretrained(shared, device="cpu"))) < 300
+
+
 def test_a_model_comes_from_the_hub(shared, monkeypatch):
     asked = []
 
@@ -500,7 +509,11 @@ def test_without_the_extra_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'optgen\[hub\]'"):
         optgen.from_pretrained("user/vae")
-    assert run("export", vae, "--push user/vae --to", tmp_path / "x") == 2
+    with pytest.raises(ImportError, match="there is no folder user/vae"):
+        optgen.from_pretrained("user/vae")
+    with pytest.raises(RunError, match="nowhere holds no model"):
+        optgen.from_pretrained("./nowhere")
+    assert run("export", vae, "--push user/vae --to", tmp_path / "x") == 1
     assert_one_line(capsys.readouterr().err, "pip install 'optgen[hub]'")
 
 

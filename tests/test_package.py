@@ -186,3 +186,13 @@ def test_outputs_of_the_pages_have_no_warning_and_no_path_of_a_machine():
         found = somewhere.search("".join(text) + json.dumps(data))
         assert output.get("name") != "stderr", f"{page} shows what was written to stderr: {text}"
         assert not found, f"{page} shows a path of the machine that ran it: {found[0]}"
+
+
+def test_each_run_of_the_readme_has_a_folder_of_its_own():
+    """What is typed in the order of the README never meets the folder of another run."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    calls = re.findall(r"fit\((?:[^()]|\([^()]*\))*\)", text)
+    folders = [re.search(r'out="([^"]+)"', call) for call in calls if "resume=" not in call]
+    begun = [found[1] for found in folders if found]
+    begun += re.findall(r"optgen train [^`\n]*--out (\S+)", text)
+    assert len(begun) >= 3 and len(set(begun)) == len(begun), begun

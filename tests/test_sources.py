@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import warnings
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -260,6 +261,23 @@ def test_a_split_and_a_nested_batch_train():
     assert records[2]["step"] == 12
 
 
+def test_a_strided_column_trains_as_its_copy():
+    """Rows of one number, cut from a table, are strided in memory."""
+    table = torch.rand(40, 5, generator=generator(3))
+    losses = []
+    for column in (table[:, 2], table[:, 2].clone(), table.numpy()[:, 2]):
+        slope = nn.Parameter(torch.zeros(()))
+        player = Player([slope], partial(squared_error, slope), torch.optim.SGD([slope], 0.1))
+        losses.append(fit(Game(model=player), column, epochs=2, batch_size=7, progress="none"))
+    numbers = [[record["train"] for record in records] for records in losses]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def squared_error(slope, batch):
+    """Return the mean squared distance of a batch of numbers from `slope`."""
+    return (batch.x - slope).square().mean()
+
+
 def test_vectors_are_validated_logged_and_not_drawn(tmp_path):
     xy = two_moons(300, generator=generator(0))
     s = scheme(GaussianVAE(2, 16, 16, 2, out="linear"))
@@ -337,6 +355,9 @@ def test_numbers_out_of_range_are_an_error_in_any_batch(wrap):
         (DIGITS.images > 3, {}, ("bool", "x.float()")),
         (np.array(["a", "b"]), {}, ("ndarray", "numeric arrays")),
         ((GRAY, DIGITS.labels[:7]), {}, ("230 and 7 rows",)),
+        (GRAY.flatten(1).to_sparse(), {}, ("sparse", "x.to_dense()")),
+        (GRAY.flatten(1).T[3], {}, ("BetaVAE", "expected (B, ...)")),
+        (TensorDataset(GRAY), {"batch": "photo"}, ("batch=", "'photo'", "batch=lambda")),
         ((GRAY, DIGITS.labels, GRAY), {}, ("length 3", "batch=lambda")),
         (TensorDataset(GRAY, GRAY, GRAY), {}, ("length 3", "batch=lambda")),
         (Named(), {}, ("'photo', 'kind', 'file'", "batch=lambda")),

@@ -288,7 +288,7 @@ def from_pretrained(
     from optgen.training import sharing
 
     folder = Path(name)
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(name)):
         folder = sharing.download_pretrained(str(name), revision)
     if not (folder / "config.json").is_file():
         raise RunError(

@@ -198,6 +198,11 @@ class OpenRun:
     records: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        """Return its file, its scheme and the number of epochs in a line, without the weights."""
+        scheme, epochs = type(self.scheme).__name__, self.state.get("epoch", len(self.records))
+        return f"OpenRun({str(self.path)!r}, scheme={scheme}, epochs={epochs})"
+
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes of a conditional scheme, None for any other."""

@@ -162,7 +162,9 @@ def bytes_of(leaf: Any) -> bytes:
     """Return bytes that distinguish a leaf of a batch: those of its numbers and its shape."""
     if isinstance(leaf, Tensor) and not leaf.is_meta:
         head = repr((leaf.dtype, tuple(leaf.shape))).encode()
-        return head + leaf.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return (
+            head + leaf.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+        )
     if hasattr(leaf, "tobytes"):  # an array, or a picture
         return repr((getattr(leaf, "shape", None), type(leaf).__name__)).encode() + leaf.tobytes()
     is_plain = leaf is None or isinstance(leaf, (bool, int, float, str, bytes))

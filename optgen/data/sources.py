@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from optgen.data.batches import (
+    ASK_FOR_FUNCTION,
     BatchLoader,
     OrderedLoader,
     count_examples,
@@ -95,12 +96,15 @@ def check_rows(rows: Any) -> None:
         rows: tensors, nested as in `map_nested`.
 
     Raises:
-        DataError: for what is no tensor, and for different numbers of rows.
+        DataError: for what is no tensor or a sparse one, and for different numbers of rows.
     """
     for leaf in leaves_of(rows):
         if not isinstance(leaf, Tensor) or not leaf.ndim:
             problem = f"one part of the data is {describe_data(leaf)}, expected tensors (N, ...)"
             raise DataError.with_fix("data", problem, "pass tensors or numeric arrays of N rows")
+        if leaf.layout is not torch.strided:
+            problem = f"one part of the data is sparse, {leaf.layout}"
+            raise DataError.with_fix("data", problem, "pass x.to_dense()")
     lengths = list(dict.fromkeys(len(leaf) for leaf in leaves_of(rows)))
     if len(lengths) != 1:
         problem = f"the tensors have {' and '.join(map(str, lengths))} rows"
@@ -181,6 +185,8 @@ def as_loader(
     Raises:
         DataError: for data of another kind, and for what makes no batch.
     """
+    if batch is not None and not callable(batch):
+        raise DataError.with_fix("batch=", f"{batch!r} is no function", ASK_FOR_FUNCTION)
     if isinstance(data, (BatchLoader, ImageSet)) and batch is not None:
         problem = f"a {type(data).__name__} gives batches of optgen already"
         raise DataError.with_fix("batch=", problem, "leave it out")
