@@ -5,7 +5,6 @@ Oracles are torchmetrics, clean-fid, and formulas written here with NumPy.
 
 import json
 import warnings
-from types import SimpleNamespace
 
 import click
 import numpy as np
@@ -19,11 +18,9 @@ import optgen
 from cli_helpers import assert_one_line, run, train_args
 from optgen.cli.compare import (
     as_images,
-    draw_samples,
     format_comparison,
     measure_samples,
     read_array,
-    split_samples,
 )
 from optgen.data.images import Batch
 from optgen.kernel_distance import kid, kid_over_subsets
@@ -33,6 +30,7 @@ from optgen.models.features import (
     compare_features,
     default_features,
     downsampled_pixels,
+    image_batches,
     load_features,
 )
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
@@ -489,7 +487,7 @@ def test_arrays_of_every_type_and_layout_are_the_same_images(kind, channels):
     last, first = array, np.moveaxis(array, 3, 1)
     for given in (last, first, *([array[..., 0]] if channels == 1 else [])):
         images = as_images(given, (channels, 5, 6), "x")
-        found = torch.cat([*split_samples(images, torch.device("cpu"))])
+        found = torch.cat([*image_batches(images, 3)])
         assert found.dtype == torch.float32 and images.is_contiguous()
         assert torch.allclose(found.double(), expected, atol=1e-7)
 
@@ -518,24 +516,6 @@ def test_a_file_holds_one_array_of_images(tmp_path):
     np.savez(tmp_path / "many.npz", a=images, b=images)
     with pytest.raises(click.UsageError, match="must hold one array of images"):
         read_array(tmp_path / "many.npz")
-
-
-def test_samples_are_drawn_as_many_as_asked_in_range_and_by_their_seed():
-    sizes = []
-
-    def sample(scheme, n, scale):
-        """Return numbers beyond [0, 1]."""
-        sizes.append(n)
-        return scale * torch.randn(n, 4)
-
-    command = SimpleNamespace(sample=sample, name="mine")
-    run = SimpleNamespace(command=command, scheme=None, config={"shape": [1, 2, 2]})
-    with torch.random.fork_rng(devices=()):
-        found = torch.cat([*draw_samples(run, 230, 5, scale=3.0)])
-        torch.manual_seed(5)
-        expected = 3 * torch.cat([torch.randn(n, 4) for n in (100, 100, 30)])
-    assert sizes == [100, 100, 30]
-    assert torch.equal(found, expected.view(230, 1, 2, 2).clamp(0, 1))
 
 
 def test_as_many_samples_as_images_by_default():

@@ -206,15 +206,15 @@ def find_exit_code(error: Exception) -> int | None:
     """
     from optgen.cli.runs import RunError
     from optgen.data.images import DataError
-    from optgen.training.checkpoint import CheckpointError
+    from optgen.training.checkpoint import CheckpointError, CheckpointWriteError
     from optgen.training.guards import NonFinite
     from optgen.training.parallel import RankError
 
+    if isinstance(error, CheckpointWriteError) or is_memory_error(error):
+        return 1
     if isinstance(error, (CheckpointError, DataError, RunError, *PATH_ERRORS)):
         return 2
-    if isinstance(error, (NonFinite, OSError, RankError)) or is_memory_error(error):
-        return 1
-    return None
+    return 1 if isinstance(error, (NonFinite, OSError, RankError)) else None
 
 
 def main(args: Sequence[str] | None = None) -> None:

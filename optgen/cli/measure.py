@@ -442,7 +442,7 @@ def evaluate(
     pixels: numbers of pixels that were treated in different ways are not comparable.
 
     Samples are compared with the images by FID, KID, precision, recall, density and coverage. Each
-    stands beside its floor, which is its value for two samples of one distribution, and beside its
+    stands beside its floor, its value within one distribution, and beside its
     features: figures in different features, or of other numbers of images, are not comparable.
     """
     from optgen.schemes.command import EvaluationContext
