@@ -314,6 +314,19 @@ def test_samples_are_those_of_optgen_sample_whatever_the_chunk(runs, capsys, mon
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+def test_samples_beyond_black_and_white_are_compared_as_they_are_shown(runs, capsys, monkeypatch):
+    noise = 1.5 * torch.randn(150, 64, generator=generator(0)) + 0.5
+
+    def draw_images(draw, n, seed, labels, chunk):
+        """Yield numbers of which most are out of [0, 1]."""
+        yield from noise[:n].split(40)
+
+    monkeypatch.setattr("optgen.training.drawing.draw_images", draw_images)
+    found = evaluated(capsys, runs / "ddpm", "--k 1 --samples 150")
+    expected = compare(noise.clamp(0, 1).view(-1, 1, 8, 8), gray(130, 130))
+    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-5)
+
+
 def test_a_gan_is_compared_by_default_and_the_others_are_not(runs, capsys):
     found = evaluated(capsys, runs / "feedback-gan")
     assert {*MEASURES, "G", "D"} <= found.keys()
