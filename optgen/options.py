@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LARGEST_SIZE', 'MEMORY_MESSAGES', 'LIMIT_FILES', 'NOT_A_SIZE', 'RealNumber', 'WholeNumber', 'is_memory_error',
-           'requested_memory', 'total_memory', 'limited_memory', 'largest_number', 'name_largest_option',
+           'requested_memory', 'total_memory', 'limited_memory', 'InputError', 'largest_number', 'name_largest_option',
            'memory_errors_named']
 
 # %% ../nbs/00_foundations/09a_options.ipynb #0a9b0003
@@ -132,6 +132,12 @@ def limited_memory() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
+
+# %% ../nbs/00_foundations/09a_options.ipynb #0a9b0019
+class InputError(click.ClickException):
+    """A file, folder or combination given to a command that it cannot use; its exit code is 2."""
+
+    exit_code = 2
 
 # %% ../nbs/00_foundations/09a_options.ipynb #0a9b000c
 NOT_A_SIZE = {"seed", "epochs", "patience", "checkpoint_steps", "device", "data", "out", "outside"}

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from optgen.controllers import Geco
 from optgen.data.folders import ImageFiles, image_folder
-from optgen.data.foreign import has_own_parts
+from optgen.data.foreign import has_distributed_sampler
 from optgen.data.images import Batch
 from optgen.data.loading import Loader
 from optgen.models.vae import VAE
@@ -130,7 +130,10 @@ def mistakes(ranks):
         "mixed": message_of(lambda: mixed.step(torch.ones(4, 2, dtype=kind)), RuntimeError),
     }
     loader = DataLoader(TensorDataset(torch.ones(4)), sampler=DistributedSampler(range(4)))
-    found["own parts"] = [has_own_parts(loader), has_own_parts(DataLoader([1.0, 2.0]))]
+    found["own parts"] = [
+        has_distributed_sampler(loader),
+        has_distributed_sampler(DataLoader([1.0, 2.0])),
+    ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         game = gan()

@@ -133,6 +133,26 @@ def test_a_checkpoint_is_whole_when_it_is_announced(tmp_path):
     assert Loading.steps == [(name, s, s) for name, s in zip(names, (1, 2, 2, 2, 2))]
 
 
+@pytest.mark.parametrize(
+    "callbacks, words",
+    [
+        ([3], "3 has none of the methods on_train_begin, on_step"),
+        ([TensorBoardLike], r"TensorBoardLike is a class. Fix: .*TensorBoardLike\(\)"),
+        (TensorBoardLike(), "must be a list of callbacks"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_the_run(callbacks, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        fit(scheme(), few(), out=tmp_path / "run", progress="none", callbacks=callbacks)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_iterator_of_callbacks_is_read_once():
+    calls = []
+    fit(scheme(), few(100), progress="none", callbacks=(Recorder(c) for c in [calls]))
+    assert [name for name, *_ in calls].count("on_epoch") == 1
+
+
 def test_only_the_first_rank_calls():
     class Rank:
         """Stand-in for the processes of a run."""

@@ -132,7 +132,7 @@ def test_an_unknown_scheme_in_a_run_folder_is_reported(tmp_path, few_images, cap
     edit_config(out, scheme="mine")
     for args in (("evaluate", out), ("sample", out), ("train --resume", out)):
         capsys.readouterr()
-        assert run(*args) == 1
+        assert run(*args) == 2
         assert_one_line(capsys.readouterr().err, "no scheme 'mine'", "beta-vae")
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,7 +105,7 @@ def test_a_gan_resumes_and_averages(few_images, tmp_path, no_pictures):
     averaged = whole["ema"][0]
     assert any(not torch.equal(w, averaged[f"module.{k}"]) for k, w in weights.items())
     edit_config(tmp_path / "half", rule="competitive", weight=None)
-    assert resume(tmp_path / "half", 5) == 1 and run("evaluate", tmp_path / "half") == 1
+    assert resume(tmp_path / "half", 5) == 2 and run("evaluate", tmp_path / "half") == 2
 
 
 @pytest.mark.parametrize(
@@ -240,7 +241,7 @@ def test_another_controller_in_the_config_is_refused(few_images, tmp_path, capsy
     edit_config(out, beta="control:kl=2")
     for command in (("train --resume", out, "--epochs 2"), ("evaluate", out)):
         capsys.readouterr()
-        assert run(*command) == 1
+        assert run(*command) == 2
         assert_one_line(capsys.readouterr().err, "Geco", "ControlVAE")
 
 
@@ -378,14 +379,14 @@ def test_options_and_states_of_other_schemes_are_refused(few_images, tmp_path, c
         assert run(*command) == 2
         assert_one_line(capsys.readouterr().err, f"{name} is not an option of made")
     edit_config(out, scheme="maf", layers=1, alpha=0.1)
-    assert run("evaluate", out) == 1
+    assert run("evaluate", out) == 2
     assert_one_line(capsys.readouterr().err, "maf takes no option")
     options = {k: v for k, v in read_options(out).items() if k not in MADE_ONLY}
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "options": options}))
     for command in (("evaluate", out), ("sample", out), ("train --resume", out, "--epochs 2")):
         capsys.readouterr()
-        assert run(*command) == 1
+        assert run(*command) == 2
         assert_one_line(capsys.readouterr().err, "scheme.model: saved 'MADE', here 'Flow'")
 
 
@@ -514,8 +515,52 @@ def test_a_classifier_every_way(way, few_labeled, few_images, tmp_path, capsys, 
     assert 0 <= found["auroc_confidence"] <= 1
     assert ("auroc" in found) == (way in WITH_TYPICALITY)
     draws = way in WITH_SAMPLES
-    assert run("sample", out, "--n 4") == (0 if draws else 1)
+    assert run("sample", out, "--n 4") == (0 if draws else 2)
     assert (out / "samples.png").exists() == draws
+
+
+@pytest.mark.parametrize("way", ["agreement", "m1+m2"])
+def test_a_classifier_with_a_generator_of_classes_draws_the_class_asked_for(
+    way, few_labeled, tmp_path, capsys, no_pictures
+):
+    out, file = tmp_path / "run", tmp_path / "drawn.npz"
+    args = f"{ASSISTED} {METHOD_WAYS[way]} --out"
+    assert run(*train_args("assisted", few_labeled, args), out) == 0
+    scheme = open_run(out, "cpu").scheme
+    torch.manual_seed(3)
+    noise = torch.randn(64, 2)  # of the first block
+    net = scheme.generator.p_net
+    for more, classes in (("", [0, 1]), ("--class light", [1]), ("--class 0", [0])):
+        drawn = f"sample {out} --n 70 --seed 3 --device cpu --overwrite {more} --out {file}"
+        assert run(*drawn.split()) == 0, capsys.readouterr().err
+        with np.load(file) as found:
+            images, labels = torch.from_numpy(found["arr_0"]).flatten(1), found["arr_1"].tolist()
+        assert labels == (classes * 70)[:70]
+        given = torch.nn.functional.one_hot(torch.tensor(labels[:64]), 2).float()
+        with torch.no_grad():
+            outputs = net.out((net.x(noise) + net.y(given)).relu())
+            if way == "m1+m2":  # the mean, the first half, is that of latents
+                outputs = scheme.features.p_net(outputs[:, :2])
+        assert (255 * outputs.sigmoid() - images[:64]).abs().max() < 0.501
+    assert run("sample", out, "--class cow") == 2
+    assert_one_line(capsys.readouterr().err, "no class 'cow'; there are: dark, light")
+    if way == "m1+m2":  # the latents of its features are of all classes
+        assert run("traverse", out, "--class light") == 2
+        assert_one_line(capsys.readouterr().err, "--class", "belong to no class")
+        assert run("traverse", out, "--data", few_labeled / "unlabeled", "--split train") == 0
+
+
+@pytest.mark.parametrize("way", ["m1", "plain"])
+def test_a_classifier_without_a_generator_of_classes_names_its_method(
+    way, few_labeled, tmp_path, capsys, no_pictures
+):
+    out = tmp_path / "run"
+    args = f"{ASSISTED} {METHOD_WAYS[way]} --out"
+    assert run(*train_args("assisted", few_labeled, args), out) == 0
+    assert run("sample", out, "--class light") == 2
+    summary = METHODS[way].summary
+    assert_one_line(capsys.readouterr().err, f"--method {way} ({summary})", "agreement and m1+m2")
+    assert not (out / "samples.png").exists()
 
 
 def pixel_set(images: Images) -> set[bytes]:
@@ -584,8 +629,8 @@ def test_rare_classes_are_not_lost_to_validation():
         ("--weight -1", 2, "at least 0"),
         ("--weight geco", 2, "needs target"),
         ("--labels some", 2, "a whole number or all"),
-        ("--labels 1", 1, "one label"),
-        ("--labels 1000", 1, "fewer"),
+        ("--labels 1", 2, "one label"),
+        ("--labels 1000", 2, "fewer"),
         ("--labels 20 --holdout 0.01", 2, "for validation"),
         ("--method plain --weight 1", 2, "no assistance"),
         ("--method gamma --dropout 0.1", 2, "noise=…"),
@@ -606,14 +651,14 @@ def test_images_without_classes_and_of_other_shapes_or_classes_are_refused(
     few_images, few_labeled, tmp_path, capsys, no_pictures
 ):
     out = tmp_path / "run"
-    assert run(*train_args("assisted", few_images, f"{ASSISTED} --out"), out) == 1
+    assert run(*train_args("assisted", few_images, f"{ASSISTED} --out"), out) == 2
     assert_one_line(capsys.readouterr().err, "labels")
     args = train_args("assisted", few_labeled, f"{ASSISTED} --method plain --out")
     assert run(*args, out) == 0
     assert run("evaluate", out, "--outside digits") == 2
     assert "the run's are (1, 8, 8)" in capsys.readouterr().err
     edit_config(out, classes=["dark", "bright"])
-    assert run("evaluate", out) == 1
+    assert run("evaluate", out) == 2
     assert "the run learned dark, bright" in capsys.readouterr().err
 
 

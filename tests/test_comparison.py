@@ -6,6 +6,7 @@ Oracles are torchmetrics, clean-fid, and formulas written here with NumPy.
 import json
 import warnings
 
+import click
 import numpy as np
 import pytest
 import scipy.linalg
@@ -13,8 +14,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+import optgen
 from cli_helpers import assert_one_line, run, train_args
-from optgen.cli.compare import as_images
+from optgen.cli.compare import (
+    as_images,
+    format_comparison,
+    measure_samples,
+    read_array,
+)
 from optgen.data.images import Batch
 from optgen.kernel_distance import kid, kid_over_subsets
 from optgen.models.features import (
@@ -23,6 +30,7 @@ from optgen.models.features import (
     compare_features,
     default_features,
     downsampled_pixels,
+    image_batches,
     load_features,
 )
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
@@ -294,6 +302,31 @@ def test_samples_of_a_run_are_compared(runs, capsys, name, options):
         assert fine["fid"] != found["fid"] and fine["bound"] == found["bound"]
 
 
+def test_samples_are_those_of_optgen_sample_whatever_the_chunk(runs, capsys, monkeypatch):
+    asked = (runs / "ddpm", "--k 1 --steps 2 --samples 150 --seed 3")
+    found = evaluated(capsys, *asked)
+    monkeypatch.setattr("optgen.cli.measure.CHUNK", 20)
+    again = evaluated(capsys, *asked)
+    samples = optgen.load(runs / "ddpm", device="cpu").sample(150, seed=3, steps=2)
+    expected = compare(samples.clamp(0, 1), gray(130, 130))
+    for name in MEASURES:
+        assert again[name] == pytest.approx(found[name], rel=1e-12)
+        assert found[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_samples_beyond_black_and_white_are_compared_as_they_are_shown(runs, capsys, monkeypatch):
+    noise = 1.5 * torch.randn(150, 64, generator=generator(0)) + 0.5
+
+    def draw_images(draw, n, seed, labels, chunk):
+        """Yield numbers of which most are out of [0, 1]."""
+        yield from noise[:n].split(40)
+
+    monkeypatch.setattr("optgen.training.drawing.draw_images", draw_images)
+    found = evaluated(capsys, runs / "ddpm", "--k 1 --samples 150")
+    expected = compare(noise.clamp(0, 1).view(-1, 1, 8, 8), gray(130, 130))
+    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-5)
+
+
 def test_a_gan_is_compared_by_default_and_the_others_are_not(runs, capsys):
     found = evaluated(capsys, runs / "feedback-gan")
     assert {*MEASURES, "G", "D"} <= found.keys()
@@ -454,3 +487,73 @@ def test_features_are_collected_from_batches():
     batches = [Batch(x[:4]), (x[4:9], None), x[9:]]
     assert torch.equal(collect_features(batches, downsampled_pixels), x.flatten(1))
     assert default_features(x) is downsampled_pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32, np.float64])
+def test_arrays_of_every_type_and_layout_are_the_same_images(kind, channels):
+    random = np.random.default_rng(channels)
+    pixels = random.integers(0, 256, (4, 5, 6, channels))
+    array = pixels.astype(kind) / kind(255 if kind in (np.float32, np.float64) else 1)
+    array = array.astype(kind)
+    expected = torch.from_numpy(pixels / 255).permute(0, 3, 1, 2)
+    last, first = array, np.moveaxis(array, 3, 1)
+    for given in (last, first, *([array[..., 0]] if channels == 1 else [])):
+        images = as_images(given, (channels, 5, 6), "x")
+        found = torch.cat([*image_batches(images, 3)])
+        assert found.dtype == torch.float32 and images.is_contiguous()
+        assert torch.allclose(found.double(), expected, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.full((2, 4, 4), 1.5),
+        np.full((2, 4, 4), -0.1),
+        np.full((2, 4, 4), np.nan),
+        np.full((2, 4, 4), 256),
+        np.full((2, 4, 4), -1),
+    ],
+)
+def test_numbers_out_of_range_are_no_images(array):
+    with pytest.raises(click.UsageError, match="rescale them"):
+        as_images(array, (1, 4, 4), "x")
+
+
+def test_a_file_holds_one_array_of_images(tmp_path):
+    images, labels = np.zeros((3, 4, 5), np.uint8), np.arange(3)
+    np.savez(tmp_path / "one.npz", pictures=images, labels=labels)
+    assert read_array(tmp_path / "one.npz").shape == (3, 4, 5)
+    np.savez(tmp_path / "two.npz", images + 7, other=images)
+    assert (read_array(tmp_path / "two.npz") == 7).all()
+    np.savez(tmp_path / "many.npz", a=images, b=images)
+    with pytest.raises(click.UsageError, match="must hold one array of images"):
+        read_array(tmp_path / "many.npz")
+
+
+def test_as_many_samples_as_images_by_default():
+    g = generator(0)
+    real = [torch.rand(n, 1, 8, 8, generator=g) for n in (6, 6, 4)]
+    asked = []
+
+    def draw(n):
+        """Return samples in two batches."""
+        asked.append(n)
+        return torch.rand(n, 1, 8, 8, generator=g).split(7)
+
+    for n, expected in ((None, 16), (9, 9)):
+        found = measure_samples(real, draw, n, downsampled_pixels)
+        assert asked.pop() == found["samples"] == expected and found["images"] == 16
+
+
+def test_each_number_of_the_table_is_in_its_column():
+    names = [name for name in MEASURES]
+    result = {"samples": 20, "images": 30, "kid_se": 0.5, "kid_floor_se": 0.25}
+    for i, name in enumerate(names):
+        result |= {name: i + 0.125, f"{name}_floor": i + 0.0625, f"{name}_features": f"f{i}"}
+    rows = [[word for word in line.split("  ") if word] for line in format_comparison(result)[2:]]
+    assert len(rows) == len(names) == 6
+    for i, (name, row) in enumerate(zip(names, rows)):
+        more = (" ± 0.5000", " ± 0.2500") if name == "kid" else ("", "")
+        numbers = [f"{i + 0.125:.4f}{more[0]}", f"{i + 0.0625:.4f}{more[1]}"]
+        assert [word.strip() for word in row] == [name, *numbers, "20 / 30", f"f{i}"]

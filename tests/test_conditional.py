@@ -538,8 +538,8 @@ def test_options_that_need_classes_are_refused_without(pets, tmp_path, capsys):
             assert run(command, folder, "--guidance 2") == 2
             assert_one_line(capsys.readouterr().err, "guidance 2", word)
     edit_config(no_null, classes=["cat"])
-    assert run("sample", no_null) == 1
+    assert run("sample", no_null) == 2
     assert_one_line(capsys.readouterr().err, "classes")
     edit_config(no_null, classes=["cat", "dog", "cow"])
-    assert run("sample", no_null) == 1
+    assert run("sample", no_null) == 2
     assert capsys.readouterr().err.count("\n") == 1

@@ -102,7 +102,7 @@ def test_a_run_needs_no_streams(stream, few_images, tmp_path, monkeypatch, no_pi
         monkeypatch.setattr(sys, name, stream)
     assert train_with_lines(few_images, tmp_path / "run") == 0
     assert epochs_logged(tmp_path / "run") == [1, 2]
-    assert run("train beta-vae --data nowhere") == 1
+    assert run("train beta-vae --data nowhere") == 2
 
 
 @pytest.mark.parametrize("case", FAILURES)
@@ -285,7 +285,7 @@ def test_what_is_no_name_and_no_folder_is_refused(hiding_folder, name, capsys):
     with refuses(repr(name), "pass one of digits, mnist, fashion-mnist"):
         load(name)
     if "\0" not in name:
-        assert run("train beta-vae --epochs 1 --data", Path(name) if name.strip() else "''") == 1
+        assert run("train beta-vae --epochs 1 --data", Path(name) if name.strip() else "''") == 2
         assert_one_line(capsys.readouterr().err, "pass one of digits")
         assert not (hiding_folder / "runs").exists()
 

@@ -174,7 +174,7 @@ def test_a_bad_checkpoint_is_refused_in_one_line(tmp_path, tiny_run, capsys, com
         )
     said = capsys.readouterr().err
     assert (
-        end.value.code == 1
+        end.value.code == 2
         and len(said.splitlines()) == 1
         and DAMAGE[how] in said
         and "checkpoint.pt" in said
@@ -210,7 +210,7 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_run, capsys, wrap):
     for command in (["sample", str(run)], ["evaluate", str(run)], ["train", "--resume", str(run)]):
         with pytest.raises(SystemExit) as end:
             main(command)
-        assert end.value.code == 1 and not (tmp_path / "exploded").exists()
+        assert end.value.code == 2 and not (tmp_path / "exploded").exists()
     capsys.readouterr()
 
 

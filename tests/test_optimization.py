@@ -8,12 +8,14 @@ import json
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import schedulefree
 import torch
 from PIL import Image
 from torch import nn
+from torch.optim import lr_scheduler
 
 from cli_helpers import assert_one_line, read_options, read_state, resume, run, train_args
 from optgen.cli.runs import load_commands, open_run
@@ -24,6 +26,13 @@ from optgen.optim import Adam
 from optgen.rules import RULES, Extragradient
 from optgen.schemes.command import OPTIMIZERS, build_optimizer
 from optgen.testing import generator
+from optgen.training.schedules import (
+    WarmupError,
+    check_schedule_free,
+    check_warmup,
+    find_schedule,
+    learning_rate_factor,
+)
 from optgen.training.trainer import fit
 
 COMMANDS = load_commands()
@@ -215,6 +224,62 @@ def test_a_clip_is_a_positive_number(bad, tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+# the factor of a step, by torch's own schedulers
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+@pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
+def test_factors_are_those_of_torch(name, warmup):
+    steps = 11
+    rest = steps - warmup
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    after = {
+        "constant": lambda: lr_scheduler.ConstantLR(optimizer, 1.0),
+        "linear": lambda: lr_scheduler.PolynomialLR(optimizer, rest, power=1.0),
+        "cosine": lambda: lr_scheduler.CosineAnnealingLR(optimizer, rest),
+    }[name]()
+    expected = []
+    for _ in range(rest):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        after.step()
+    expected = [(i + 1) / warmup for i in range(warmup)] + expected
+    schedule = find_schedule(name)
+    found = [learning_rate_factor(step, steps, schedule, warmup) for step in range(steps)]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_share_of_a_run_is_that_after_the_warmup():
+    seen = []
+    for step in range(10):
+        learning_rate_factor(step, 10, lambda share: seen.append(share) or 1.0, 2)
+    assert seen == pytest.approx([i / 8 for i in range(8)])
+
+
+def test_a_warmup_ends_before_the_run():
+    check_warmup(0, 0)
+    check_warmup(4, 5)
+    for steps in (5, 4):
+        with pytest.raises(WarmupError, match=f"5 steps is as long as the run of {steps}"):
+            check_warmup(5, steps)
+
+
+@pytest.mark.parametrize("schedule, warmup", [("linear", 0), (None, 3), ("cosine", 3)])
+def test_schedule_free_optimizers_have_no_schedule_of_the_run(schedule, warmup):
+    net = nn.Linear(1, 1)
+    free = schedulefree.AdamWScheduleFree(net.parameters())
+    plain = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheme, other = (
+        SimpleNamespace(players={"model": SimpleNamespace(optimizer=o)}) for o in (free, plain)
+    )
+    asked = f"schedule={schedule!r}" if schedule else "warmup=3"
+    with pytest.raises(WarmupError, match=f"'model' is schedule-free and takes no {asked}:"):
+        check_schedule_free(scheme, find_schedule(schedule), warmup)
+    check_schedule_free(other, find_schedule(schedule), warmup)
+    check_schedule_free(scheme, None, 0)
+    check_schedule_free(scheme, lambda share: share, 0)  # a function of one's own
+
+
 # the command line
 
 BAD = {  # options, words of the message
@@ -319,5 +384,5 @@ def test_a_clip_of_another_size_is_another_run(images, tmp_path, capsys):
     config["options"]["clip"] = 0.25
     (out / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
-    assert resume(out, 2) == 1
+    assert resume(out, 2) == 2
     assert_one_line(capsys.readouterr().err, "clip of model: saved 0.5, here 0.25")

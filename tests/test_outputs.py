@@ -16,7 +16,7 @@ from torch import nn
 
 import optgen
 from cli_helpers import assert_one_line, run, train_args
-from optgen.cli.measure import SampleRun
+from optgen.cli.measure import SampleWriter
 from optgen.cli.runs import OpenRun, RunError
 from optgen.models.vae import VAE
 from optgen.schemes.elbo import BetaVAE
@@ -158,7 +158,7 @@ def test_a_folder_is_completed_and_nothing_else_is_mixed_into_it(vae, tmp_path, 
     assert len(kept) == 69
     capsys.readouterr()
     for more, message in (("--seed 1", "other weights, seed"), ("--n 9", "more than the 9")):
-        assert run("sample", vae, f"--n 130 {more} --out", folder) == 1
+        assert run("sample", vae, f"--n 130 {more} --out", folder) == 2
         assert_one_line(capsys.readouterr().err, message)
     assert run("sample", vae, "--n 9 --seed 1 --overwrite --out", folder) == 0
     assert len([*folder.glob("*.png")]) == 9
@@ -178,7 +178,7 @@ def test_an_interrupted_file_leaves_nothing(vae, tmp_path, monkeypatch, capsys):
     assert_one_line(capsys.readouterr().err, "No space left on device")
     assert not [*tmp_path.iterdir()]
     path.write_bytes(b"mine")
-    assert run("sample", vae, "--n 100 --out", path) == 1
+    assert run("sample", vae, "--n 100 --out", path) == 2
     assert_one_line(capsys.readouterr().err, "exists: choose another file, or add --overwrite")
     assert run("sample", vae, "--n 100 --overwrite --out", path) == 1  # fails, and keeps it
     assert path.read_bytes() == b"mine" and len([*tmp_path.iterdir()]) == 1
@@ -212,7 +212,7 @@ def test_a_picture_has_a_column_for_each_class(tmp_path):
         {"classes": ["ape", "cat", "dog"], "shape": [1, 1, 1]}, None, Conditional(), {}
     )
     path = tmp_path / "classes.png"
-    SampleRun(opened, 12, 0, opened.class_cycle(), 64, False, {}).to_picture(path)
+    SampleWriter(opened, 12, 0, opened.class_cycle(), {}, 64).to_picture(path)
     with Image.open(path) as picture:
         assert picture.size == (3 * 3 + 2, 4 * 3 + 2)
         pixels = torch.from_numpy(np.array(picture.convert("L"))).long()
@@ -227,7 +227,7 @@ def test_mistakes_with_samples_are_one_line(vae, tmp_path, capsys):
         (("--out", tmp_path / "x.jpg"), 2, "--out takes a .png file, an .npz file or a folder"),
         (("--class 3",), 2, "trained without classes"),
         (("--chunk 0",), 2, "must be a whole number from 1"),
-        (("--out", tmp_path), 1, "is not empty, and its files are not samples"),
+        (("--out", tmp_path), 2, "is not empty, and its files are not samples"),
     ):
         assert run("sample", vae, *args) == code
         assert_one_line(capsys.readouterr().err, message)
@@ -259,6 +259,27 @@ def test_pictures_of_a_vae(vae, tmp_path, capsys, few_images):
     ):
         assert run(command, vae, more) == 2
         assert_one_line(capsys.readouterr().err, message)
+
+
+def test_images_without_the_classes_of_a_conditional_run_are_one_line(
+    few_images, tmp_path, capsys, no_pictures
+):
+    for i, path in enumerate(sorted(few_images.iterdir())):
+        for folder in (f"two/{'ab'[i % 2]}", f"three/{'abc'[i % 3]}"):
+            (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / folder / path.name).write_bytes(path.read_bytes())
+    out = tmp_path / "run"
+    options = "--conditional --model flat --layers 2 --hidden 8,7 --epochs 1 --out"
+    assert run(*train_args("realnvp", tmp_path / "two", options), out) == 0
+    for picture, data in (
+        ("reconstruct", few_images),
+        ("interpolate", few_images),
+        ("reconstruct --n 50", tmp_path / "three"),
+    ):
+        capsys.readouterr()
+        assert run(*picture.split(), out, "--split train --data", data) == 2
+        assert_one_line(capsys.readouterr().err, "without a class of the run", "a, b")
+    assert run("reconstruct", out, "--split train --data", tmp_path / "two") == 0
 
 
 @pytest.mark.parametrize(
@@ -362,13 +383,13 @@ def test_a_shared_model_is_sampled_and_refused_where_it_was_changed(vae, shared,
         ({"parts": {"beta": {"entries": 3}}}, "damaged"),
     ):
         (copy / "config.json").write_text(json.dumps(config | changed))
-        assert run("sample", copy) == 1
+        assert run("sample", copy) == 2
         assert_one_line(capsys.readouterr().err, message)
         with pytest.raises(ValueError, match=message):
             optgen.from_pretrained(copy)
-    assert run("export", vae, "--to", shared) == 1
+    assert run("export", vae, "--to", shared) == 2
     assert_one_line(capsys.readouterr().err, "holds an exported model", "--overwrite")
-    assert run("export", vae, "--to", vae) == 1
+    assert run("export", vae, "--to", vae) == 2
     assert_one_line(capsys.readouterr().err, "is not empty, and holds no exported model")
 
 
@@ -453,11 +474,20 @@ def test_a_folder_is_uploaded_as_one_commit(hub, shared):
 
 def test_an_upload_that_fails_is_one_line(hub, shared, tmp_path, vae, capsys):
     hub.code = 403
-    assert run("export", vae, "--push user/vae --to", tmp_path / "new") == 1
+    assert run("export", vae, "--push user/vae --to", tmp_path / "new") == 2
     assert_one_line(capsys.readouterr().err, "was not uploaded to user/vae")
     assert (tmp_path / "new/README.md").exists()
     with pytest.raises(CheckpointError, match="can't be read|was not written by optgen"):
         push_to_hub(vae, "user/vae")
+
+
+def test_an_opened_run_is_shown_in_a_line(vae, shared):
+    found = optgen.load(vae, device="cpu")
+    assert (
+        repr(found) == f"OpenRun({str(found.path)!r}, scheme=BetaVAE, epochs={len(found.records)})"
+    )
+    assert "\n" not in repr(optgen.from_pretrained(shared, device="cpu"))
+    assert len(repr(optgen.from_pretrained(shared, device="cpu"))) < 300
 
 
 def test_a_model_comes_from_the_hub(shared, monkeypatch):
@@ -479,6 +509,10 @@ def test_without_the_extra_the_message_says_what_to_install(
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match=r"pip install 'optgen\[hub\]'"):
         optgen.from_pretrained("user/vae")
+    with pytest.raises(ImportError, match="there is no folder user/vae"):
+        optgen.from_pretrained("user/vae")
+    with pytest.raises(RunError, match="nowhere holds no model"):
+        optgen.from_pretrained("./nowhere")
     assert run("export", vae, "--push user/vae --to", tmp_path / "x") == 1
     assert_one_line(capsys.readouterr().err, "pip install 'optgen[hub]'")
 

@@ -159,12 +159,23 @@ def test_the_new_names_of_the_changelog_exist():
         assert hasattr(importlib.import_module(module), last), name
 
 
+def pages() -> list[Path]:
+    """Return the notebooks, in order."""
+    paths = sorted((REPO / "nbs").rglob("*.ipynb"))
+    return [path for path in paths if ".ipynb_checkpoints" not in path.parts]
+
+
+def test_every_page_has_its_own_number():
+    numbers = [path.stem.partition("_")[0] for path in pages()]
+    assert len(numbers) > 100
+    assert sorted(numbers) == sorted(set(numbers))
+
+
 def committed_outputs() -> Iterator[tuple[str, dict]]:
     """Yield the page and each output of the notebooks."""
-    for path in sorted((REPO / "nbs").rglob("*.ipynb")):
-        if ".ipynb_checkpoints" not in path.parts:
-            for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-                yield from ((path.name, output) for output in cell.get("outputs", ()))
+    for path in pages():
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            yield from ((path.name, output) for output in cell.get("outputs", ()))
 
 
 def test_outputs_of_the_pages_have_no_warning_and_no_path_of_a_machine():
@@ -175,3 +186,13 @@ def test_outputs_of_the_pages_have_no_warning_and_no_path_of_a_machine():
         found = somewhere.search("".join(text) + json.dumps(data))
         assert output.get("name") != "stderr", f"{page} shows what was written to stderr: {text}"
         assert not found, f"{page} shows a path of the machine that ran it: {found[0]}"
+
+
+def test_each_run_of_the_readme_has_a_folder_of_its_own():
+    """What is typed in the order of the README never meets the folder of another run."""
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    calls = re.findall(r"fit\((?:[^()]|\([^()]*\))*\)", text)
+    folders = [re.search(r'out="([^"]+)"', call) for call in calls if "resume=" not in call]
+    begun = [found[1] for found in folders if found]
+    begun += re.findall(r"optgen train [^`\n]*--out (\S+)", text)
+    assert len(begun) >= 3 and len(set(begun)) == len(begun), begun

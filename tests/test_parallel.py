@@ -371,7 +371,7 @@ def test_torchrun_on_the_command_line(tmp_path, tiny_run):
 
 
 @pytest.mark.parametrize(
-    "what, code, word", [("usage", 2, "'--epochs'"), ("missing", 1, "nowhere")]
+    "what, code, word", [("usage", 2, "'--epochs'"), ("missing", 2, "nowhere")]
 )
 def test_a_mistake_on_the_command_line_is_reported_once(outcomes, what, code, word):
     said = "".join(outcomes[what]["said"])

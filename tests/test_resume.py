@@ -332,7 +332,7 @@ def test_fewer_epochs_are_refused_by_the_command_line(vae_run, capsys):
     assert run("train --resume", vae_run, "--epochs 3 --progress none") == 0
     before = (vae_run / "config.json").read_bytes()
     capsys.readouterr()
-    assert run("train --resume", vae_run, "--epochs 2 --progress none") == 1
+    assert run("train --resume", vae_run, "--epochs 2 --progress none") == 2
     assert_one_line(capsys.readouterr().err, "epochs=2 is fewer than the 3 that are done")
     assert before == (vae_run / "config.json").read_bytes()
 
@@ -353,7 +353,7 @@ def test_fewer_epochs_are_refused_by_the_command_line(vae_run, capsys):
 def test_a_configuration_that_was_edited_is_refused_by_name(vae_run, capsys, entry, words):
     edit_config(vae_run, **entry)
     capsys.readouterr()
-    assert run("train --resume", vae_run, "--epochs 2 --progress none") == 1
+    assert run("train --resume", vae_run, "--epochs 2 --progress none") == 2
     assert_one_line(capsys.readouterr().err, words)
 
 

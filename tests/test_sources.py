@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import warnings
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import nn
 from torch.utils.data import (
     DataLoader,
     Dataset,
+    DistributedSampler,
     IterableDataset,
     RandomSampler,
     Subset,
@@ -173,10 +175,10 @@ def test_the_number_of_workers_changes_nothing(kind):
 
 
 def test_the_generators_of_the_process_are_left_alone():
-    loaders = [as_loader(LOADERS[kind](0)) for kind in LOADERS]
+    sources = [LOADERS[kind](0) for kind in LOADERS]  # a DataLoader draws its seed when made
     before = torch.get_rng_state(), np.random.get_state()[1], random.getstate()
-    for loader in loaders:
-        list(loader)
+    for source in sources:
+        list(as_loader(source))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1] == before[1]).all() and random.getstate() == before[2]
 
@@ -259,6 +261,23 @@ def test_a_split_and_a_nested_batch_train():
     assert records[2]["step"] == 12
 
 
+def test_a_strided_column_trains_as_its_copy():
+    """Rows of one number, cut from a table, are strided in memory."""
+    table = torch.rand(40, 5, generator=generator(3))
+    losses = []
+    for column in (table[:, 2], table[:, 2].clone(), table.numpy()[:, 2]):
+        slope = nn.Parameter(torch.zeros(()))
+        player = Player([slope], partial(squared_error, slope), torch.optim.SGD([slope], 0.1))
+        losses.append(fit(Game(model=player), column, epochs=2, batch_size=7, progress="none"))
+    numbers = [[record["train"] for record in records] for records in losses]
+    assert numbers[0] == numbers[1] == numbers[2]
+
+
+def squared_error(slope, batch):
+    """Return the mean squared distance of a batch of numbers from `slope`."""
+    return (batch.x - slope).square().mean()
+
+
 def test_vectors_are_validated_logged_and_not_drawn(tmp_path):
     xy = two_moons(300, generator=generator(0))
     s = scheme(GaussianVAE(2, 16, 16, 2, out="linear"))
@@ -336,6 +355,9 @@ def test_numbers_out_of_range_are_an_error_in_any_batch(wrap):
         (DIGITS.images > 3, {}, ("bool", "x.float()")),
         (np.array(["a", "b"]), {}, ("ndarray", "numeric arrays")),
         ((GRAY, DIGITS.labels[:7]), {}, ("230 and 7 rows",)),
+        (GRAY.flatten(1).to_sparse(), {}, ("sparse", "x.to_dense()")),
+        (GRAY.flatten(1).T[3], {}, ("BetaVAE", "expected (B, ...)")),
+        (TensorDataset(GRAY), {"batch": "photo"}, ("batch=", "'photo'", "batch=lambda")),
         ((GRAY, DIGITS.labels, GRAY), {}, ("length 3", "batch=lambda")),
         (TensorDataset(GRAY, GRAY, GRAY), {}, ("length 3", "batch=lambda")),
         (Named(), {}, ("'photo', 'kind', 'file'", "batch=lambda")),
@@ -439,3 +461,127 @@ def test_what_a_loader_says_of_its_epochs_is_so(n, drop_last):
         sizes = [len(batch.x) for batch in loader]
         said = loader.steps, loader.examples, loader.last_batch_size
         assert said == (len(sizes), sum(sizes), sizes[-1]) and loader.shape == (1, 28, 28)
+
+
+# Orders, epochs and options, against torch's own loaders
+
+
+def numbers_of(loader, epochs):
+    """Return the first number of every example, epoch by epoch."""
+    return [torch.cat([batch.x[:, 0] for batch in loader]).tolist() for _ in range(epochs)]
+
+
+NUMBERS = TensorDataset(torch.arange(20.0)[:, None])
+
+
+@pytest.mark.parametrize("kind", ["separate", "stream"])
+def test_epochs_and_seeds_have_orders_of_their_own(kind):
+    """A shuffled loader without a generator is seeded by the run, an iterable one too."""
+
+    class Shuffled(IterableDataset):
+        def __iter__(self):
+            return iter(torch.randperm(20).float()[:, None])
+
+    data = NUMBERS if kind == "separate" else Shuffled()
+    orders = []
+    for seed in (0, 1):
+        loader = as_loader(DataLoader(data, 6, shuffle=kind == "separate" or None), seed=seed)
+        orders += numbers_of(loader, 3)
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 6
+
+
+class Mine(DataLoader):
+    """A loader with a reading of its own, which is not taken apart."""
+
+    def __iter__(self):
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("kind", [DataLoader, Mine])
+def test_a_distributed_sampler_has_the_orders_of_its_epochs(kind):
+    own, given = (DistributedSampler(NUMBERS, 2, rank=1, shuffle=True, seed=3) for _ in range(2))
+    expected = []
+    for epoch in range(3):
+        own.set_epoch(epoch)
+        expected.append([float(i) for i in own])
+    assert numbers_of(as_loader(kind(NUMBERS, 4, sampler=given)), 3) == expected
+
+
+@pytest.mark.parametrize("stop", [2, 6])
+def test_a_sampler_and_a_loader_with_generators_of_their_own_go_on(stop):
+    """The loader's generator is not the sampler's, and is moved once an epoch too."""
+
+    def make():
+        random = sampled(NUMBERS, 3)
+        return as_loader(DataLoader(NUMBERS, 5, sampler=random, generator=generator(8)))
+
+    whole = read(make, 9)
+    torch.testing.assert_close(read(make, 9, [stop]), whole, rtol=0, atol=0)
+
+
+class LateDrift(IterableDataset):
+    """Numbers of which one is another one at each reading."""
+
+    def __init__(self, place):
+        self.place, self.readings = place, 0
+
+    def __iter__(self):
+        self.readings += 1
+        for i in range(6):
+            yield torch.tensor([float(i) + (i == self.place) * 0.5 * self.readings])
+
+
+@pytest.mark.filterwarnings("always")
+@pytest.mark.parametrize("place, is_noticed", [(0, True), (2, True), (5, False)])
+def test_the_first_and_the_last_batch_that_are_read_again_are_compared(place, is_noticed):
+    data = LateDrift(place)
+    loader, resumed = (as_loader(DataLoader(data, 1)) for _ in range(2))
+    batches = iter(loader)
+    for _ in range(3):
+        next(batches)
+    resumed.load_state_dict(loader.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rest = torch.cat([batch.x for batch in resumed]).flatten()
+    assert rest[:2].tolist() == [3, 4] and len(rest) == 3
+    again = [w for w in caught if "does not give the same batches again" in str(w.message)]
+    assert len(again) == is_noticed
+
+
+def test_options_of_tensors_and_data_sets_hold():
+    x = torch.arange(20.0)[:, None]
+    for data in (x, NUMBERS):
+        orders = [numbers_of(as_loader(data, 6, seed=seed), 1)[0] for seed in (0, 0, 1)]
+        assert orders[0] == orders[1] != orders[2]
+        assert len(numbers_of(as_loader(data, 6, drop_last=True), 1)[0]) == 18
+        assert numbers_of(as_loader(data, 6, shuffle=False), 2) == [list(range(20))] * 2
+        one, other = as_loader(data, 6, seed=0), as_loader(data, 6, seed=1)
+        with refuses("belongs to another loader", "seed: saved 0"):
+            other.load_state_dict(one.state_dict())
+    stream = [len(batch.x) for batch in as_loader(Stream(), 16, drop_last=True)]
+    assert stream == [16] * 3
+    transformed = [
+        torch.cat([batch.x for batch in as_loader(Noisy(), 50, shuffle=False, seed=seed)])
+        for seed in (0, 0, 1)
+    ]
+    assert torch.equal(*transformed[:2]) and (transformed[0] != transformed[2])[:, 1:].any()
+    assert torch.equal(transformed[0][:, 0], transformed[2][:, 0])
+
+
+def test_what_a_scheme_sees_of_tensors():
+    x = torch.rand(8, 3, generator=generator(0))
+    assert torch.equal(as_loader((x, torch.arange(8))).data.labels, torch.arange(8))
+    for y in (x, torch.arange(16).view(8, 2), torch.arange(8).int()):  # targets, not labels
+        assert as_loader((x, y)).data.labels is None
+    flat = as_loader(DIGITS.images[:, 0], 230, shuffle=False)
+    assert torch.equal(next(iter(flat)).x, DIGITS.images / 255)
+    tokens = torch.randint(5, (8, 7), generator=generator(0))
+    assert next(iter(as_loader(tokens, 8, shuffle=False))).x.tolist() == tokens.tolist()
+    for wrong in (torch.arange(8), torch.arange(16).view(4, 2, 2)):
+        with refuses("int64 tokens (N, T)"):
+            as_loader(wrong)
+    with refuses("flip=True", "floats"):
+        as_loader(x, flip=True)
+    with refuses("8 and 7 rows"):
+        as_loader((x, torch.arange(7)))

@@ -417,5 +417,5 @@ def test_a_run_before_the_trackers_resumes(few_images, tmp_path, capsys):
         config["options"]["track"] = bad
         (out / "config.json").write_text(json.dumps(config))
         capsys.readouterr()
-        assert run("train --resume", out, "--epochs 3 --progress none") == 1
+        assert run("train --resume", out, "--epochs 3 --progress none") == 2
         assert_one_line(capsys.readouterr().err, "track")

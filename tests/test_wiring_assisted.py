@@ -526,6 +526,34 @@ def test_samples_come_from_the_generative_half():
     assert make(classifier=Net()).sample(5) is None
 
 
+@pytest.mark.parametrize("with_features", [False, True])
+def test_samples_are_of_the_classes_asked_for(with_features):
+    torch.manual_seed(10)
+    if with_features:
+        scheme, _, joint, vae = m1_m2()
+    else:
+        joint = ConditionalVAE(6, CLASSES, 3, 5)
+        scheme = make(classifier=Net(), generator=joint)
+    assert scheme.conditional and scheme.n_classes == CLASSES
+    asked = torch.tensor([2, 2, 0, 1, 2, 0])
+    torch.manual_seed(4)
+    found = scheme.sample(6, labels=asked)
+    torch.manual_seed(4)
+    hidden = joint.p_net.x(torch.randn(6, 3, dtype=F64)) + joint.p_net.y(one_hot(asked, 3).double())
+    out = joint.p_net.out(hidden.relu())
+    expected = vae.p_net(out[:, :2]).sigmoid() if with_features else out.sigmoid()
+    assert torch.allclose(found, expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="Assisted"):
+        scheme.sample(2, labels=torch.tensor([0, CLASSES]))
+
+
+def test_a_method_without_a_generator_of_classes_takes_no_labels():
+    for scheme in (make(classifier=Net(2), features=VAE(6, 5, 4, 2)), make(classifier=Net())):
+        assert not scheme.conditional and scheme.n_classes == 0
+        with pytest.raises(ValueError, match="labels go with a conditional model"):
+            scheme.sample(2, labels=torch.tensor([0, 1]))
+
+
 # The networks of each method
 
 PLAN = {"z_dim": 4, "units": 9, "dropout": 0.25, "noise": 0.7, "x_mean": torch.full((6,), 0.2)}

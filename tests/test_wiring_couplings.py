@@ -173,13 +173,13 @@ def test_agreement_is_the_divergence_of_classifier_and_generator(to, kind):
     torch.testing.assert_close(typical, bounds.exp().sum(1).log())
 
 
-def test_samples_of_agreement_are_of_class_after_class():
+def test_samples_of_agreement_are_of_the_classes_asked_for():
     vae = randomized(ConditionalVAE(D, K, Z, 5))
+    classes = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     torch.manual_seed(3)
-    drawn = Agreement().sample(vae, 7)
+    drawn = Agreement().sample(vae, 7, classes)
     torch.manual_seed(3)
     z = torch.randn(7, Z, dtype=F64)
-    classes = torch.tensor([0, 1, 2, 0, 1, 2, 0])
     torch.testing.assert_close(drawn, vae.decoder(z, classes))
 
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NOT_KEPT', 'ImageSize', 'image_options', 'data_options', 'ScheduleName', 'schedule_options', 'optimizer_options',
-           'run_options', 'progress_option', 'train_params', 'read_option', 'read_value', 'read_options']
+           'run_options', 'progress_option', 'seed_option', 'train_params', 'read_option', 'read_value', 'read_options']
 
 # %% ../../nbs/40_training/43d_options.ipynb #43d00002
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -220,6 +220,16 @@ def progress_option() -> click.Option:
     names = click.Choice(["bar", "lines", "none"])
     text = "How progress is shown.  [default: a bar on a terminal, else lines]"
     return click.Option(["--progress"], type=names, help=text)
+
+
+def seed_option(help: str) -> Callable[[Callable], Callable]:
+    """Return the decorator of the option of the seed of samples or of a measurement.
+
+    Args:
+        help: its line of help.
+    """
+    kind = WholeNumber(0, 2**63 - 1)
+    return click.option("--seed", type=kind, default=0, show_default=True, help=help)
 
 # %% ../../nbs/40_training/43d_options.ipynb #43d00006
 def train_params(command: "SchemeCommand") -> list[click.Option]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from optgen.games import Game
     from optgen.schemes.command import SchemeCommand
+from ..options import InputError
 
 # %% ../../nbs/40_training/43a_runs.ipynb #5e2420cf
 def load_entry_point(entry: EntryPoint) -> "SchemeCommand | None":
@@ -75,11 +76,11 @@ def find_command(scheme: str) -> "SchemeCommand":
     """Return the command of a scheme that a run folder names.
 
     Raises:
-        click.ClickException: for a scheme that is not installed.
+        InputError: for a scheme that is not installed.
     """
     commands = load_commands()
     if scheme not in commands:
-        raise click.ClickException(
+        raise InputError(
             f"no scheme {scheme!r}; there are: {', '.join(commands)}. "
             "If a package of its own brings it, install that package"
         )
@@ -125,20 +126,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return the configuration of a run folder.
 
     Raises:
-        click.ClickException: where there is none, it cannot be read, or `optgen train` did not
+        InputError: where there is none, it cannot be read, or `optgen train` did not
             write it.
     """
     from optgen.training.folder import read_json_object
 
     path = folder / "config.json"
     if not path.is_file():
-        raise click.ClickException(
+        raise InputError(
             f"{folder} is not a run folder: it has no config.json; "
             f"make one with: optgen train beta-vae --out {folder}"
         )
     config = read_json_object(path)
     if not {"scheme", "options"} <= config.keys():
-        raise click.ClickException(
+        raise InputError(
             f"{folder} was not made by optgen train but by fit: "
             f"resume it with fit(..., out={str(folder)!r}, resume=True), or open it with "
             f"optgen.load({str(folder)!r}, scheme)"
@@ -146,7 +147,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         return config | read_entries(config)
     except ValueError as error:
-        raise click.ClickException(
+        raise InputError(
             f"{path} was not written by optgen train, or was changed: {error}"
         ) from None
 
@@ -159,7 +160,7 @@ def read_entries(config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: names the entry that is missing or wrong.
-        click.ClickException: for a scheme that is not installed.
+        InputError: for a scheme that is not installed.
     """
     scheme, epochs, shape = (config.get(name) for name in ("scheme", "epochs", "shape"))
     if not isinstance(scheme, str):
@@ -197,6 +198,11 @@ class OpenRun:
     records: list[dict[str, Any]] = field(default_factory=list)
     path: Path | None = None
 
+    def __repr__(self) -> str:
+        """Return its file, its scheme and the number of epochs in a line, without the weights."""
+        scheme, epochs = type(self.scheme).__name__, self.state.get("epoch", len(self.records))
+        return f"OpenRun({str(self.path)!r}, scheme={scheme}, epochs={epochs})"
+
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes of a conditional scheme, None for any other."""
@@ -219,10 +225,13 @@ class OpenRun:
         """
         import torch
 
+        from optgen.schemes.command import SchemeCommand
+
         classes = self.classes
         if classes is None:
             if name is not None:
-                raise ValueError("the run was trained without classes: there is none to choose")
+                command = self.command or SchemeCommand()
+                raise ValueError(command.explain_no_classes(self.config.get("options", {})))
             return None
         numbers = [str(i) for i in range(len(classes))]
         if name is not None and name not in (*classes, *numbers):
@@ -360,7 +369,7 @@ def build_again(config: Mapping[str, Any], command: "SchemeCommand", path: Path)
         path: of the configuration, for the message.
 
     Raises:
-        click.ClickException: if the options do not make a scheme.
+        InputError: if the options do not make a scheme.
     """
     import torch
 
@@ -368,10 +377,10 @@ def build_again(config: Mapping[str, Any], command: "SchemeCommand", path: Path)
         with torch.random.fork_rng(devices=()):
             return command.build(config["options"], tuple(config["shape"]))
     except click.ClickException as error:
-        raise click.ClickException(f"{path}: {error.format_message()}") from None
+        raise InputError(f"{path}: {error.format_message()}") from None
     except (KeyError, TypeError, ValueError) as error:
         reason = f"there is no option {error}" if isinstance(error, KeyError) else error
-        raise click.ClickException(f"{path}: {reason}") from None
+        raise InputError(f"{path}: {reason}") from None
 
 
 def weights_path(folder: Path, which: str) -> Path:
@@ -400,7 +409,7 @@ def open_run(
         averaged: as in `load`.
 
     Raises:
-        click.ClickException: where the folder, its configuration and its checkpoint do not fit.
+        InputError: where the folder, its configuration and its checkpoint do not fit.
         CheckpointError: for a checkpoint that is missing or damaged.
     """
     from optgen.training import sharing

@@ -20,7 +20,7 @@ from ..controllers import CONTROLLERS, build_controller
 from ..data.images import Batch, Images, ImageSet
 from ..data.loading import balanced_indices
 from ..models.classifier import Classifier
-from ..options import RealNumber
+from ..options import InputError, RealNumber
 from ..registry import Entry, parse_spec, read_json
 from .assisted import Assisted, Balanced
 from .classes import check_same_classes, class_names
@@ -334,15 +334,23 @@ class AssistedCommand(SchemeCommand):
         result = scheme.evaluate(batches, outside, seed, diagram)
         return result | {"diagram": str(diagram)}
 
+    def explain_no_classes(self, options: dict[str, Any]) -> str:
+        """Return the method, which has no generator of classes; argument as the parent's."""
+        name = options["method"].partition(":")[0]
+        return (
+            f"--method {name} ({METHODS[name].summary}) draws no class of choice; "
+            "of the methods, agreement and m1+m2 do"
+        )
+
     def sample(self, scheme: Assisted, n: int, **given: Any) -> Tensor:
         """Draw new images from the generative half.
 
         Raises:
-            click.ClickException: for a method without a generator of images.
+            InputError: for a method without a generator of images.
         """
-        images = scheme.sample(n)
+        images = scheme.sample(n, **given)
         if images is None:
-            raise click.ClickException(
+            raise InputError(
                 "there is nothing to draw from: of the methods, agreement, m1 and m1+m2 have "
                 "a generator of images"
             )

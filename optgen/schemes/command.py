@@ -326,6 +326,14 @@ class SchemeCommand:
         """Return the names that `optgen list` shows for this scheme: title -> name -> help."""
         return {}
 
+    def explain_no_classes(self, options: dict[str, Any]) -> str:
+        """Return why no class can be chosen of a run whose scheme is not conditional.
+
+        Args:
+            options: options of the training.
+        """
+        return "the run was trained without classes: there is none to choose"
+
     def describe_pixels(self, options: dict[str, Any]) -> str | None:
         """Describe the pixels on which a likelihood is measured; None without a likelihood.
 
@@ -352,9 +360,10 @@ class SchemeCommand:
             **given: values of the options of `evaluate_options`.
 
         Returns:
-            Numbers by name, ready for JSON.
+            Numbers by name, ready for JSON; the first is `k` where this is an option.
         """
-        return scheme.evaluate(batches, seed=seed, **given)
+        number = {"k": given["k"]} if "k" in given else {}
+        return number | scheme.evaluate(batches, seed=seed, **given)
 
     def at_sample_levels(
         self, options: dict[str, Any], x: torch.Tensor, generator: torch.Generator

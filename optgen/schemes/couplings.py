@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECEIVERS', 'DIVERGENCES', 'AssistedBatch', 'LossTerms', 'detach_all', 'Coupling', 'NoCoupling', 'check_parts',
-           'kl_of_log_probs', 'divergence', 'Agreement', 'Reconstruction', 'Denoising']
+           'check_labeled', 'repeated_permutation', 'kl_of_log_probs', 'divergence', 'Agreement', 'Reconstruction',
+           'Denoising']
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #c0a10002
 import math
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..controllers import Controller
+from ..data.images import DataError, ImageSet
 from ..limits import check_model, check_single_tensor
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #a5510006
@@ -136,8 +138,20 @@ class Coupling:
         """
         return None
 
-    def sample(self, generator: nn.Module | None, n: int) -> Tensor | None:
-        """Return `n` images of the generator, class after class; None where it has none."""
+    def count_drawn_classes(self, generator: nn.Module | None) -> int:
+        """Return the number of classes that `sample` draws; 0 where none can be chosen."""
+        return 0
+
+    def sample(
+        self, generator: nn.Module | None, n: int, labels: Tensor | None = None
+    ) -> Tensor | None:
+        """Return images of the generator; None where it has none.
+
+        Args:
+            generator: the generator.
+            n: number of images.
+            labels: (n,) int64, on the generator's device; None where no class can be chosen.
+        """
         return None
 
     def pass_gradient(self, x: Tensor, player: str) -> Tensor:
@@ -208,6 +222,37 @@ def check_parts(
             f"{type(weight).__name__} is of the latents or the variance of a VAE, "
             "and no weight of an assistance"
         )
+
+
+def check_labeled(labeled: ImageSet | None) -> None:
+    """Check that labeled images are held in memory and have labels.
+
+    Args:
+        labeled: the images; None passes.
+
+    Raises:
+        DataError: if they are streamed, none, or without labels.
+    """
+    if labeled is None:
+        return
+    if labeled.streamed:
+        raise DataError.with_fix(
+            labeled.name, "the labeled images lie on disk", "pass labeled.to_memory()"
+        )
+    if not len(labeled):
+        raise DataError.with_fix(labeled.name, "no labeled images", "choose one a class at least")
+    if labeled.labels is None or (labeled.labels < 0).any():
+        raise DataError.with_fix(
+            labeled.name,
+            "labeled images have no labels",
+            "put the images of each class in a folder of its own, and choose with balanced_indices",
+        )
+
+
+def repeated_permutation(n: int, length: int, device: torch.device) -> Tensor:
+    """Return random indices of `n` examples, (length,): all once before any twice."""
+    orders = [torch.randperm(n, device=device) for _ in range(-(-length // n))]
+    return torch.cat(orders)[:length]
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #a5510007
 DIVERGENCES = ("classifier", "generator", "jensen-shannon")
@@ -285,11 +330,15 @@ class Agreement(Coupling):
         """Return the generator's bound of the log-likelihood, (B,) nats."""
         return generator.bound(x, eps=eps).logsumexp(-1)
 
-    def sample(self, generator: nn.Module, n: int) -> Tensor:
-        """Return `n` images of the generator, class after class."""
+    def count_drawn_classes(self, generator: nn.Module) -> int:
+        """Return the number of the generator's classes."""
+        return len(generator.log_prior)
+
+    def sample(self, generator: nn.Module, n: int, labels: Tensor) -> Tensor:
+        """Return `n` images of the generator, each of its class in `labels`."""
         like = generator.log_prior
         z = torch.randn(n, generator.z_dim, dtype=like.dtype, device=like.device)
-        return generator.decoder(z, torch.arange(n, device=like.device) % len(like))
+        return generator.decoder(z, labels)
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #06a2ec68
 class Reconstruction(Coupling):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import check_choice, check_number
+from ..data.expectations import BatchCheck, expectation_of
 from ..data.images import Batch
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
@@ -32,13 +33,12 @@ from optgen.models.schedules import (
     training_target,
 )
 from ..optim import Adam
-from .classes import sample_labels
+from .classes import class_counter, sample_labels
 from optgen.schemes.guidance import (
     check_sampling,
     count_model_classes,
     drop_labels,
     guided_denoiser,
-    make_batch_check,
 )
 from optgen.schemes.levels import (
     WEIGHTS,
@@ -125,7 +125,9 @@ class DenoisingDiffusion(Game):
         self.coupling, self.conditional, self.pixels = coupling, conditional, pixels
         self.label_dropout, self.last_levels, self.levels_of_step = label_dropout, None, []
         self.n_classes = count_model_classes(model) if conditional else 0
-        self.batch_check = make_batch_check(model, pixels, conditional)
+        expected = expectation_of(model, "levels" if pixels else "finite", conditional)
+        counter = class_counter(self.n_classes)
+        self.batch_check = BatchCheck("DenoisingDiffusion", expected, counter)
         pair = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
         players = {"model": Player(model, self.loss, pair[0] or Adam(model.parameters(), lr=1e-3))}
         if uncertainty is not None:

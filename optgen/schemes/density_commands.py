@@ -215,17 +215,6 @@ class FlowCommand(SchemeCommand):
         """Return the preprocessing in words, as a record of an evaluation names it."""
         return "gray, dequantized: an upper bound of 256 levels"
 
-    def evaluate(
-        self,
-        scheme: "MaximumLikelihood",
-        context: EvaluationContext,
-        batches: Iterable[Batch],
-        seed: int,
-        **given: Any,
-    ) -> dict[str, Any]:
-        """Measure the k-sample bound of the likelihood; arguments as `SchemeCommand.evaluate`'s."""
-        return {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **given)
-
 # %% ../../nbs/30_schemes/33a_density_commands.ipynb #19feed20
 class RealNVPCommand(ConditionalCommand, FlowCommand):
     """The command `optgen train realnvp`."""
@@ -310,11 +299,10 @@ class RealNVPCommand(ConditionalCommand, FlowCommand):
         **given: Any,
     ) -> dict[str, Any]:
         """Measure the bound, and a conditional run's classes too."""
-        if not scheme.conditional:
-            return super().evaluate(scheme, context, batches, seed, k=given["k"])
-        check_same_classes(context.images, context.options["classes"])
+        if scheme.conditional:
+            check_same_classes(context.images, context.options["classes"])
         measured = super().evaluate(scheme, context, batches, seed, k=given["k"])
-        if given["bayes"]:
+        if scheme.conditional and given["bayes"]:
             again = context.load_batches(context.options["data"], context.split, 0.1)()
             measured |= evaluate_bayes(scheme, again, seed, given["k"])
         return measured | self.measure_classes(scheme, context, seed, given["class_samples"])

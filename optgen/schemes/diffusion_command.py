@@ -225,7 +225,7 @@ class DiffusionCommand(ConditionalCommand):
         if scheme.conditional:
             check_same_classes(context.images, context.options["classes"])
         asked = {name: number for name, number in given.items() if number is not None}
-        measured = {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **asked)
+        measured = super().evaluate(scheme, context, batches, seed, **asked)
         if scheme.conditional:
             measured["guidance"] = guidance
             settings = {"guidance": guidance, "steps": given["fid_steps"] or 18}

@@ -31,7 +31,6 @@ from ..models.vae import VAE, ConvVAE, GaussianVAE
 from ..optim import Adam
 from ..registry import Registry, parse_spec, read_json
 from optgen.schemes.command import (
-    EvaluationContext,
     SchemeCommand,
     build_checked,
     build_optimizer,
@@ -572,17 +571,6 @@ class BetaVAECommand(SchemeCommand):
             return "gray"
         gray = options["binarize"] == "none"
         return "gray: a score, not a likelihood" if gray else "binarized once"
-
-    def evaluate(
-        self,
-        scheme: "BetaVAE",
-        context: EvaluationContext,
-        batches: Iterable[Batch],
-        seed: int,
-        **given: Any,
-    ) -> dict[str, Any]:
-        """Measure the bound, its parts, the likelihood by k samples and the use of the latents."""
-        return {"k": given["k"]} | scheme.evaluate(batches, seed=seed, **given)
 
     def listings(self) -> dict[str, dict[str, str]]:
         """Return the controllers of β and the ways of inference."""

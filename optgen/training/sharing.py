@@ -290,7 +290,10 @@ def download_pretrained(repo_id: str, revision: str | None = None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ImportError("huggingface_hub is not installed: pip install 'optgen[hub]'") from None
+        raise ImportError(
+            f"there is no folder {repo_id}, and a model of that name on the Hub needs "
+            "huggingface_hub: pip install 'optgen[hub]'"
+        ) from None
     try:
         found = snapshot_download(
             repo_id, revision=revision, allow_patterns=["config.json", WEIGHTS]
