@@ -245,6 +245,11 @@ class TorchCompatibleOptimizer(Optimizer):
         option_ranges: (smallest, upper bound) of every number among the options.
     """
 
+    # PyTorch imports torch._dynamo, which takes a second, where these are first called: it keeps
+    # torch.compile out of them. They are never compiled.
+    state_dict = inspect.unwrap(Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
+
     counts_steps = False
     option_ranges = {
         "lr": (0, math.inf),
@@ -307,7 +312,7 @@ class TorchCompatibleOptimizer(Optimizer):
         self.check_group(group)
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].reshape(())
-        super().add_param_group(group)
+        inspect.unwrap(Optimizer.add_param_group)(self, group)
         others = [x for x in group["params"] if not x.is_floating_point()]
         others += [x for x in group["params"] if x.device.type not in FUSED_DEVICES]
         if group.get("fused") and others:

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from .images import DataError, DataWarning
 
@@ -99,11 +99,11 @@ def _read_header(image: Image.Image) -> _Header:
 
 def _keep_upper_bytes(image: Image.Image) -> Image.Image:
     """Return a gray picture of 16 bits in 8; its transparent gray becomes an alpha channel."""
-    values = pil_to_tensor(image.convert("I"))
-    upper = to_pil_image((values >> 8).to(torch.uint8))
+    values = np.asarray(image.convert("I"))
+    upper = Image.fromarray((values >> 8).astype(np.uint8))
     if "transparency" in image.info:
         opaque = values != image.info["transparency"]
-        upper.putalpha(to_pil_image(255 * opaque.to(torch.uint8)))
+        upper.putalpha(Image.fromarray(255 * opaque.astype(np.uint8)))
     return upper
 
 
@@ -175,7 +175,8 @@ def read_image(
     check_resize(resize)
     if channels not in (None, 1, 3):
         raise DataError.with_fix(f"channels={channels}", "expected 1, 3 or None", "pass one")
-    return pil_to_tensor(resize_image(decode_image(file, channels), sides, resize))
+    pixels = np.array(resize_image(decode_image(file, channels), sides, resize))
+    return torch.from_numpy(np.atleast_3d(pixels)).permute(2, 0, 1).contiguous()
 
 # %% ../../nbs/00_foundations/05a_decoding.ipynb #05a00012
 def find_unreadable(files: Sequence[Path]) -> dict[Path, DataError]:
