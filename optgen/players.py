@@ -312,7 +312,7 @@ class Player:
                     "becomes a player"
                 )
         check_optimizer_owns(optimizer, params)
-        self.last_tensors = list(params.values())
+        self.last_params = params
         self.restore_training_weights()
 
     def named_tensors(self) -> Iterable[tuple[str, Tensor]]:
@@ -356,9 +356,9 @@ class Player:
         check_optimizer_owns(self.optimizer, params, f"player {name!r}")
         for p in optimized_tensors(self.optimizer):
             p.grad = None  # The new gradients reuse the memory of the old.
-        before, self.last_tensors = self.last_tensors, list(params.values())
+        before, self.last_params = self.last_params, params
         self.held = params
-        pairs = zip(before, self.last_tensors)
+        pairs = zip(before.values(), params.values())
         return len(before) != len(params) or any(p is not q for p, q in pairs)
 
     def check_still_frozen(self, name: str) -> None:
@@ -477,7 +477,7 @@ class Player:
                     self.tensors[name].copy_(w)
         self.optimizer.load_state_dict(state["optimizer"])
         self.restore_training_weights()
-        self.last_tensors = list(self.params.values())
+        self.last_params = self.params
 
 
 def weight_shapes(state: dict[str, dict]) -> dict[str, tuple[int, ...]]:
