@@ -58,14 +58,21 @@ def supports_foreach(group: dict[str, Any]) -> bool:
     if group["differentiable"]:
         return False
     for name, option in group.items():
-        values = option if isinstance(option, (tuple, list)) else (option,)
-        if name not in ("params", "lr") and any(isinstance(value, Tensor) for value in values):
+        if name in ("params", "lr"):
+            continue
+        if isinstance(option, Tensor):
+            return False
+        if isinstance(option, (tuple, list)) and any(isinstance(x, Tensor) for x in option):
             return False
     return True
 
 
-FUSED_DEVICES = ("cpu", "cuda")
 PLAIN_TYPES = (Tensor, Parameter)
+
+
+def has_fused_device(param: Tensor) -> bool:
+    """Return whether PyTorch's fused kernels run where a parameter is."""
+    return param.is_cpu or param.is_cuda
 
 
 def have_one_dense_layout(tensors: list[Tensor]) -> bool:
@@ -74,11 +81,14 @@ def have_one_dense_layout(tensors: list[Tensor]) -> bool:
     Args:
         tensors: of one shape.
     """
-    if all(x.is_contiguous() for x in tensors):
-        return True
     first = tensors[0]
-    is_dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-    return is_dense and all(x.stride() == first.stride() for x in tensors)
+    if not first.is_contiguous():
+        is_dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+        return is_dense and all(x.stride() == first.stride() for x in tensors)
+    for x in tensors:
+        if not x.is_contiguous():
+            return False
+    return True
 
 
 def supports_fused(param: Tensor, state: list[Tensor]) -> bool:
@@ -93,7 +103,7 @@ def supports_fused(param: Tensor, state: list[Tensor]) -> bool:
     """
     return (
         type(param) in PLAIN_TYPES
-        and param.device.type in FUSED_DEVICES
+        and has_fused_device(param)
         and param.is_floating_point()
         and param.grad.dtype == param.dtype
         and have_one_dense_layout([param, param.grad, *state])
@@ -313,12 +323,11 @@ class TorchCompatibleOptimizer(Optimizer):
         if isinstance(group["lr"], Tensor):
             group["lr"] = group["lr"].reshape(())
         inspect.unwrap(Optimizer.add_param_group)(self, group)
-        others = [x for x in group["params"] if not x.is_floating_point()]
-        others += [x for x in group["params"] if x.device.type not in FUSED_DEVICES]
+        others = [x for x in group["params"] if not (x.is_floating_point() and has_fused_device(x))]
         if group.get("fused") and others:
             self.param_groups.pop()
             raise ValueError(
-                f"{type(self).__name__}: fused=True needs real parameters on {FUSED_DEVICES}, got "
+                f"{type(self).__name__}: fused=True needs real parameters on cpu or cuda, got "
                 f"{others[0].dtype} on {others[0].device}: leave fused=None"
             )
 
@@ -460,7 +469,8 @@ def apply_fused_step(
             state[name] = torch.zeros_like(param)
     if optimizer.counts_steps:
         lists["t"] = [state["step"] for state in states]
-        torch._foreach_add_(lists["t"], 1)
+        one = torch.ones((), dtype=torch.float32, device=params[0].device)
+        torch._foreach_add_(lists["t"], one, alpha=1)  # a number would become a tensor each time
     for name, symbol in symbols.items():
         lists[symbol] = [state[name] for state in states]
     optimizer.fused_step(group, params, [param.grad for param in params], is_first, **lists)
@@ -614,10 +624,11 @@ class Descent(TorchCompatibleOptimizer):
             TypeError: for a sparse gradient.
         """
         names = self.state_symbols(group).keys()
-        use_lists = group["foreach"] is not False and supports_foreach(group)
+        lists_are_legal = supports_foreach(group)
+        use_lists = lists_are_legal and group["foreach"] is not False
         several_passes = names or group["maximize"] or has_coupled_weight_decay(group)
         cut_lists = several_passes and not torch.compiler.is_compiling()
-        use_fused = self.wants_fused(group)
+        use_fused = lists_are_legal and self.prefers_fused(group)
         alone, lists, host_elements = [], {}, 0
         for param in group["params"]:
             if param.grad is None:
@@ -625,7 +636,7 @@ class Descent(TorchCompatibleOptimizer):
             check_dense_gradient(type(self).__name__, param)
             state = self.state[param] if names or self.counts_steps else {}
             has_state = names <= state.keys()
-            if use_fused and supports_fused(param, [state[k] for k in names & state.keys()]):
+            if use_fused and supports_fused(param, [state[k] for k in names if k in state]):
                 key = apply_fused_step, param.device, param.dtype, has_state
             elif use_lists and has_state and (group["foreach"] or type(param) in PLAIN_TYPES):
                 if cut_lists and param.is_cpu:
@@ -640,12 +651,11 @@ class Descent(TorchCompatibleOptimizer):
             states.append(state)
         return alone, [(key[0], *members) for key, members in lists.items()]
 
-    def wants_fused(self, group: dict[str, Any]) -> bool:
-        """Return whether a group steps by the fused kernel where a parameter allows it."""
+    def prefers_fused(self, group: dict[str, Any]) -> bool:
+        """Return whether a group that can step in lists does so by the fused kernel."""
         return (
             self.has_fused_kernel
             and group["fused"] is not False
             and group["foreach"] is None
-            and supports_foreach(group)
             and not torch.compiler.is_compiling()
         )

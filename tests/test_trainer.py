@@ -204,3 +204,79 @@ def test_a_weight_that_its_update_made_infinite_ends_the_run(tmp_path):
     with pytest.raises(NonFinite, match=r"step 4: the parameter '1.weight' of player 'net'"):
         fit(game, few(40), batch_size=10, out=tmp_path / "run", progress="none")
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def dead_images():
+    """Return digits whose right half is black, so that some weights never have a gradient."""
+    images = digits("train").images[:200].clone()
+    images[..., 14:] = 0
+    return Images(images)
+
+
+def dead_moments(s):
+    """Return the moments of the first layer's weights from the right half of the pixels."""
+    first = next(iter(s.model.parameters()))
+    is_dead = torch.zeros(28, 28, dtype=torch.bool).index_fill(1, torch.arange(14, 28), True)
+    state = s.players["model"].optimizer.state[first]
+    return state["exp_avg"][:, is_dead.flatten()]
+
+
+class StopAt:
+    """Callback that ends a run after a step."""
+
+    def __init__(self, step):
+        self.last = step
+
+    def on_step(self, run, batch, losses):
+        if run.step == self.last:
+            run.stop()
+
+
+class FillDeadMoments:
+    """Callback that gives dead weights a small moment in the first step."""
+
+    def on_step(self, run, batch, losses):
+        if run.step == 1:
+            first = next(iter(run.scheme.model.parameters()))
+            moment = run.scheme.players["model"].optimizer.state[first]["exp_avg"]
+            moment[:, 14:28] = 1e-31
+
+
+@pytest.mark.parametrize("optimizer", (Adam, torch.optim.Adam))
+def test_small_moments_are_cleared_and_change_no_weight(optimizer, monkeypatch):
+    ends = []
+    for every in (100, 10**9):
+        monkeypatch.setattr("optgen.training.loop.CLEAR_EVERY", every)
+        s = scheme()
+        s.players["model"].optimizer = optimizer(s.model.parameters(), lr=1e-3)
+        fit(
+            s,
+            dead_images(),
+            batch_size=4,
+            epochs=2,
+            callbacks=[FillDeadMoments()],
+            progress="none",
+        )
+        ends.append((weights(s), dead_moments(s).abs().max().item()))
+    (cleared, moment), (kept, small) = ends
+    assert moment == 0 < small < 1e-34
+    assert torch.equal(cleared, kept)
+
+
+@pytest.mark.parametrize("stop", (2, 3, 4))
+def test_small_moments_are_cleared_at_the_same_steps_of_a_resumed_run(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr("optgen.training.loop.CLEAR_EVERY", 3)
+    options = dict(batch_size=40, epochs=2, out=tmp_path / "b", progress="none")
+    whole = scheme()
+    fit(
+        whole,
+        dead_images(),
+        **options | {"out": tmp_path / "a"},
+        callbacks=[FillDeadMoments()],
+    )
+    fit(scheme(), dead_images(), **options, callbacks=[FillDeadMoments(), StopAt(stop)])
+    resumed = scheme()
+    fit(resumed, dead_images(), **options, resume=True, callbacks=[FillDeadMoments()])
+    assert torch.equal(weights(whole), weights(resumed))
+    assert torch.equal(dead_moments(whole), dead_moments(resumed))
+    assert dead_moments(whole).abs().max() == 0

@@ -50,21 +50,15 @@ def sum_log1p_exp(logits: Tensor) -> Tensor:
 class BernoulliNats(torch.autograd.Function):
     r"""$-\log p(x\mid z)$ from logits, summed over the last dimension, with a gradient of its own.
 
-    It can be differentiated again, and by the functions of `torch.func`.
+    It can be differentiated again.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(logits: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
         """Return nats, (...), of logits and pixels (..., D) in at least single precision."""
+        ctx.save_for_backward(logits, x)
         linear = torch.addcmul(logits.clamp_min(0), x, logits, value=-1)
         return linear.sum(-1) + sum_log1p_exp(logits)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        """Keep logits and pixels."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +82,7 @@ def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     logits = logits.to(wide).flatten(1 - x.dim())
     x = x.to(wide).flatten(1).expand_as(logits)
-    if torch.compiler.is_compiling():  # which makes one loop of it
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         nats = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
     else:
         nats = BernoulliNats.apply(logits, x)
