@@ -15,6 +15,7 @@ from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
 from optgen.training import checkpoint
 from optgen.training.guards import NonFinite, NonFiniteWatch
+from optgen.training.loop import clear_small_moments
 from optgen.training.trainer import fit
 
 
@@ -228,6 +229,7 @@ class StopAt:
         self.last = step
 
     def on_step(self, run, batch, losses):
+        """End the run if this is the step."""
         if run.step == self.last:
             run.stop()
 
@@ -236,6 +238,7 @@ class FillDeadMoments:
     """Callback that gives dead weights a small moment in the first step."""
 
     def on_step(self, run, batch, losses):
+        """Fill the moments after the first step."""
         if run.step == 1:
             first = next(iter(run.scheme.model.parameters()))
             moment = run.scheme.players["model"].optimizer.state[first]["exp_avg"]
@@ -280,3 +283,23 @@ def test_small_moments_are_cleared_at_the_same_steps_of_a_resumed_run(stop, tmp_
     assert torch.equal(weights(whole), weights(resumed))
     assert torch.equal(dead_moments(whole), dead_moments(resumed))
     assert dead_moments(whole).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("eps_is_enough", (True, False))
+def test_only_what_eps_outweighs_is_cleared(dtype, eps_is_enough):
+    """Any number below eps / 2^24 leaves the sum of its root and eps as it is."""
+    least = torch.finfo(dtype).smallest_normal * 2**24
+    eps = least**0.5 * 2**24 * (1.01 if eps_is_enough else 0.99)
+    x = torch.zeros(4, dtype=dtype, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    optimizer = torch.optim.Adam([x], eps=eps)
+    optimizer.step()
+    values = torch.tensor([0.9 * least, -0.9 * least, 1.1 * least, 1.0], dtype=dtype)
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[x][name].copy_(values)
+    clear_small_moments(optimizer)
+    expected = values * torch.tensor([0, 0, 1, 1] if eps_is_enough else [1, 1, 1, 1])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[x][name], expected.to(dtype))
+    assert optimizer.state[x]["step"] == 1
