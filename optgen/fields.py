@@ -290,7 +290,9 @@ class MicroBatchPoint:
             return by_player(self.game, (), players)
         check_differentiable(loss, params)
         if value.requires_grad:
-            grads = differentiate(value, params, loss, create_graph=self.graph)
+            retain = self.graph or self.game.shares_graphs
+            options = {"create_graph": self.graph, "retain_graph": retain}
+            grads = differentiate(value, params, loss, **options)
         elif self.game.ranks or self.share < 1:
             grads = [None] * len(params)  # Another part of the batch may reach them.
         else:

@@ -316,6 +316,7 @@ class Game(GameWeights, SplitBatches):
             `state_dict`, `check_state` and `load_state_dict`.
         averages: averages of the players' weights (`optgen.averaging.averages_of`); `fit` updates
             them and `evaluating` uses the first of each player.
+        shares_graphs: whether the losses of several players share a part of their graphs.
         criterion: entry of a scheme's `evaluate` by which runs are compared; smaller is better.
         autocast: function that returns the context in which losses are evaluated.
         micro_batches, ranks, sharded: how batches are split, see `SplitBatches`.
@@ -328,6 +329,7 @@ class Game(GameWeights, SplitBatches):
 
     stateful_parts = ()
     averages = ()
+    shares_graphs = False
     criterion = "loss"
     autocast = contextlib.nullcontext
 

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from ..checks import check_choice, check_number
 from ..data.expectations import BatchCheck, Expectation, with_dtype
 from ..data.images import Batch
+from ..fields import Field
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
 from ..metrics import eval_mode, to_float64
@@ -30,6 +31,7 @@ from optgen.models.gan import (
 )
 from ..optim import Adam
 from ..options import RealNumber
+from ..players import same_tensors, unnamed_parameters
 from ..rules import RULES, build_rule, input_gradient_penalty
 from ..sample_quality import feature_stats, features_name, fid, frechet_floor
 from optgen.schemes.classes import (
@@ -109,6 +111,7 @@ class FeedbackGAN(Game):
     """
 
     criterion = "fid"
+    shares_graphs = True
 
     def __init__(
         self,
@@ -135,6 +138,7 @@ class FeedbackGAN(Game):
         self.conditional = self.n_classes > 0
         self.generator, self.discriminator, self.features = generator, discriminator, features
         self.loss, self.r1, self.r2 = GAN_LOSSES[loss], r1, r2
+        self.shared: tuple[GANBatch, list[tuple[Tensor, int]], Tensor] | None = None
         kind = "unit" if getattr(generator, "out", None) == "sigmoid" else "finite"
         shape = tuple(expected_shape) if expected_shape else None
         expected = Expectation(kind, shape, labels=self.conditional)
@@ -172,6 +176,37 @@ class FeedbackGAN(Game):
         labels = () if batch.labels is None else (batch.labels,)
         return self.generator(batch.z, *labels)
 
+    def share_examples(self, batch: GANBatch) -> Tensor:
+        """Return `generate(batch)`, evaluated once for both losses while G stays as it is.
+
+        Args:
+            batch: of a step. The graphs of both losses share that of the examples.
+        """
+        alone = self.micro_batches == 1 and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() or not alone:
+            return self.generate(batch)
+        weights = [(p, p._version) for p in unnamed_parameters(self.generator)]
+        if self.shared is not None:
+            before, seen, fake = self.shared
+            if batch is before and same_tensors(weights, seen):
+                return fake
+        fake = self.generate(batch)
+        self.shared = batch, weights, fake
+        return fake
+
+    def step_optimizers(self, u: Field) -> None:
+        """Step the optimizers; the generated examples are then others."""
+        super().step_optimizers(u)
+        if "G" in u:
+            self.shared = None
+
+    def step(self, batch: Any) -> dict[str, Tensor]:
+        """Take one step of the rule and return the losses by player, as `Game.step`."""
+        try:
+            return super().step(batch)
+        finally:
+            self.shared = None
+
     def score(self, batch: GANBatch) -> Callable[[Tensor], Tensor]:
         """Return the discriminator of examples (B, ...) of the classes of a batch."""
 
@@ -192,7 +227,7 @@ class FeedbackGAN(Game):
         """
         D = self.score(batch)
         real = D(batch.x) if self.loss.sees_real else None
-        return self.loss.generator(real, D(self.generate(batch)))
+        return self.loss.generator(real, D(self.share_examples(batch)))
 
     def d_loss(self, batch: GANBatch) -> Tensor:
         """Return the discriminator's loss with its penalties, Eq. (gan-scheme).
@@ -203,7 +238,7 @@ class FeedbackGAN(Game):
         Returns:
             The loss, 0-dim.
         """
-        D, fake = self.score(batch), self.generate(batch)
+        D, fake = self.score(batch), self.share_examples(batch)
         value = self.loss.discriminator(D(batch.x), D(fake))
         if self.r1:
             value = value + self.r1 / 2 * input_gradient_penalty(D, batch.x)
