@@ -392,17 +392,22 @@ class CausalCache:
 
     def __init__(self, layer: CausalLayer, x: Tensor) -> None:
         n, _, _, W = x.shape
-        inputs, r = layer.right.in_channels, layer.reach
+        r, d, inputs = layer.reach, layer.dilation, layer.right.in_channels
         self.layer = layer
         self.rows = x.new_zeros(n, inputs, r + 1, W + 2 * r)
-        self.left = x.new_zeros(n, r + W, inputs)
+        # Every d-th column lies side by side, so that all windows are views of the cache.
+        left = x.new_zeros(n, d, -(-(W + r) // d), inputs)
+        taps, last = r // d + (not layer.first), r - layer.first
+        columns = [divmod(j, d) for j in range(W + r)]
+        self.slots = [left[:, k, i] for i, k in columns[last : last + W]]
+        self.windows = [left[:, k, i : i + taps].flatten(1) for i, k in columns[:W]]
         self.right = layer.right.weight[:, :, 0].permute(2, 1, 0).flatten(0, 1)
         self.set_terms(x.new_zeros(n, layer.down.out_channels, 1, W))
 
     def set_terms(self, down: Tensor) -> None:
-        """Set $m$ of a row, with the bias, (W, B, 2C), from the convolution of the row above."""
+        """Set $m$ and the bias of a row, (B, 2C) a pixel, from the convolution above it."""
         m = self.layer.mix(down) + self.layer.right.bias[:, None, None]
-        self.terms = m[:, :, 0].permute(2, 0, 1).contiguous()
+        self.terms = m[:, :, 0].permute(2, 0, 1).contiguous().unbind()
 
     def add_row(self, v: Tensor) -> Tensor:
         """Return $v'$ of a complete row (B, C, 1, W), and prepare the row below.
@@ -423,13 +428,10 @@ class CausalCache:
             h: $h$ of that pixel, (B, inputs); of the pixel before it for the first layer.
             column: column of the pixel.
         """
-        layer = self.layer
-        end = column + layer.reach + (not layer.first)
-        self.left[:, end - 1] = h
-        window = self.left[:, column : end : layer.dilation].flatten(1)
-        a = torch.addmm(self.terms[column], window, self.right)
-        update = pointwise(layer.out, gate(a))
-        return update if layer.first else h + update
+        self.slots[column].copy_(h)
+        a = torch.addmm(self.terms[column], self.windows[column], self.right)
+        update = pointwise(self.layer.out, gate(a))
+        return update if self.layer.first else h + update
 
 # %% ../../nbs/20_models/28_pixels.ipynb #c250a4a6
 class PixelCNN(PixelModel):
@@ -487,16 +489,15 @@ class PixelCNN(PixelModel):
             nn.Conv2d(channels, self.outputs, 1),
         )
 
-    def inputs(self, x: Tensor, rows: slice = slice(None), columns: slice = slice(None)) -> Tensor:
-        """Return pixels with their row and column, (B, 3, rows, columns).
+    def inputs(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return pixels with their row and column, (B, 3, rows, W).
 
         Args:
             x: images (B, 1, H, W).
             rows: rows of them.
-            columns: columns of them.
         """
-        places = self.places[:, rows, columns].expand(len(x), -1, -1, -1)
-        return torch.cat([x[:, :, rows, columns], places], 1)
+        places = self.places[:, rows].expand(len(x), -1, -1, -1)
+        return torch.cat([x[:, :, rows], places], 1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return the logits of all pixels, (B, D, outputs), of images `x` (B, 1, H, W)."""
@@ -507,16 +508,17 @@ class PixelCNN(PixelModel):
 
     def successive_logits(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the logits of each pixel as `PixelModel` does, by Eq. (pixel-cache)."""
+        n, (_, H, W) = len(x), self.shape
+        pixels = x.view(n, 1, H * W).unbind(2)
+        places = self.places.flatten(1).mT.expand(n, -1, -1).unbind(1)
         caches = [CausalCache(layer, x) for layer in self.layers]
-        for row, column in itertools.product(*map(range, self.shape[1:])):
+        for i, (row, column) in enumerate(itertools.product(range(H), range(W))):
             if row and not column:
                 v = self.inputs(x, slice(row - 1, row))
                 for cache in caches:
                     v = cache.add_row(v)
-            # The first layer sees the pixels before this one, and the others see this one too.
-            h = x.new_zeros(len(x), 3)
-            if column:
-                h = self.inputs(x, slice(row, row + 1), slice(column - 1, column)).flatten(1)
+            # The first layer sees the pixels before this one, the others see this one too.
+            h = torch.cat([pixels[i - 1], places[i - 1]], 1) if column else x.new_zeros(n, 3)
             for cache in caches:
                 h = cache.add_pixel(h, column)
             yield pointwise(self.out[3], pointwise(self.out[1], h.relu()).relu())
