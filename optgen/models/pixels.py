@@ -101,8 +101,9 @@ class PixelModel(nn.Module):
         level = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         return level.to(logits.dtype) / (self.levels - 1)
 
+    @torch.no_grad()
     def successive_logits(self, x: Tensor) -> Iterator[Tensor]:
-        r"""Yield the logits $\ell_i$ of each pixel, (B, outputs), row by row.
+        r"""Yield the logits $\ell_i$ of each pixel, (B, outputs), row by row, without gradient.
 
         A pixel is read after its logits were yielded, so that it can be drawn from them. Here every
         pixel takes a pass over the whole image; an override keeps what later pixels need.
@@ -259,6 +260,7 @@ class MADE(PixelModel):
             out = out + self.direct(x)
         return out.unflatten(1, (self.outputs, -1)).mT
 
+    @torch.no_grad()
     def successive_logits(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the logits of each pixel as `PixelModel` does, by Eq. (made-known)."""
         pixels = x.view(len(x), math.prod(self.shape))
@@ -317,6 +319,7 @@ class PixelLSTM(PixelModel):
         previous_pixels = F.pad(x.flatten(1)[:, :-1], (1, 0))
         return self.step_through(previous_pixels, at_start=True)[0]
 
+    @torch.no_grad()
     def successive_logits(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the logits of each pixel as `PixelModel` does, with the state kept."""
         pixels, state = x.view(len(x), math.prod(self.shape)), None
@@ -506,6 +509,7 @@ class PixelCNN(PixelModel):
             v, h = layer(v, h)
         return self.out(h).flatten(2).mT
 
+    @torch.no_grad()
     def successive_logits(self, x: Tensor) -> Iterator[Tensor]:
         """Yield the logits of each pixel as `PixelModel` does, by Eq. (pixel-cache)."""
         n, (_, H, W) = len(x), self.shape
