@@ -611,6 +611,28 @@ def test_times_of_generative_models(monkeypatch):
     known_times(monkeypatch, bench_generative, times)
     found = bench_generative.bench_pixel(1, sides=(2, 4), n=2)
     assert found == {"kept": {2: 1000.0, 4: 500.0}, "not kept": {2: 3000.0}}
+    names = bench_generative.PIXEL_MODELS
+    times = {f"{name} cached": 2.0 + k for k, name in enumerate(names)}
+    known_times(monkeypatch, bench_generative, times | {f"{name} passes": 12.0 for name in names})
+    found = bench_generative.bench_caches(1, n=2, shape=(1, 4, 4))
+    rows = [tuple(row.values()) for row in found.values()]
+    assert rows == [(2.0, 12.0, 6.0), (3.0, 12.0, 4.0), (4.0, 12.0, 3.0)]
+    assert [line.split()[-2:] for line in bench_generative.format_caches(found)[1:]] == [
+        ["6.0", "x"],
+        ["4.0", "x"],
+        ["3.0", "x"],
+    ]
+
+
+def test_without_its_cache_a_model_passes_over_the_image_at_each_pixel(monkeypatch):
+    model = bench_generative.seeded_scheme("pixelcnn", (1, 2, 3)).model
+    passes, logits = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda x: passes.append(len(x)) or logits(x))
+    model.sample(4)
+    assert not passes
+    forgetful = bench_generative.without_cache(model)
+    forgetful.sample(4)
+    assert passes == [4] * 6
 
 
 VARIANTS = list(bench_epochs.VARIANTS)
