@@ -203,7 +203,7 @@ def progress_bar(
         yield do_not_count
         return
     layout = {} if total is not None else {"bar_format": "{desc} [{elapsed}]"}
-    numbers = {"total": total, "unit": unit, "unit_scale": True}
+    numbers = {"total": total, "unit": unit, "unit_scale": (total or 0) >= 10_000}
     bar = LateBar(desc=what, file=sys.stderr, leave=False, dynamic_ncols=True, **numbers, **layout)
     try:
         yield bar.update
