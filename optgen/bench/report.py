@@ -15,6 +15,7 @@ from typing import Any
 
 import optgen.bench
 from .timing import Part
+from ..console import track
 from ..training.folder import environment
 
 # %% ../../nbs/40_training/44c_report.ipynb #12986f2d
@@ -47,9 +48,9 @@ def run_bench(
     if unknown := set(only) - parts.keys():
         raise ValueError(f"no part {min(unknown)!r}; there are: {', '.join(parts)}")
     result = {"environment": environment() | {"cpus": os.cpu_count()}}
-    for name, part in parts.items():
-        if name in only or not only:
-            result[name] = part.run(repeats, data)
+    chosen = [name for name in parts if name in only or not only]
+    for name in track(chosen, "measuring", len(chosen), "part"):
+        result[name] = parts[name].run(repeats, data)
     return result
 
 

@@ -24,7 +24,7 @@ from .measure import evaluate, sample
 from .pictures import interpolate, reconstruct, traverse
 from .runs import load_claims, load_commands
 from .train import train
-from ..console import lasting_streams, warnings_in_one_line
+from ..console import lasting_streams, progress_shown, warnings_in_one_line
 from ..options import WholeNumber, is_memory_error, requested_memory
 
 # %% ../../nbs/40_training/43_main.ipynb #731a7f4e
@@ -234,7 +234,7 @@ def main(args: Sequence[str] | None = None) -> None:
         lost.append(error)
         report_lost_output(command, error)
 
-    with lasting_streams(note_loss), warnings_in_one_line():
+    with lasting_streams(note_loss), warnings_in_one_line(), progress_shown():
         run_command(words)
         sys.stdout.flush()
         if lost and command not in LONG_COMMANDS and not isinstance(lost[0], BrokenPipeError):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ..console import track
 from .images import DataError, DataWarning
 
 # %% ../../nbs/00_foundations/05a_decoding.ipynb #05a00007
@@ -195,7 +196,8 @@ def find_unreadable(files: Sequence[Path]) -> dict[Path, DataError]:
         return None
 
     with ThreadPoolExecutor() as pool:
-        return {file: error for file, error in zip(files, pool.map(find_error, files)) if error}
+        errors = track(pool.map(find_error, files), "checking", len(files), "img")
+        return {file: error for file, error in zip(files, errors) if error}
 
 
 def count_channels(file: Path) -> int | None:
@@ -219,7 +221,8 @@ def common_channels(name: str, files: Sequence[Path]) -> int | None:
         1 or 3; None where no header can be read.
     """
     with ThreadPoolExecutor() as pool:
-        counts = Counter(pool.map(count_channels, files))
+        found = pool.map(count_channels, files)
+        counts = Counter(track(found, "looking for colors", len(files), "img"))
     if counts[1] and counts[3]:
         message = f"{name}: {counts[1]} gray and {counts[3]} color images, all are read in color"
         warnings.warn(message, DataWarning, stacklevel=1)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..console import progress_bar, track
 from optgen.data.decoding import (
     check_resize,
     common_channels,
@@ -97,7 +98,8 @@ class ImageFiles(ImageSet, Dataset):
         """Return the set with all images read into memory."""
         images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:
-            for out, image in zip(images, pool.map(self.__getitem__, range(len(self)))):
+            read = pool.map(self.__getitem__, range(len(self)))
+            for out, image in zip(images, track(read, "reading", len(self), "img")):
                 out.copy_(image)
         return Images(images, self.labels, self.name, self.split, self.classes)
 
@@ -224,7 +226,8 @@ def _is_unlabeled(name: Path) -> bool:
 
 def _list_images(path: Path, split: str) -> _Listing:
     """Return the images in a folder, and warn of what is skipped."""
-    scan, folders = FolderScan(path), _find_splits(path)
+    with progress_bar("listing the images"):
+        scan, folders = FolderScan(path), _find_splits(path)
     if folders and split not in folders:
         problem = f"no such folder beside {path / next(iter(folders.values()))}"
         fix = "make it, or move the other's images up into the folder to have a share held out"

@@ -31,7 +31,7 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     return (mean**2 + log_var.expm1() - log_var) / 2
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-3
-FACTORS = 64  # of a product: 2^64 is far below the largest float32
+FACTORS = 64  # of a product: 2^-64 is far above the smallest float32
 NEGLIGIBLE = 40  # 1 + exp(-40) is 1 in double precision; the exp of less may be slow
 
 
@@ -41,10 +41,10 @@ def sum_log1p_exp(logits: Tensor) -> Tensor:
     Args:
         logits: (..., D), in at least single precision.
     """
-    factors = logits.abs().clamp_max_(NEGLIGIBLE).neg_().exp_().add_(1)
+    factors = logits.abs().clamp_max_(NEGLIGIBLE).sigmoid_()
     whole = factors.shape[-1] // FACTORS * FACTORS
     products = factors[..., :whole].unflatten(-1, (whole // FACTORS, FACTORS)).prod(-1)
-    return products.log_().sum(-1) + factors[..., whole:].prod(-1).log_()
+    return -products.log_().sum(-1) - factors[..., whole:].prod(-1).log_()
 
 
 class BernoulliNats(torch.autograd.Function):
@@ -57,7 +57,7 @@ class BernoulliNats(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, x: Tensor) -> Tensor:
         """Return nats, (...), of logits and pixels (..., D) in at least single precision."""
         ctx.save_for_backward(logits, x)
-        linear = torch.addcmul(logits.clamp_min(0), x, logits, value=-1)
+        linear = logits.clamp_min(0).addcmul_(x, logits, value=-1)
         return linear.sum(-1) + sum_log1p_exp(logits)
 
     @staticmethod
