@@ -386,7 +386,7 @@ def test_every_rule_of_the_benchmark_can_be_made(rule):
 HERE = {"optgen": "0.6.0", "torch": "2.14.1", "threads": 2}
 
 
-def two_rows(scale, seed, repeats=5, images=100, environment=HERE, noise=0.05):
+def two_rows(scale, seed, repeats=5, images=100, environment=HERE, noise=0.02):
     """Return a result of one part, whose times of the row "changed" are scaled."""
     rng = random.Random(seed)
     trees = []
@@ -423,19 +423,32 @@ def test_a_row_has_both_medians_and_their_ratio():
     assert lines["rows / same / ms"].split()[-3:] == ["8", "8", "1.00"]
 
 
-@pytest.mark.parametrize("repeats", [(1, 5), (5, 1), (1, 1)])
-def test_the_spread_of_one_repeat_is_unknown(repeats):
+@pytest.mark.parametrize("repeats", [(1, 5), (5, 2), (1, 1)])
+def test_the_spread_of_few_repeats_is_unknown(repeats):
     before, now = (two_rows(s, 2, repeats=n) for s, n in zip((1.0, 0.5), repeats))
     assert lines_of(before, now)["rows / changed / ms"].endswith("?")
     del before["repeats"]
     assert lines_of(before, now)["rows / changed / ms"].endswith("?")
 
 
-def test_the_spread_is_the_middle_of_the_repeats():
-    values = [float(v) for v in range(11)]
-    random.Random(0).shuffle(values)
-    assert against.measure_spread(values) == (5.0, 1.0, 9.0, 11)
+def test_the_spread_is_the_range_of_the_repeats():
+    assert against.measure_spread([3.0, 1.0, 9.0, 2.0]) == (2.5, 1.0, 9.0, 4)
     assert against.measure_spread([2.0]) == (2.0, 2.0, 2.0, 1)
+
+
+@pytest.mark.parametrize("move, mark", [(2.9, ""), (3.1, "*"), (-2.9, ""), (-3.1, "*")])
+def test_a_change_is_larger_than_both_ranges_together(move, mark):
+    before, now = [10.0, 10.5, 11.0], [9.5 + move, 10.5 + move, 11.5 + move]
+    assert against.mark_change(*map(against.measure_spread, (before, now))) == mark
+
+
+@pytest.mark.parametrize("repeats, share", [(3, 0.03), (5, 0.003)])
+def test_few_rows_are_marked_by_noise(repeats, share):
+    rng, marked = random.Random(repeats), 0
+    for _ in range(3000):
+        runs = [[rng.gauss(1, 0.1) for _ in range(repeats)] for _ in range(2)]
+        marked += against.mark_change(*map(against.measure_spread, runs)) == "*"
+    assert marked / 3000 <= share
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,8 @@ class Spread(NamedTuple):
 
     Attributes:
         median: the median.
-        low: the first decile.
-        high: the ninth decile.
+        low: the smallest.
+        high: the largest.
         repeats: number of repeats.
     """
 
@@ -47,11 +47,8 @@ class Spread(NamedTuple):
 
 
 def measure_spread(values: Sequence[float]) -> Spread:
-    """Return the median, the deciles and the number of values."""
-    if len(values) == 1:
-        return Spread(values[0], values[0], values[0], 1)
-    deciles = statistics.quantiles(values, n=10, method="inclusive")
-    return Spread(statistics.median(values), deciles[0], deciles[-1], len(values))
+    """Return the median, the range and the number of values."""
+    return Spread(statistics.median(values), min(values), max(values), len(values))
 
 
 def measured_rows(result: dict[str, Any], part: str) -> dict[str, Spread]:
@@ -96,10 +93,11 @@ def machine_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str
 
 # %% ../../nbs/40_training/44d_against.ipynb #29d24cb8
 def mark_change(before: Spread, now: Spread) -> str:
-    """Return "*" where two spreads lie apart, "?" where one is unknown, and "" elsewhere."""
-    if min(before.repeats, now.repeats) < 2:
-        return "" if before.median == now.median else "?"
-    return "*" if before.high < now.low or now.high < before.low else ""
+    """Return "*" for a change by Eq. (change), "?" of too few repeats, and "" elsewhere."""
+    difference = abs(now.median - before.median)
+    if difference and min(before.repeats, now.repeats) < 3:
+        return "?"
+    return "*" if difference > before.high - before.low + now.high - now.low else ""
 
 
 def format_row(name: str, before: Spread, now: Spread) -> str:
@@ -146,7 +144,7 @@ def format_environments(before: dict[str, Any], now: dict[str, Any]) -> str:
     lines = [f"against the earlier run: {versions}", *(f"  differs: {line}" for line in others)]
     if others:
         lines.append("so that only ratios within a run are compared")
-    return "\n".join([*lines, "* beyond the spread of the repeats; ? of a single repeat"])
+    return "\n".join([*lines, "* beyond the spread of the repeats; ? of fewer than three repeats"])
 
 # %% ../../nbs/40_training/44d_against.ipynb #d92227f5
 def read_result(path: str | Path) -> dict[str, Any]:
