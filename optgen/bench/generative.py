@@ -5,13 +5,10 @@
 # %% auto #0
 __all__ = ['SHAPE', 'BATCH', 'PIXEL_MODELS', 'FLOWS', 'OPTIMAL_PAIRS', 'SCHEMES', 'PARTS', 'build_model', 'seeded_scheme',
            'noise_images', 'add_speeds', 'bench_steps', 'bench_samplers', 'without_cache', 'bench_pixel',
-           'bench_caches', 'format_caches', 'bench_ddpm', 'bench_averaging', 'bench_generative', 'format_speeds',
-           'format_generative']
+           'bench_caches', 'format_caches', 'bench_averaging', 'bench_generative', 'format_speeds', 'format_generative']
 
 # %% ../../nbs/40_training/48_generative.ipynb #48a00002
 import copy
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +23,6 @@ from ..games import Game
 from ..models.diffusion import Denoiser, UNet
 from ..models.flow import Logit, image_flow, maf
 from ..models.pixels import MADE, PixelCNN, PixelLSTM, PixelModel
-from ..models.schedules import LinearSchedule
 from ..schemes.denoising import DenoisingDiffusion
 from ..schemes.likelihood import MaximumLikelihood
 
@@ -104,7 +100,7 @@ def bench_steps(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[str, d
     for name in SCHEMES:
         batch = Batch((x > 0.5).float() if name in PIXEL_MODELS else x)
         steps[name] = partial(seeded_scheme(name, shape).step, batch)
-    return add_speeds(median_ms(steps, rounds), BATCH)
+    return add_speeds(median_ms(steps, rounds, warmup=1), BATCH)
 
 
 def bench_samplers(
@@ -126,7 +122,7 @@ def bench_samplers(
     diffusion = seeded_scheme("diffusion", shape)
     for sampler in ("ddim", "ancestral", "heun"):
         draws[f"diffusion, {sampler}"] = partial(diffusion.sample, n, sampler)
-    return add_speeds(median_ms(draws, rounds), n)
+    return add_speeds(median_ms(draws, rounds, warmup=0), n)
 
 # %% ../../nbs/40_training/48_generative.ipynb #48a00006
 def without_cache(model: PixelModel) -> PixelModel:
@@ -200,44 +196,6 @@ def format_caches(rows: dict[str, dict[str, float]]) -> list[str]:
         )
     return lines
 
-# %% ../../nbs/40_training/48_generative.ipynb #c8e49b17
-def bench_ddpm(
-    rounds: int, n: int = 16, shape: tuple[int, int, int] = SHAPE
-) -> dict[str, float] | None:
-    """Time a step of our scheme and of denoising-diffusion-pytorch's trainer on the same network.
-
-    Args:
-        rounds: timed steps of each.
-        n: number of images in a batch.
-        shape: channels, height and width of an image.
-
-    Returns:
-        "ours_ms", "theirs_ms" and their "ratio"; None where the library is not installed.
-    """
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
-        return None
-    library = importlib.import_module("denoising_diffusion_pytorch")
-
-    def build_net() -> nn.Module:
-        """Return the U-Net, from a seed."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return library.Unet(dim=16, dim_mults=(1, 2), channels=1)
-
-    x = noise_images(n, shape)
-    model = library.GaussianDiffusion(build_net(), image_size=shape[-1], objective="pred_noise")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-
-    def their_step() -> None:
-        """Take a step as the library's trainer does."""
-        optimizer.zero_grad()
-        model(x).backward()
-        optimizer.step()
-
-    ours = DenoisingDiffusion(Denoiser(build_net(), shape, "eps"), "eps", LinearSchedule())
-    ms = median_ms({"theirs": their_step, "ours": partial(ours.step, Batch(x))}, rounds)
-    return {"ours_ms": ms["ours"], "theirs_ms": ms["theirs"], "ratio": ms["theirs"] / ms["ours"]}
-
 # %% ../../nbs/40_training/48_generative.ipynb #2a6f8e4d
 def bench_averaging(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[str, float]:
     """Time a step of the diffusion model and the update of an average of its weights.
@@ -256,7 +214,7 @@ def bench_averaging(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[st
 
 # %% ../../nbs/40_training/48_generative.ipynb #7e2ac6cb
 def bench_generative(rounds: int = 10) -> dict[str, Any]:
-    """Measure steps, samplers, pixels, caches, another library's step and an average.
+    """Measure steps, samplers, the LSTM's pixel, caches and an average.
 
     Args:
         rounds: timed steps of each; slow draws are timed in a third of these rounds.
@@ -270,7 +228,6 @@ def bench_generative(rounds: int = 10) -> dict[str, Any]:
         "samplers": bench_samplers(max(1, rounds // 3)),
         "pixel_us": bench_pixel(max(1, rounds // 3)),
         "caches": bench_caches(max(1, rounds // 3)),
-        "ddpm": bench_ddpm(3 * rounds),
         "averaging": bench_averaging(rounds),
     }
 
@@ -297,14 +254,11 @@ def format_generative(result: dict[str, Any]) -> list[str]:
         name = f"a pixel of the LSTM, its state {kind}"
         costs = ", ".join(f"{us:.0f} us at {side} x {side}" for side, us in times.items())
         lines.append(f"{name:48}{costs}")
-    if caches := result.get("caches"):  # releases before 0.7 did not measure them
-        lines += ["", *format_caches(caches), ""]
-    if ddpm := result["ddpm"]:
-        name = "a step on the U-Net of denoising-diffusion-pytorch"
-        times = f"{ddpm['ours_ms']:.1f} ms, its own {ddpm['theirs_ms']:.1f} ms"
-        lines.append(f"{name:52}{times}: {ddpm['ratio']:.2f} x")
+    lines += ["", *format_caches(result["caches"]), ""]
     share = f"{100 * result['averaging']['share']:9.1f}% of a step"
     return [*lines, f"{'an average of the weights':48}{share}"]
 
 
-PARTS = (Part("generative", lambda repeats, _: bench_generative(10 * repeats), format_generative),)
+PARTS = (
+    Part("generative", lambda _: bench_generative(2), format_generative, seconds=40, repeats=3),
+)

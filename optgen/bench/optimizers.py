@@ -78,4 +78,6 @@ def format_optimizers(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-PARTS = (Part("optimizers", lambda repeats, _: bench_optimizers(5 * repeats), format_optimizers),)
+PARTS = (
+    Part("optimizers", lambda _: bench_optimizers(5), format_optimizers, seconds=20, repeats=3),
+)
