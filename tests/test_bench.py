@@ -15,6 +15,7 @@ from optgen.bench.assisted import LOSSES
 from optgen.bench.elbo import BENCHED_CONTROLLERS, BOUNDS
 from optgen.bench.epochs import VARIANTS, epoch_flops, summarize_runs, take_first
 from optgen.bench.generative import SCHEMES
+from optgen.bench.growth import CURVES
 from optgen.bench.optimizers import METHODS
 from optgen.bench.report import format_bench, load_parts, run_bench
 from optgen.bench.rules import BENCHED_RULES, make_game, make_optimizers
@@ -40,6 +41,7 @@ ROWS = {
     "assisted": LOSSES,
     "generative": SCHEMES,
     "scaling": ["1", "2"],
+    "growth": [curve.title for curve in CURVES.values()],
 }
 
 

@@ -9,12 +9,14 @@ __all__ = ['FASTEST', 'SIZES', 'BATCH', 'VARIANTS', 'PARTS', 'OneByOne', 'articl
 
 # %% ../../nbs/40_training/44_epochs.ipynb #23a2fcf4
 import json
+import re
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -171,7 +173,14 @@ def take_first(data: Images, n: int, every: int = 1) -> Images:
 
 
 def peak_memory() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
+    """Return the largest resident memory of this process so far, in MiB.
+
+    Linux counts it under VmHWM; its ru_maxrss begins at that of the parent process.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    if found:
+        return int(found[1]) / 1024
     unit = 1024 if sys.platform == "linux" else 1024**2
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -94,7 +94,8 @@ def bench(out: str | None, repeats: int, data: str | None, only: tuple[str, ...]
     """Measure speed on this machine.
 
     Variants alternate, and ratios of medians against plain loops are reported.
-    The parts are the epoch, optimizers, rules, elbo, assisted, generative and scaling.
+    The parts are the epoch, optimizers, rules, elbo, assisted, generative, scaling and
+    growth.
     """
     from optgen.bench.report import format_bench, run_bench
 
