@@ -25,6 +25,7 @@ from optgen.bench.epochs import (
     take_first,
 )
 from optgen.bench.generative import SCHEMES
+from optgen.bench.growth import CURVES
 from optgen.bench.loops import BATCH, COMPARISONS, make_epochs
 from optgen.bench.optimizers import METHODS
 from optgen.bench.report import StatusLine, format_bench, load_parts, run_bench, take_median
@@ -53,6 +54,7 @@ ROWS = {
     "assisted": LOSSES,
     "generative": SCHEMES,
     "scaling": ["1", "2"],
+    "growth": [curve.title for curve in CURVES.values()],
 }
 
 

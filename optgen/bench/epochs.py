@@ -12,6 +12,7 @@ __all__ = ['Prepare', 'VARIANTS', 'TITLES', 'BASELINES', 'TIMED', 'PARTS', 'OneB
 # %% ../../nbs/40_training/44_epochs.ipynb #23a2fcf4
 import importlib.util
 import json
+import re
 import resource
 import statistics
 import sys
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -213,7 +215,14 @@ def take_first(data: Images, n: int, every: int = 1) -> Images:
 
 
 def peak_memory() -> float:
-    """Return the largest resident memory of this process so far, in MiB."""
+    """Return the largest resident memory of this process so far, in MiB.
+
+    Linux counts it under VmHWM; its ru_maxrss begins at that of the parent process.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    if found:
+        return int(found[1]) / 1024
     unit = 1024 if sys.platform == "linux" else 1024**2
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

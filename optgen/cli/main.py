@@ -163,7 +163,8 @@ def bench(
 
     Variants alternate, and ratios of medians against plain loops are reported, a table as soon as
     its part is done. The parts are the epoch (5 minutes), loops (2), and rules, elbo, assisted,
-    generative, optimizers and scaling (3 together); endurance (3) runs only if it is named.
+    generative, optimizers and scaling (3 together); endurance (3) and growth (2) run only
+    if they are named.
     """
     from optgen.bench.against import format_environments
     from optgen.bench.report import StatusLine, machine, run_bench
