@@ -401,6 +401,7 @@ class Game(GameWeights, SplitBatches):
         finally:
             for player in self.players.values():
                 player.held = None
+            self.after_move(self.players)
 
     def begin_step(self, batch: Any) -> None:
         """Meet the ranks, and hold the parameters that require a gradient.
@@ -422,6 +423,14 @@ class Game(GameWeights, SplitBatches):
         """Step the optimizers of a field's players, with the field as the gradient."""
         for name, grads in u.items():
             self.players[name].descend(grads)
+        self.after_move(u)
+
+    def after_move(self, names: Iterable[str]) -> None:
+        """Forget what depends on the weights of players that have moved; a step ends with all.
+
+        Args:
+            names: the players.
+        """
 
     def compile(self) -> "Game":
         """Run every loss through `torch.compile` from now on, and return the game.

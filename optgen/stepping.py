@@ -14,163 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from .checks import check_number
-
-# %% ../nbs/10_optimizers/10a_stepping.ipynb #fde40c23
-def is_active(option: float | Tensor) -> bool:
-    """Return whether an option takes part in the step.
-
-    A tensor always does, so that its value is never read on the host.
-
-    Args:
-        option: a number, or a tensor with one element.
-
-    Returns:
-        False for the number 0 only.
-    """
-    return isinstance(option, Tensor) or option != 0
-
-
-def has_coupled_weight_decay(group: dict[str, Any]) -> bool:
-    r"""Return whether the gradient of Eq. (gradient) contains $\lambda\theta$.
-
-    Args:
-        group: parameter group.
-
-    Returns:
-        False without weight decay, and for the decoupled decay of Eq. (adamw).
-    """
-    return is_active(group["weight_decay"]) and not group.get("decoupled_weight_decay")
-
-
-def supports_foreach(group: dict[str, Any]) -> bool:
-    """Return whether the foreach form can step a group.
-
-    Args:
-        group: parameter group.
-
-    Returns:
-        True if the group is not differentiable and no option other than `lr` is a tensor.
-    """
-    if group["differentiable"]:
-        return False
-    for name, option in group.items():
-        if name in ("params", "lr"):
-            continue
-        if isinstance(option, Tensor):
-            return False
-        if isinstance(option, (tuple, list)) and any(isinstance(x, Tensor) for x in option):
-            return False
-    return True
-
-
-PLAIN_TYPES = (Tensor, Parameter)
-
-
-def has_fused_device(param: Tensor) -> bool:
-    """Return whether PyTorch's fused kernels run where a parameter is."""
-    return param.is_cpu or param.is_cuda
-
-
-def have_one_dense_layout(tensors: list[Tensor]) -> bool:
-    """Return whether tensors fill their memory without gaps, all in one order of their entries.
-
-    Args:
-        tensors: of one shape.
-    """
-    first = tensors[0]
-    if not first.is_contiguous():
-        is_dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
-        return is_dense and all(x.stride() == first.stride() for x in tensors)
-    for x in tensors:
-        if not x.is_contiguous():
-            return False
-    return True
-
-
-def supports_fused(param: Tensor, state: list[Tensor]) -> bool:
-    """Return whether PyTorch's fused kernels can step a parameter.
-
-    Args:
-        param: parameter with a gradient.
-        state: tensors of its state.
-
-    Returns:
-        True for plain real tensors of one dtype and one dense layout on the host or a CUDA device.
-    """
-    return (
-        type(param) in PLAIN_TYPES
-        and has_fused_device(param)
-        and param.is_floating_point()
-        and param.grad.dtype == param.dtype
-        and have_one_dense_layout([param, param.grad, *state])
-    )
-
-
-def real_view(x: Tensor) -> Tensor:
-    """Return a complex tensor as pairs of reals and any other tensor as it is.
-
-    Args:
-        x: tensor of any shape.
-
-    Returns:
-        A view that shares memory with `x`.
-    """
-    return torch.view_as_real(x) if x.is_complex() else x
-
-# %% ../nbs/10_optimizers/10a_stepping.ipynb #8a41c3de
-def safe_sqrt(v: Tensor, differentiable: bool) -> Tensor:
-    r"""Return $\sqrt v$, with a finite slope at 0 where it is differentiated.
-
-    Args:
-        v: tensor of any shape, at least 0.
-        differentiable: whether autograd differentiates the step.
-
-    Returns:
-        Tensor of the shape of `v`.
-    """
-    if not differentiable:
-        return v.sqrt()
-    zero = (v == 0).to(v.dtype)
-    return (v + zero).sqrt() - zero
-
-# %% ../nbs/10_optimizers/10a_stepping.ipynb #fde40c23-2
-def foreach_descend_(thetas: list[Tensor], directions: list[Tensor], lr: float | Tensor) -> None:
-    r"""Subtract $\eta\,d$ from every $\theta$ in place.
-
-    Args:
-        thetas: tensors to change.
-        directions: one $d$ for each of `thetas`.
-        lr: $\eta$, a number or a 0-dim tensor.
-    """
-    if isinstance(lr, Tensor):
-        torch._foreach_sub_(thetas, torch._foreach_mul(directions, lr))
-    else:
-        torch._foreach_add_(thetas, directions, alpha=-lr)
-
-
-def foreach_descend_quotient_(
-    thetas: list[Tensor],
-    numerators: list[Tensor],
-    denominators: list[Tensor],
-    lrs: list[float] | list[Tensor],
-) -> None:
-    r"""Subtract $\eta\,a/b$ from every $\theta$ in place.
-
-    Args:
-        thetas: tensors to change.
-        numerators: one $a$ for each of `thetas`.
-        denominators: one $b$ for each of `thetas`; overwritten.
-        lrs: one $\eta$ for each of `thetas`, all numbers or all 0-dim tensors.
-    """
-    if isinstance(lrs[0], Tensor):
-        torch._foreach_div_(denominators, lrs)
-        torch._foreach_addcdiv_(thetas, numerators, denominators, -1)
-    else:
-        torch._foreach_addcdiv_(thetas, numerators, denominators, [-lr for lr in lrs])
+from optgen.forms import (
+    PLAIN_TYPES,
+    has_coupled_weight_decay,
+    has_fused_device,
+    real_view,
+    supports_foreach,
+    supports_fused,
+)
 
 # %% ../nbs/10_optimizers/10a_stepping.ipynb #fde40c23-3
 def check_option(owner: str, name: str, value: Any, low: float, high: float) -> None:

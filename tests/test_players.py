@@ -11,10 +11,10 @@ from torch.optim import lr_scheduler as lrs
 
 from optgen import optim
 from optgen.averaging import Average
+from optgen.combined import CombinedOptimizer
 from optgen.games import Game, Player, Rule
 from optgen.muon import Muon
 from optgen.opponents import CompetitiveGradient, Unrolled
-from optgen.optim import CombinedOptimizer
 from optgen.rules import (
     Alternating,
     Clipped,
