@@ -199,8 +199,7 @@ class FeedbackGAN(Game):
         Args:
             batch: of a step. The graphs of both losses share that of the examples.
         """
-        alone = self.micro_batches == 1 and torch.is_grad_enabled()
-        if torch.compiler.is_compiling() or not alone:
+        if torch.compiler.is_compiling() or self.micro_batches > 1 or not torch.is_grad_enabled():
             return self.generate(batch)
         weights = [(p, p._version) for p in unnamed_parameters(self.generator)]
         if self.shared is None or not self.shared.is_of(batch, weights):
@@ -222,26 +221,20 @@ class FeedbackGAN(Game):
         return self.discriminator if batch.labels is None else conditional
 
     def g_loss(self, batch: GANBatch) -> Tensor:
-        """Return the generator's loss; only some losses use the real examples.
+        """Return the generator's loss, 0-dim; only some losses use the real examples.
 
         Args:
             batch: real examples and noise.
-
-        Returns:
-            The loss, 0-dim.
         """
         D = self.score(batch)
         real = D(batch.x) if self.loss.sees_real else None
         return self.loss.generator(real, D(self.share_examples(batch)))
 
     def d_loss(self, batch: GANBatch) -> Tensor:
-        """Return the discriminator's loss with its penalties, Eq. (gan-scheme).
+        """Return the discriminator's loss with its penalties, 0-dim, Eq. (gan-scheme).
 
         Args:
             batch: real examples and noise.
-
-        Returns:
-            The loss, 0-dim.
         """
         D, fake = self.score(batch), self.share_examples(batch)
         value = self.loss.discriminator(D(batch.x), D(fake))
