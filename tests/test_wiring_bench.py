@@ -505,10 +505,15 @@ def test_speeds_of_ranks(monkeypatch):
 
 
 def test_ratios_of_optimizers_and_overheads(monkeypatch):
-    known_times(monkeypatch, bench_optimizers, {"ours": 3.0, "torch": 4.0})
+    ms = {"ours": 3.0, "torch": 4.0, "default": 1.0, "fused": 2.0}
+    known_times(monkeypatch, bench_optimizers, ms)
     rows = bench_optimizers.bench_optimizers(1, elements=60, tensors=6)
-    for row in rows.values():
-        assert row == {"ours_ms": 3.0, "torch_ms": 4.0, "ratio": 0.75}
+    lists = {"ours_ms": 3.0, "torch_ms": 4.0, "ratio": 0.75}
+    for name, row in rows.items():
+        fused = (
+            {} if "RMSProp" in name else {"default_ms": 1.0, "fused_ms": 2.0, "fused_ratio": 0.5}
+        )
+        assert row == lists | fused
     known_times(monkeypatch, bench_assisted, {"scheme": 6.0, "hand": 5.0})
     monkeypatch.setattr(bench_assisted, "LOSSES", {"plain": bench_assisted.LOSSES["plain"]})
     (row,) = bench_assisted.bench_assisted(1)["methods"].values()
