@@ -10,21 +10,17 @@ from fastcore.basics import num_cpus
 from PIL import Image
 
 from cli_helpers import run
-from optgen.testing import generator, use_one_thread
+from optgen.testing import generator, use_one_core
 
 # Arguments of the command that trains the smallest VAE.
 TINY = "train beta-vae --hidden 16,8 --z-dim 2 --binarize static --progress none".split()
 
-use_one_thread()
+use_one_core()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """Run the whole suite on every core, unless the command names tests or a number of workers.
-
-    The allocator keeps the memory that a step frees for the next one: a fifth less time in the
-    larger tests. It reads this when a process starts, so that workers obey, not this process.
-    """
+    "Run the whole suite on every core, unless the command names tests or a number of workers."
     option, worker = config.option, hasattr(config, "workerinput")
     if (
         worker
@@ -33,8 +29,6 @@ def pytest_cmdline_main(config):
         or getattr(option, "numprocesses", 0) is not None
     ):
         return
-    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**32))
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**25))
     option.numprocesses = min(num_cpus(), 8)
     option.dist, option.loadscopereorder = "loadfile", False
 

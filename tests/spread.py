@@ -129,7 +129,7 @@ def gan(rule=None, dtype=torch.float64, optimizer="momentum", seed=0):
     )
 
 
-def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
+def train(ranks=None, steps=12, dtype=torch.float64, seed=0, **kwargs):
     "Weights and losses after some steps on batches of changing size."
     game = gan(dtype=dtype, seed=seed, **kwargs)
     game.ranks = ranks
@@ -177,7 +177,7 @@ ELBOS = {  # what a BetaVAE is made of
 }
 
 
-def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
+def vae(name, dtype=torch.float64, seed=0, steps=16, ranks=None):
     "Weights, the last losses and beta of a BetaVAE after some steps on batches of changing size."
     parts = ELBOS[name]()
     players = parts.pop("players", 1)
@@ -257,7 +257,7 @@ class Net(nn.Module):
         return self.head(self.features(x))
 
 
-def assisted(name, ranks=None, steps=20):
+def assisted(name, ranks=None, steps=12):
     "Weights, the last losses and lambda of an Assisted after steps on batches of changing size."
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -303,7 +303,7 @@ LIKELIHOODS = {
 }
 
 
-def likelihood(data, ranks=None, steps=20):
+def likelihood(data, ranks=None, steps=12):
     "Weights, the last loss and the first weights of a MaximumLikelihood, on uneven batches."
     with torch.random.fork_rng():
         torch.manual_seed(0)
