@@ -177,7 +177,7 @@ ELBOS = {  # what a BetaVAE is made of
 }
 
 
-def vae(name, dtype=torch.float64, seed=0, steps=16, ranks=None):
+def vae(name, dtype=torch.float64, seed=0, steps=30, ranks=None):
     "Weights, the last losses and beta of a BetaVAE after some steps on batches of changing size."
     parts = ELBOS[name]()
     players = parts.pop("players", 1)
