@@ -303,7 +303,7 @@ LIKELIHOODS = {
 }
 
 
-def likelihood(data, ranks=None, steps=12):
+def likelihood(data, ranks=None, steps=20):
     "Weights, the last loss and the first weights of a MaximumLikelihood, on uneven batches."
     with torch.random.fork_rng():
         torch.manual_seed(0)
