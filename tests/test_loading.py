@@ -209,4 +209,4 @@ def test_the_memory_of_a_stream_does_not_grow_with_its_images(tmp_path):
         count, peak = done.stdout.split()
         assert int(count) == n
         peaks.append(float(peak))
-    assert peaks[1] - peaks[0] < 20
+    assert peaks[1] - peaks[0] < 50  # 6000 images are 166 MB of bytes
