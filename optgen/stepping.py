@@ -319,8 +319,9 @@ def apply_fused_step(
         if optimizer.counts_steps:
             steps = state.get("step", 0.0)
             state["step"] = torch.as_tensor(steps, dtype=torch.float32, device=param.device)
-        for name in symbols.keys() - state.keys():
-            state[name] = torch.zeros_like(param)
+        for name in symbols:
+            if name not in state:
+                state[name] = torch.zeros_like(param)
     if optimizer.counts_steps:
         lists["t"] = [state["step"] for state in states]
         one = torch.ones((), dtype=torch.float32, device=params[0].device)
