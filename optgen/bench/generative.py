@@ -125,11 +125,11 @@ def bench_samplers(
     return add_speeds(median_ms(draws, rounds, warmup=0), n)
 
 # %% ../../nbs/40_training/48_generative.ipynb #48a00006
-def without_cache(model: PixelModel) -> PixelModel:
+def without_cache(model: nn.Module) -> nn.Module:
     """Return the same model, each pixel of whose draws takes a pass over the whole image.
 
     Args:
-        model: shares its parameters with the one that is returned.
+        model: a pixel model, which shares its parameters with the one that is returned.
     """
     forgetful = copy.copy(model)
     forgetful.successive_logits = partial(PixelModel.successive_logits, forgetful)
