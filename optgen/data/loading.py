@@ -472,7 +472,7 @@ class BatchSource:
             return x.long()
         if self.noise:
             x = binarize_pixels(x, self.noise)
-        return x.float().div_(1 if self.binarize else self.data.max_value)
+        return x / (1 if self.binarize else self.data.max_value)
 
 # %% ../../nbs/00_foundations/06_loading.ipynb #23a2fcf4-17
 class Loader(OrderedLoader):
