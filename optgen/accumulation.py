@@ -131,6 +131,7 @@ class BatchMeans:
         self.known: list[list[Tensor]] = []
         self.asked = 0
 
+    @torch.compiler.disable
     def answer(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the means over the whole batch, the answer to the next question.
 
@@ -280,10 +281,7 @@ class SplitBatches:
             tensors: means over the rows that the loss was given; they are used without graph.
         """
         if self.batch_means is not None:
-            answer = self.batch_means.answer
-            if torch.compiler.is_compiling():
-                answer = torch.compiler.disable(answer)
-            return answer(tensors)
+            return self.batch_means.answer(tensors)
         return self.average_over_ranks([t.detach() for t in tensors])
 
     def rows_of_batch(

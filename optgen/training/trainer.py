@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from ..averaging import Average, Profile, averages_of, collect_evaluation_weights
 from ..checks import check_choice, check_count
-from ..console import progress_shown
 from ..data.batches import BatchLoader
 from ..data.images import ImageSet
 from ..data.sources import as_loader
@@ -27,7 +26,6 @@ from optgen.training.callbacks import (
     EpochCheckpoints,
     MetricsLog,
     Pictures,
-    choose_progress,
     progress_callbacks,
 )
 from .folder import RunFolder, open_folder
@@ -323,5 +321,4 @@ def fit(
         with open_folder(out, config, resume, ranks) as folder:
             callbacks = build_callbacks(folder, progress, callbacks, ranks)
             run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
-            with progress_shown(choose_progress(progress) == "bar"):
-                return train_to_end(run, choose_averages(scheme, ema), resume, device)
+            return train_to_end(run, choose_averages(scheme, ema), resume, device)
