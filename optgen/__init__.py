@@ -5,7 +5,7 @@ when they are first used, so that `import optgen` and `optgen --help` do not wai
 nbdev writes only the line of the version.
 """
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

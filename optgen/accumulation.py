@@ -131,7 +131,6 @@ class BatchMeans:
         self.known: list[list[Tensor]] = []
         self.asked = 0
 
-    @torch.compiler.disable
     def answer(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the means over the whole batch, the answer to the next question.
 
@@ -281,7 +280,10 @@ class SplitBatches:
             tensors: means over the rows that the loss was given; they are used without graph.
         """
         if self.batch_means is not None:
-            return self.batch_means.answer(tensors)
+            answer = self.batch_means.answer
+            if torch.compiler.is_compiling():
+                answer = torch.compiler.disable(answer)
+            return answer(tensors)
         return self.average_over_ranks([t.detach() for t in tensors])
 
     def rows_of_batch(

@@ -130,7 +130,7 @@ def add_weighted(
 
 def narrow_like(tensors: list[Tensor | None], like: list[Tensor]) -> list[Tensor | None]:
     """Return tensors in the dtypes of others; None stays."""
-    return [None if t is None else t.to(x.dtype) for t, x in zip(tensors, like)]
+    return [t if t is None or t.dtype == x.dtype else t.to(x.dtype) for t, x in zip(tensors, like)]
 
 # %% ../nbs/10_optimizers/12a_fields.ipynb #12a00042
 class ReplayedRandom:
@@ -290,7 +290,9 @@ class MicroBatchPoint:
             return by_player(self.game, (), players)
         check_differentiable(loss, params)
         if value.requires_grad:
-            grads = differentiate(value, params, loss, create_graph=self.graph)
+            retain = self.graph or self.game.shares_graphs
+            options = {"create_graph": self.graph, "retain_graph": retain}
+            grads = differentiate(value, params, loss, **options)
         elif self.game.ranks or self.share < 1:
             grads = [None] * len(params)  # Another part of the batch may reach them.
         else:
@@ -421,7 +423,9 @@ class GamePoint:
         params, totals, losses = self._params(wrt for _, wrt in keys), None, []
         for point in self._points(graph=False):
             point.form(missing)
-            grads = [None if g is None else g.detach() for key in keys for g in point.grads[key]]
+            grads = [g for key in keys for g in point.grads[key]]
+            if point.graph:
+                grads = [None if g is None else g.detach() for g in grads]
             losses = [point.losses[loss] for loss in missing]
             totals = add_weighted(totals, [*grads, *losses], point.share)
         like = [*params, *losses]

@@ -316,6 +316,7 @@ class Game(GameWeights, SplitBatches):
             `state_dict`, `check_state` and `load_state_dict`.
         averages: averages of the players' weights (`optgen.averaging.averages_of`); `fit` updates
             them and `evaluating` uses the first of each player.
+        shares_graphs: whether the losses of several players share a part of their graphs.
         criterion: entry of a scheme's `evaluate` by which runs are compared; smaller is better.
         autocast: function that returns the context in which losses are evaluated.
         micro_batches, ranks, sharded: how batches are split, see `SplitBatches`.
@@ -328,6 +329,7 @@ class Game(GameWeights, SplitBatches):
 
     stateful_parts = ()
     averages = ()
+    shares_graphs = False
     criterion = "loss"
     autocast = contextlib.nullcontext
 
@@ -399,6 +401,7 @@ class Game(GameWeights, SplitBatches):
         finally:
             for player in self.players.values():
                 player.held = None
+            self.after_move(self.players)
 
     def begin_step(self, batch: Any) -> None:
         """Meet the ranks, and hold the parameters that require a gradient.
@@ -420,6 +423,14 @@ class Game(GameWeights, SplitBatches):
         """Step the optimizers of a field's players, with the field as the gradient."""
         for name, grads in u.items():
             self.players[name].descend(grads)
+        self.after_move(u)
+
+    def after_move(self, names: Iterable[str]) -> None:
+        """Forget what depends on the weights of players that have moved; a step ends with all.
+
+        Args:
+            names: the players.
+        """
 
     def compile(self) -> "Game":
         """Run every loss through `torch.compile` from now on, and return the game.

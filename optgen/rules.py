@@ -17,10 +17,10 @@ from torch import Tensor
 from .averaging import schedule_free_optimizers
 from .checks import check_count, check_number
 from .fields import Field, GamePoint
+from .forms import real_view
 from .games import Game, Rule, Simultaneous, as_rule
 from .opponents import CompetitiveGradient, Unrolled
 from .registry import Registry, parse_spec, read_json
-from .stepping import real_view
 
 _all_ = ["Simultaneous"]
 

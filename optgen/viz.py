@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid, save_image
+from torch.nn import functional as F
 
 from .metrics import Calibration
 
@@ -74,8 +75,16 @@ def image_grid(images: Tensor, columns: int | None = None, padding: int = 2) -> 
         )
     images = images.detach().cpu()
     images = images / 255 if images.dtype == torch.uint8 else images.float().clamp(0, 1)
-    columns = columns or math.ceil(math.sqrt(len(images)))
-    return make_grid(images, nrow=columns, padding=padding, pad_value=0.5)
+    columns = min(columns or math.ceil(math.sqrt(len(images))), len(images))
+    cells = images.expand(-1, 3, -1, -1)
+    if len(cells) == 1:
+        return cells[0]
+    rows = math.ceil(len(cells) / columns)
+    cells = F.pad(cells, (padding, 0, padding, 0), value=0.5)
+    empty = cells.new_full((rows * columns - len(cells), *cells.shape[1:]), 0.5)
+    cells = torch.cat([cells, empty]).unflatten(0, (rows, columns))
+    picture = cells.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
+    return F.pad(picture, (0, padding, 0, padding), value=0.5)
 
 
 def save_image_grid(images: Tensor, path: str | Path, columns: int | None = None) -> None:
@@ -87,7 +96,8 @@ def save_image_grid(images: Tensor, path: str | Path, columns: int | None = None
         columns: images a row, as in `image_grid`.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    save_image(image_grid(images, columns), path)
+    pixels = (image_grid(images, columns) * 255).round().to(torch.uint8)
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 # %% ../nbs/00_foundations/03_viz.ipynb #23a2fcf4-3
 def is_record(value: Any) -> bool:

@@ -6,12 +6,31 @@ import sys
 
 import pytest
 import torch
+from fastcore.basics import num_cpus
 from PIL import Image
 
-from optgen.testing import generator
+from cli_helpers import run
+from optgen.testing import generator, use_one_core
 
 # Arguments of the command that trains the smallest VAE.
 TINY = "train beta-vae --hidden 16,8 --z-dim 2 --binarize static --progress none".split()
+
+use_one_core()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    "Run the whole suite on every core, unless the command names tests or a number of workers."
+    option, worker = config.option, hasattr(config, "workerinput")
+    if (
+        worker
+        or option.file_or_dir
+        or option.usepdb
+        or getattr(option, "numprocesses", 0) is not None
+    ):
+        return
+    option.numprocesses = min(num_cpus(), 8)
+    option.dist, option.loadscopereorder = "loadfile", False
 
 
 def pytest_configure(config):
@@ -30,7 +49,7 @@ def pytest_collection_modifyitems(items):
 
 
 def optgen(*args, env=None, **kwargs):
-    """Run the command line in a process of its own, on one thread.
+    """Run the command line in a process of its own.
 
     Args:
         *args: arguments of the command.
@@ -44,7 +63,7 @@ def optgen(*args, env=None, **kwargs):
         [sys.executable, "-m", "optgen", *map(str, args)],
         capture_output=True,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
+        env=os.environ | (env or {}),
         **kwargs,
     )
 
@@ -66,8 +85,7 @@ def own_seed():
 def tiny_run(tmp_path_factory):
     "Return the folder of a finished run of two epochs on the digits; tests must not change it."
     out = tmp_path_factory.mktemp("runs") / "tiny"
-    done = optgen(*TINY, "--epochs", "2", "--out", out)
-    assert done.returncode == 0, done.stderr
+    assert run(*TINY, "--epochs 2 --out", out) == 0
     return out
 
 

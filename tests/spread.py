@@ -129,7 +129,7 @@ def gan(rule=None, dtype=torch.float64, optimizer="momentum", seed=0):
     )
 
 
-def train(ranks=None, steps=20, dtype=torch.float64, seed=0, **kwargs):
+def train(ranks=None, steps=12, dtype=torch.float64, seed=0, **kwargs):
     "Weights and losses after some steps on batches of changing size."
     game = gan(dtype=dtype, seed=seed, **kwargs)
     game.ranks = ranks
@@ -257,7 +257,7 @@ class Net(nn.Module):
         return self.head(self.features(x))
 
 
-def assisted(name, ranks=None, steps=20):
+def assisted(name, ranks=None, steps=12):
     "Weights, the last losses and lambda of an Assisted after steps on batches of changing size."
     with torch.random.fork_rng():
         torch.manual_seed(0)

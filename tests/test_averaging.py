@@ -17,11 +17,12 @@ from optgen.averaging import (
     collect_evaluation_weights,
     evaluating,
 )
+from optgen.combined import CombinedOptimizer
 from optgen.data.images import Batch, Images, digits
 from optgen.data.loading import Loader
 from optgen.games import Game, Player
 from optgen.muon import Muon, muon_groups
-from optgen.optim import Adam, CombinedOptimizer
+from optgen.optim import Adam
 from optgen.posthoc import posthoc_coefficients, reconstruct
 from optgen.rules import Alternating, Clipped, Consensus, Extragradient, Lookahead, Optimistic
 from optgen.testing import flat_weights, generator

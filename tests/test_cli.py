@@ -126,6 +126,13 @@ def test_help_does_not_wait_for_torch():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_training_imports_no_compiler(tmp_path):
+    program = Path(__file__).with_name("train_without_compiler.py")
+    command = [sys.executable, program, tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-1000:]
+
+
 def test_an_unknown_scheme_in_a_run_folder_is_reported(tmp_path, few_images, capsys, no_pictures):
     out = tmp_path / "run"
     assert run(*train_args("made", few_images, "--hidden 8 --epochs 1 --out"), out) == 0

@@ -10,8 +10,15 @@ import pytest
 from PIL import Image
 
 from data_helpers import refuses
-from optgen.data.decoding import common_channels, count_channels, find_unreadable, read_image
-from optgen.data.images import DataWarning
+from optgen.data import decoding
+from optgen.data.decoding import (
+    common_channels,
+    count_channels,
+    decode_image,
+    find_unreadable,
+    read_image,
+)
+from optgen.data.images import DataError, DataWarning
 
 GRAY, COLOR, GRAY_ALPHA, COLOR_ALPHA = 0, 2, 4, 6  # color types of a PNG file
 SEEDS = [0, 1, 2]
@@ -180,3 +187,59 @@ def test_files_are_looked_at_by_header_and_by_content(tmp_path):
     with pytest.warns(DataWarning, match="mine: 4 gray and 3 color images, all are read in color"):
         assert common_channels("mine", files) == 3
     assert common_channels("mine", [tmp_path / "float.tif"]) is None
+
+
+# JPEG files
+
+
+def write_jpeg(rng: np.random.Generator) -> bytes:
+    """Return a JPEG file of random size, layout and segments; a third have a damage."""
+    height, width = rng.integers(1, 70, 2)
+    kind = rng.choice(["L", "RGB", "RGB", "CMYK"])
+    shape = (height, width) if kind == "L" else (height, width, len(kind))
+    image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), kind)
+    settings = {"quality": int(rng.integers(5, 100)), "progressive": bool(rng.integers(2))}
+    if kind == "RGB":
+        settings["subsampling"] = int(rng.integers(3))
+    exif = image.getexif()
+    exif[0x112 if rng.integers(2) else 0x10F] = int(rng.integers(1, 9))
+    extras = {"exif": exif, "comment": b"mine", "icc_profile": rng.bytes(50), "optimize": True}
+    settings |= {name: value for name, value in extras.items() if rng.random() < 0.2}
+    file = io.BytesIO()
+    image.save(file, "jpeg", **settings)
+    data, damage = bytearray(file.getvalue()), rng.integers(9)
+    if damage == 0:
+        return bytes(data[: rng.integers(len(data))])
+    if damage in (1, 2):  # anywhere, and in the header
+        data[rng.integers(len(data) if damage == 1 else 400)] = rng.integers(256)
+    return bytes(data)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_plain_jpeg_is_what_pillow_opens(seed, tmp_path, monkeypatch):
+    rng, path, plain = np.random.default_rng(seed), tmp_path / "a.jpg", 0
+    for _ in range(300):
+        path.write_bytes(write_jpeg(rng))
+        channels, draft = rng.choice([None, 1, 3]), bool(rng.integers(2))
+        plain += decoding._decode_plain_jpeg(path, draft) is not None
+
+        def outcome() -> tuple:
+            """Return the channels, and the pixels or the error."""
+            try:
+                pixels = np.asarray(decode_image(path, channels, draft))
+                return count_channels(path), pixels.shape, pixels.tobytes()
+            except DataError as error:
+                return count_channels(path), str(error)
+
+        found = outcome()
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "_read_jpeg", lambda *_: b"")
+            assert found == outcome()
+    assert plain > 60
+
+
+@pytest.mark.parametrize("limit, is_plain", [(200, True), (199, False), (None, True)])
+def test_a_picture_of_which_pillow_warns_is_not_plain(limit, is_plain, tmp_path, monkeypatch):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    assert (decoding._decode_plain_jpeg(tmp_path / "a.jpg", False) is not None) == is_plain

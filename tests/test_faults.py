@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import TINY, optgen
 
+from cli_helpers import resume, run
 from optgen.training import checkpoint
 
 pytestmark = pytest.mark.skipif(
@@ -24,16 +25,16 @@ pytestmark = pytest.mark.skipif(
 KILLER = Path(__file__).with_name("killer.py")
 
 
-def weights(run):
+def weights(folder):
     """Return the weights in the checkpoint of a run folder."""
-    return checkpoint.load(run / "checkpoint.pt")["scheme"]["model"]["weights"]
+    return checkpoint.load(folder / "checkpoint.pt")["scheme"]["model"]["weights"]
 
 
-def log(run):
+def log(folder):
     """Return the records of a run folder, without what depends on the clock."""
     return [
         {k: v for k, v in json.loads(line).items() if "second" not in k}
-        for line in (run / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
     ]
 
 
@@ -46,25 +47,18 @@ def assert_same(a, b):
 
 
 def test_killed_twenty_times_it_is_the_run_that_was_not(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
     seed = int.from_bytes(os.urandom(2), "big")
     killed = subprocess.run(
         [sys.executable, KILLER, tmp_path / "killed", str(seed), json.dumps(TINY)],
         capture_output=True,
         text=True,
-        env=env,
     )
     assert killed.returncode == 0, f"seed {seed}: {killed.stderr}"
     found = json.loads(killed.stdout.splitlines()[-1])
     assert found["kills"] == 20 and found["inside"] >= 3, found
-    epochs = str(found["step"] // 90 + 2)
-    assert (
-        optgen(
-            "train", "--resume", tmp_path / "killed", "--epochs", epochs, "--progress", "none"
-        ).returncode
-        == 0
-    )
-    assert optgen(*TINY, "--epochs", epochs, "--out", tmp_path / "whole").returncode == 0
+    epochs = found["step"] // 90 + 2
+    assert resume(tmp_path / "killed", epochs) == 0
+    assert run(*TINY, "--epochs", epochs, "--out", tmp_path / "whole") == 0
     assert_same(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -88,7 +82,6 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     while not (out / "checkpoint.pt").exists():
         time.sleep(0.002)
@@ -96,7 +89,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, tiny_run, signum):
     said = child.communicate()[1]
     assert child.returncode == 128 + signum and len(said.splitlines()) == 1
     command = said.split("go on with: optgen ")[1].split()
-    assert optgen(*command, "--progress", "none").returncode == 0
+    assert run(*command, "--progress none") == 0
     assert_same(out, tiny_run)
 
 
@@ -114,7 +107,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, tiny_run):
     assert "cannot write" in full.stderr and "the one written before is whole" in full.stderr
     assert all(torch.equal(a, b) for a, b in zip(before.values(), weights(run).values()))
     assert not list(run.glob(".*.tmp"))
-    assert optgen("train", "--resume", run, "--epochs", "4", "--progress", "none").returncode == 0
+    assert resume(run, 4) == 0
     assert len(log(run)) == 4
 
 
@@ -214,26 +207,13 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, tiny_run, capsys, wrap):
     capsys.readouterr()
 
 
-def test_a_broken_run_is_named_and_its_last_checkpoint_kept(tmp_path):
-    done = optgen(
-        *TINY,
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "1e30",
-        "--checkpoint-steps",
-        "1",
-        "--epochs",
-        "1",
-        "--out",
-        tmp_path / "run",
-    )
-    assert (
-        done.returncode == 1
-        and len(done.stderr.splitlines()) == 1
-        and "of player 'model' is not finite" in done.stderr.replace(" after its update", "")
-    )
-    step = int(done.stderr.split("step ")[1].split(":")[0])
+def test_a_broken_run_is_named_and_its_last_checkpoint_kept(tmp_path, capfd):
+    options = "--optimizer sgd --lr 1e30 --checkpoint-steps 1 --epochs 1 --out"
+    assert run(*TINY, options, tmp_path / "run") == 1
+    said = capfd.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "of player 'model' is not finite" in said.replace(" after its update", "")
+    step = int(said.split("step ")[1].split(":")[0])
     state = checkpoint.load(tmp_path / "run/checkpoint.pt")
     assert state["step"] == step - 1 and all(
         w.isfinite().all() for w in state["scheme"]["model"]["weights"].values()
@@ -259,7 +239,6 @@ def test_a_longer_run_that_is_stopped_again_knows_how_long(tmp_path, tiny_run):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     while len(log(run)) < 3:
         time.sleep(0.01)
@@ -271,7 +250,7 @@ def test_a_longer_run_that_is_stopped_again_knows_how_long(tmp_path, tiny_run):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path, tiny_run):
-    run = shutil.copytree(tiny_run, tmp_path / "run")
-    (run / "checkpoint.pt").unlink()
-    assert optgen("train", "--resume", run, "--progress", "none").returncode == 0
-    assert_same(run, tiny_run)
+    out = shutil.copytree(tiny_run, tmp_path / "run")
+    (out / "checkpoint.pt").unlink()
+    assert run("train --resume", out, "--progress none") == 0
+    assert_same(out, tiny_run)

@@ -17,7 +17,7 @@ from optgen.models.gan import (
     MLPGenerator,
 )
 from optgen.opponents import CompetitiveGradient, Unrolled
-from optgen.optim import SGD, Momentum
+from optgen.optim import SGD, Adam, Momentum
 from optgen.rules import (
     Alternating,
     Consensus,
@@ -281,3 +281,50 @@ def test_an_evaluation_without_examples_raises():
 def test_what_differentiates_twice_is_not_compiled(kwargs, word):
     with raises(ValueError, word):
         conv_gan(**kwargs).compile()
+
+
+SHARING_RULES = {
+    "simultaneous": lambda: None,
+    "alternating, D first": lambda: Alternating(order=("D", "G")),
+    "alternating, G first": lambda: Alternating(order=("G", "D"), repeats={"D": 2}),
+    "feedback": lambda: Feedback("G", "D", "D", 0.3),
+    "extragradient": Extragradient,
+    "consensus": lambda: Consensus(0.1),
+}
+
+
+@pytest.mark.parametrize("method", ("fused", "foreach", "torch"))
+@pytest.mark.parametrize("rule", SHARING_RULES)
+def test_examples_that_both_losses_share_change_no_step(rule, method):
+    """As if each loss had generated its own, whatever moves G between the losses."""
+    make = {
+        "fused": lambda p: Adam(p, lr=0.01),
+        "foreach": lambda p: Adam(p, lr=0.01, fused=False),
+        "torch": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.5, fused=True),
+    }[method]
+    ends = []
+    for shares in (True, False):
+        torch.manual_seed(3)
+        G = MLPGenerator(3, (5,), (1, 2, 2), "sigmoid").double()
+        D = MLPDiscriminator((1, 2, 2), (6,)).double()
+        optimizers = [make(net.parameters()) for net in (G, D)]
+        gan = FeedbackGAN(G, D, rule=SHARING_RULES[rule](), optimizers=optimizers, r1=0.2, r2=0.1)
+        if not shares:
+            gan.share_examples = gan.generate
+        for _ in range(4):
+            losses = gan.step(Batch(torch.rand(8, 1, 2, 2, dtype=torch.float64), None))
+        assert gan.shared is None
+        ends.append([*G.parameters(), *D.parameters(), *losses.values()])
+    for a, b in zip(*ends):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("rule, count", (("simultaneous", 1), ("alternating, D first", 1)))
+def test_a_step_generates_once(rule, count):
+    torch.manual_seed(0)
+    G, D = MLPGenerator(3, (5,), (1, 2, 2), "sigmoid"), MLPDiscriminator((1, 2, 2), (6,))
+    gan, calls = FeedbackGAN(G, D, rule=SHARING_RULES[rule]()), []
+    G.register_forward_hook(lambda *_: calls.append(0))
+    for _ in range(3):
+        gan.step(Batch(torch.rand(8, 1, 2, 2), None))
+    assert len(calls) == 3 * count

@@ -5,8 +5,10 @@ import hashlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_helpers import refuses, same_batches, write_folder
 from optgen.data import images as image_sets
@@ -184,3 +186,27 @@ def test_cuda_serves_the_same_without_waiting(binarize):
     again = Loader(digits("test"), 100, binarize=binarize, device="cuda")
     again.load_state_dict(state)
     assert all(torch.equal(a.x, b.x) for a, b in zip(rest, again))
+
+
+STREAMED = """
+import sys
+from optgen.bench.epochs import peak_memory
+from optgen.data.folders import ImageFiles
+from optgen.data.loading import Loader
+
+files = ImageFiles([sys.argv[1]] * int(sys.argv[2]), size=96)
+print(sum(len(batch.x) for batch in Loader(files, 100, workers=0)), peak_memory())
+"""
+
+
+def test_the_memory_of_a_stream_does_not_grow_with_its_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.jpg")
+    peaks = []
+    for n in (2000, 8000):  # 55 and 221 MB of bytes, four times as much of floats
+        command = [sys.executable, "-c", STREAMED, str(tmp_path / "a.jpg"), str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        count, peak = done.stdout.split()
+        assert int(count) == n
+        peaks.append(float(peak))
+    assert peaks[1] - peaks[0] < 50  # 6000 images are 166 MB of bytes

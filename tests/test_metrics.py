@@ -19,6 +19,7 @@ from optgen.metrics import (
     importance_nll,
     latent_variance,
     log_weights,
+    log_weights_in_cache,
     measure_calibration,
     mutual_information,
     rate,
@@ -86,6 +87,40 @@ def test_elbo_below_iwae_below_likelihood(seed):
     samples = torch.stack([elbo(model, x, k=200, generator=rng) for _ in range(100)])
     # The difference of two sampled means: root two more.
     assert_mean(samples, torch.tensor(bound[1][0], dtype=x.dtype), z=7)
+
+
+@pytest.mark.parametrize("n", [1, 7, 40])
+@pytest.mark.parametrize("samples", [1, 2, 5, 11])
+def test_a_cpu_decodes_what_its_cache_holds_and_the_weights_stay(samples, n, monkeypatch):
+    model, x, _ = linear_gaussian(n=n, shift=0.3)
+    sizes, likelihood = [], LinearGaussian.log_likelihood
+
+    def note_size(self, x, z):
+        """Note the number of samples."""
+        sizes.append(len(z))
+        return likelihood(self, x, z)
+
+    eps, q = randn(samples, n, 2, seed=3), model.encoder(x)
+    whole = log_weights(model, x, eps, q)
+    monkeypatch.setattr(LinearGaussian, "log_likelihood", note_size)
+    for fit, bytes in ((samples, 2**20), (2, 2 * n * 5 * 8), (1, n * 5 * 8), (1, 1)):
+        monkeypatch.setattr("optgen.metrics.CACHED", bytes)
+        sizes.clear()
+        parts = log_weights_in_cache(model, x, eps, q)
+        assert max(sizes) <= fit and sum(sizes) == samples
+        assert len(sizes) == -(-samples // fit)
+        for found, expected in zip(parts, whole, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_noise_of_an_estimate_does_not_depend_on_the_cache(monkeypatch):
+    model, x, _ = linear_gaussian(n=30, shift=0.3)
+    found = []
+    for bytes in (1, 2**20):
+        monkeypatch.setattr("optgen.metrics.CACHED", bytes)
+        found.append(importance_nll(model, x, k=50, chunk=300, generator=generator(4)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-11)
 
 
 def test_terms_add_up_and_agree_with_the_models():

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from optgen.combined import CombinedOptimizer
 from optgen.data.images import Batch
 from optgen.games import Game, Player
 from optgen.models.vae import VAE
 from optgen.muon import Muon, muon_groups, orthogonalize
-from optgen.optim import Adam, CombinedOptimizer
+from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
 from optgen.testing import flat_weights, generator, randn
 from optgen.training import checkpoint

@@ -25,7 +25,6 @@ SUMMARIES = ("In short", "Limits", "Verdict", "Result")
 # Pages whose numbers another page repeats.
 REPEATED = {
     "44b_optimizers": "44_epochs",
-    "46a_trainers": "46_elbo",
     "48a_scaling": "45_rules",
     "96_classifier": "22_classifier",
     "index": "50_mnist_vae",

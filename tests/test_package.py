@@ -143,7 +143,11 @@ def names_of_the_changelog() -> list[str]:
     """Return the names that classes and functions were given, but those given another one since."""
     text = (REPO / "CHANGELOG.md").read_text(encoding="utf-8")
     old, new = set(), set()
-    for heading in ("Renamed classes and functions:", "Renamed or moved since 0.5:"):
+    headings = (
+        "Renamed classes and functions:",
+        *(f"Renamed or moved since 0.{n}:" for n in (5, 6)),
+    )
+    for heading in headings:
         table = re.search(rf"{heading}\n\n(?:\|.*\n){{2}}((?:\|.*\n)+)", text)[1]
         for row in table.splitlines():
             columns = [re.findall(r"`(\w+\.[\w.]+)`", column) for column in row.split("|")[1:3]]

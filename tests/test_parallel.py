@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, optgen
 
+from cli_helpers import resume
 from optgen import rules
 from optgen.accumulation import slice_batch
 from optgen.games import Rule
@@ -362,12 +363,7 @@ def test_torchrun_on_the_command_line(tmp_path, tiny_run):
     )
     step = int(said.split("SIGTERM after step ")[1].split(":")[0])
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == step
-    assert (
-        optgen(
-            "train", "--resume", tmp_path / "run", "--epochs", step // 90 + 1, "--progress", "none"
-        ).returncode
-        == 0
-    )
+    assert resume(tmp_path / "run", step // 90 + 1) == 0
 
 
 @pytest.mark.parametrize(

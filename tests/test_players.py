@@ -11,10 +11,10 @@ from torch.optim import lr_scheduler as lrs
 
 from optgen import optim
 from optgen.averaging import Average
+from optgen.combined import CombinedOptimizer
 from optgen.games import Game, Player, Rule
 from optgen.muon import Muon
 from optgen.opponents import CompetitiveGradient, Unrolled
-from optgen.optim import CombinedOptimizer
 from optgen.rules import (
     Alternating,
     Clipped,
@@ -905,3 +905,54 @@ def test_averages_of_a_frozen_layer():
     game.step(torch.ones(2, 3))
     average.update()
     assert len(average.means) == 5
+
+
+def test_parameters_are_read_anew_whatever_changes_between_steps():
+    """Names are read only where a tensor is another one; what is found is the same."""
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    game = Game(net=Player(net, lambda x: net(x).sum(), optimizer))
+    player, x = game.players["net"], torch.ones(2, 3)
+
+    def check():
+        before = {name: p.detach().clone() for name, p in net.named_parameters()}
+        game.step(x)
+        trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        assert list(player.last_params) == list(trained)
+        assert all(player.last_params[name] is p for name, p in trained.items())
+        moved = {n for n, p in net.named_parameters() if not torch.equal(p, before[n])}
+        assert moved <= trained.keys() and any(name.startswith("head") for name in moved)
+
+    check()
+    check()
+    net.body.requires_grad_(False)
+    check()
+    net.body.requires_grad_(True)
+    check()
+    net.body.requires_grad_(False)
+    player.load_state_dict(player.state_dict())
+    net.body.requires_grad_(True)
+    check()
+    net.head = nn.Linear(4, 1)
+    optimizer.param_groups[0]["params"] = list(net.parameters())
+    check()
+    net.more = nn.Linear(1, 1)
+    optimizer.add_param_group({"params": net.more.parameters()})
+    check()
+    net.head.bias = None
+    kept = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.param_groups[1:] = []
+    optimizer.param_groups[0]["params"] = [p for p in kept if any(p is q for q in net.parameters())]
+    check()
+
+
+def test_names_are_read_once():
+    net, calls = Net(), []
+    game = Game(net=Player(net, lambda x: net(x).sum(), torch.optim.SGD(net.parameters(), lr=0.1)))
+    read = type(game.players["net"]).named_tensors
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Player, "named_tensors", lambda self: calls.append(0) or read(self))
+        for _ in range(5):
+            game.step(torch.ones(2, 3))
+    assert len(calls) <= 2

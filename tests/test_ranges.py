@@ -183,12 +183,13 @@ def test_an_option_of_a_measurement_refuses_what_is_out_of_range(command, flag, 
 
 @pytest.fixture
 def small_machine(monkeypatch):
-    """Let the command line believe that the machine has 256 MiB more than are used."""
+    """Let the command line believe that the machine has 256 MiB more than the bytes returned."""
     if total_memory() is None or torch.accelerator.is_available():
         pytest.skip("only on Linux, and only on the CPU, memory is limited")
     status = Path("/proc/self/status").read_text()
     used = 1024 * int(re.search(r"VmData:\s+(\d+) kB", status)[1])
     monkeypatch.setattr("optgen.options.total_memory", lambda: used + 2**28)
+    return used
 
 
 LARGE = "2147483647"
@@ -224,7 +225,10 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_option(
     assert f"{' '.join(text.split()[-2:])} is too large" in message
 
 
-def test_samples_that_do_not_fit_into_memory_name_their_number(capsys, small_run, small_machine):
+def test_samples_that_do_not_fit_into_memory_name_their_number(
+    capsys, small_run, small_machine, monkeypatch
+):
+    monkeypatch.setattr("optgen.options.total_memory", lambda: small_machine + 2**25)
     message = refuse(capsys, 1, "sample", small_run, "--n 100000000")
     assert "not enough memory" in message and "--n 100000000 is too large" in message
 

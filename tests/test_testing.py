@@ -1,9 +1,13 @@
 "The oracles of the installed package: each passes a right formula and catches a wrong one."
 
 import math
+import platform
+from types import SimpleNamespace
 
+import conftest
 import pytest
 import torch
+from fastcore.basics import num_cpus
 from torch.optim import SGD
 
 from optgen.testing import (
@@ -165,3 +169,37 @@ def test_linear_gaussian_obeys_bayes_everywhere(seed):
     assert torch.allclose(mean, posterior.mean)
     precision = torch.linalg.inv(posterior.covariance_matrix)
     assert torch.allclose(log_var.exp(), 1 / precision.diagonal(dim1=-2, dim2=-1))
+
+
+# How the tests run.
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"file_or_dir": ["tests"]}, {"numprocesses": 0}, {"numprocesses": 3}, {"usepdb": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("worker", [False, True])
+def test_the_whole_suite_alone_runs_on_every_core(given, worker):
+    usual = {"file_or_dir": [], "numprocesses": None, "usepdb": False}
+    option = SimpleNamespace(**usual | given, dist="no", loadscopereorder=True)
+    config = SimpleNamespace(option=option, **{"workerinput": {}} if worker else {})
+    conftest.pytest_cmdline_main(config)
+    spread = {"numprocesses": min(num_cpus(), 8), "dist": "loadfile", "loadscopereorder": False}
+    expected = usual | given | {"dist": "no", "loadscopereorder": True}
+    assert vars(option) == (expected if given or worker else expected | spread)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_memory_that_is_freed_serves_the_next_step():
+    import resource
+
+    def faults():
+        """Return the pages that the system gave while a step's tensors were written."""
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(5 * 2**20) for _ in range(6)]
+        assert len(tensors) == 6
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    found = [faults() for _ in range(8)]
+    assert found[-1] < 1000, found

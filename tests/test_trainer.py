@@ -15,6 +15,7 @@ from optgen.optim import Adam
 from optgen.schemes.elbo import BetaVAE
 from optgen.training import checkpoint
 from optgen.training.guards import NonFinite, NonFiniteWatch
+from optgen.training.loop import clear_small_moments
 from optgen.training.trainer import fit
 
 
@@ -204,3 +205,101 @@ def test_a_weight_that_its_update_made_infinite_ends_the_run(tmp_path):
     with pytest.raises(NonFinite, match=r"step 4: the parameter '1.weight' of player 'net'"):
         fit(game, few(40), batch_size=10, out=tmp_path / "run", progress="none")
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def dead_images():
+    """Return digits whose right half is black, so that some weights never have a gradient."""
+    images = digits("train").images[:200].clone()
+    images[..., 14:] = 0
+    return Images(images)
+
+
+def dead_moments(s):
+    """Return the moments of the first layer's weights from the right half of the pixels."""
+    first = next(iter(s.model.parameters()))
+    is_dead = torch.zeros(28, 28, dtype=torch.bool).index_fill(1, torch.arange(14, 28), True)
+    state = s.players["model"].optimizer.state[first]
+    return state["exp_avg"][:, is_dead.flatten()]
+
+
+class StopAt:
+    """Callback that ends a run after a step."""
+
+    def __init__(self, step):
+        self.last = step
+
+    def on_step(self, run, batch, losses):
+        """End the run if this is the step."""
+        if run.step == self.last:
+            run.stop()
+
+
+class FillDeadMoments:
+    """Callback that gives dead weights a small moment in the first step."""
+
+    def on_step(self, run, batch, losses):
+        """Fill the moments after the first step."""
+        if run.step == 1:
+            first = next(iter(run.scheme.model.parameters()))
+            moment = run.scheme.players["model"].optimizer.state[first]["exp_avg"]
+            moment[:, 14:28] = 1e-31
+
+
+@pytest.mark.parametrize("optimizer", (Adam, torch.optim.Adam))
+def test_small_moments_are_cleared_and_change_no_weight(optimizer, monkeypatch):
+    ends = []
+    for every in (100, 10**9):
+        monkeypatch.setattr("optgen.training.loop.CLEAR_EVERY", every)
+        s = scheme()
+        s.players["model"].optimizer = optimizer(s.model.parameters(), lr=1e-3)
+        fit(
+            s,
+            dead_images(),
+            batch_size=4,
+            epochs=2,
+            callbacks=[FillDeadMoments()],
+            progress="none",
+        )
+        ends.append((weights(s), dead_moments(s).abs().max().item()))
+    (cleared, moment), (kept, small) = ends
+    assert moment == 0 < small < 1e-34
+    assert torch.equal(cleared, kept)
+
+
+@pytest.mark.parametrize("stop", (2, 3, 4))
+def test_small_moments_are_cleared_at_the_same_steps_of_a_resumed_run(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr("optgen.training.loop.CLEAR_EVERY", 3)
+    options = dict(batch_size=40, epochs=2, out=tmp_path / "b", progress="none")
+    whole = scheme()
+    fit(
+        whole,
+        dead_images(),
+        **options | {"out": tmp_path / "a"},
+        callbacks=[FillDeadMoments()],
+    )
+    fit(scheme(), dead_images(), **options, callbacks=[FillDeadMoments(), StopAt(stop)])
+    resumed = scheme()
+    fit(resumed, dead_images(), **options, resume=True, callbacks=[FillDeadMoments()])
+    assert torch.equal(weights(whole), weights(resumed))
+    assert torch.equal(dead_moments(whole), dead_moments(resumed))
+    assert dead_moments(whole).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16))
+@pytest.mark.parametrize("eps_is_enough", (True, False))
+def test_only_what_eps_outweighs_is_cleared(dtype, eps_is_enough):
+    """Any number below eps / 2^24 leaves the sum of its root and eps as it is."""
+    least = torch.finfo(dtype).smallest_normal * 2**24
+    eps = least**0.5 * 2**24 * (1.01 if eps_is_enough else 0.99)
+    x = torch.zeros(4, dtype=dtype, requires_grad=True)
+    x.grad = torch.ones_like(x)
+    optimizer = torch.optim.Adam([x], eps=eps)
+    optimizer.step()
+    values = torch.tensor([0.9 * least, -0.9 * least, 1.1 * least, 1.0], dtype=dtype)
+    for name in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[x][name].copy_(values)
+    clear_small_moments(optimizer)
+    expected = values * torch.tensor([0, 0, 1, 1] if eps_is_enough else [1, 1, 1, 1])
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[x][name], expected.to(dtype))
+    assert optimizer.state[x]["step"] == 1

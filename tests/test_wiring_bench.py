@@ -14,10 +14,10 @@ from optgen.bench import assisted as bench_assisted
 from optgen.bench import elbo as bench_elbo
 from optgen.bench import epochs as bench_epochs
 from optgen.bench import generative as bench_generative
+from optgen.bench import loops as bench_loops
 from optgen.bench import optimizers as bench_optimizers
 from optgen.bench import rules as bench_rules
 from optgen.bench import scaling as bench_scaling
-from optgen.bench import trainers as bench_trainers
 from optgen.data.images import Batch, Images
 from optgen.evidence import assisted, elbo, feedback, likelihood
 from optgen.evidence.classifier import train_classifier, warmup_linear_decay
@@ -497,18 +497,23 @@ def known_times(monkeypatch, module, ms):
 
 
 def test_speeds_of_ranks(monkeypatch):
-    times = iter([100.0, 150.0, 260.0, 120.0, 180.0, 200.0, 110.0, 210.0, 330.0])
+    times = iter([100.0, 150.0, 260.0])
     monkeypatch.setattr(bench_scaling, "launch_steps", lambda *args: next(times))
-    found = bench_scaling.bench_scaling(ranks=(1, 2, 4), repeats=3)
-    assert found["images_per_second"] == {1: 110.0, 2: 180.0, 4: 260.0}
-    assert found["speedup"] == pytest.approx({1: 1.0, 2: 180 / 110, 4: 260 / 110})
+    found = bench_scaling.bench_scaling(ranks=(1, 2, 4))
+    assert found["images_per_second"] == {1: 100.0, 2: 150.0, 4: 260.0}
+    assert found["speedup"] == pytest.approx({1: 1.0, 2: 1.5, 4: 2.6})
 
 
 def test_ratios_of_optimizers_and_overheads(monkeypatch):
-    known_times(monkeypatch, bench_optimizers, {"ours": 3.0, "torch": 4.0})
+    ms = {"ours": 3.0, "torch": 4.0, "default": 1.0, "fused": 2.0}
+    known_times(monkeypatch, bench_optimizers, ms)
     rows = bench_optimizers.bench_optimizers(1, elements=60, tensors=6)
-    for row in rows.values():
-        assert row == {"ours_ms": 3.0, "torch_ms": 4.0, "ratio": 0.75}
+    lists = {"ours_ms": 3.0, "torch_ms": 4.0, "ratio": 0.75}
+    for name, row in rows.items():
+        fused = (
+            {} if "RMSProp" in name else {"default_ms": 1.0, "fused_ms": 2.0, "fused_ratio": 0.5}
+        )
+        assert row == lists | fused
     known_times(monkeypatch, bench_assisted, {"scheme": 6.0, "hand": 5.0})
     monkeypatch.setattr(bench_assisted, "LOSSES", {"plain": bench_assisted.LOSSES["plain"]})
     (row,) = bench_assisted.bench_assisted(1)["methods"].values()
@@ -516,26 +521,95 @@ def test_ratios_of_optimizers_and_overheads(monkeypatch):
     assert row["images_per_second"] == pytest.approx(bench_assisted.BATCH / 6e-3)
 
 
-def test_speed_ups_of_epochs(monkeypatch):
-    seconds = {name: [[k, k + 2.0], [k + 1.0, k + 1.0]] for k, name in enumerate(VARIANTS, 1)}
-    runs = {name: iter(times) for name, times in seconds.items()}
+def known_epochs(monkeypatch, **seconds):
+    """Replace the processes of the epochs by known times."""
 
-    def run_module(module, variant, data, epochs):
-        """Return a run whose times are known."""
-        return {"seconds": next(runs[variant]), "peak_mib": 7.0, "matmul_gflops": 50.0}
+    def run_module(module, variant, data):
+        """Return a row whose time is known."""
+        return {"seconds": seconds[variant], "images_per_second": 9.0, "share": 0.5}
 
     monkeypatch.setattr(bench_epochs, "run_module", run_module)
     monkeypatch.setattr(bench_epochs, "load", lambda name: digit_like(30))
-    monkeypatch.setattr(bench_epochs, "loop_overhead", lambda data, rounds: 0.25)
-    found = bench_epochs.bench_epochs(2, "digits")
-    median = {name: k + 1.0 for k, name in enumerate(VARIANTS, 1)}
-    assert found["times_article"] == pytest.approx(
-        {name: median["article"] / s for name, s in median.items()}
-    )
-    for name, row in found["variants"].items():
-        assert row["seconds"] == median[name]
-        assert row["images_per_second"] == pytest.approx(30 / median[name])
-    assert found["fit_overhead"] == 0.25
+    monkeypatch.setattr(bench_epochs, "relative_speed", lambda data: len(data) / 10)
+
+
+def test_speed_ups_of_epochs(monkeypatch):
+    seconds = {name: k + 1.0 for k, name in enumerate(VARIANTS)}
+    known_epochs(monkeypatch, **seconds)
+    monkeypatch.setattr(bench_epochs.importlib.util, "find_spec", lambda name: True)
+    found = bench_epochs.bench_epochs("digits")
+    assert found["variants"].keys() == seconds.keys() and found["images"] == 30
+    for base in ("article", "pythae", "plain"):
+        expected = {name: seconds[base] / s for name, s in seconds.items()}
+        assert found[f"times_{base}"] == pytest.approx(expected)
+    assert found["fit_of_plain"] == 1.0  # on a third of the images
+
+
+def test_epochs_without_pythae(monkeypatch):
+    known_epochs(monkeypatch, **dict.fromkeys(VARIANTS, 2.0))
+    monkeypatch.setattr(bench_epochs.importlib.util, "find_spec", lambda name: None)
+    found = bench_epochs.bench_epochs("digits")
+    assert "pythae" not in found["variants"] and "times_pythae" not in found
+    found["variants"] = {name: row | {"peak_mib": 1.0} for name, row in found["variants"].items()}
+    assert not any("pythae" in line for line in bench_epochs.format_epochs(found))
+
+
+@pytest.mark.parametrize("images", [2000, 1950])
+def test_the_share_of_the_products_in_an_epoch(monkeypatch, images):
+    """Twenty steps, of which two are products of 0.5 s before and 0.7 s after an epoch of 8 s."""
+    products, data = [0.5, 0.7], digit_like(images)
+    monkeypatch.setattr(bench_epochs, "take_products", lambda products, steps: steps)
+    monkeypatch.setattr(bench_epochs, "take_first", lambda *args, **more: data)
+    monkeypatch.setitem(bench_epochs.VARIANTS, "fit", lambda: lambda data: Nothing())
+
+    def time_once(function):
+        """Return the next time of the products, or that of the epoch."""
+        if isinstance(function, Nothing):
+            return 8.0
+        assert function() == 2
+        return products.pop(0)
+
+    monkeypatch.setattr(bench_epochs, "time_once", time_once)
+    found = bench_epochs.measure_epoch("fit", data)
+    assert found["seconds"] == 8.0 and found["images_per_second"] == images / 8
+    assert found["share"] == pytest.approx(0.6 * 10 / 8)
+
+
+class Nothing:
+    """An epoch that does nothing."""
+
+    def __call__(self):
+        """Do nothing."""
+
+
+def test_speeds_over_many_epochs(monkeypatch):
+    times = iter([3.0, 4.0, 6.0])
+    monkeypatch.setattr(bench_epochs, "load", lambda name: digit_like(60))
+    monkeypatch.setattr(bench_epochs, "fit_variant", lambda: lambda data: Nothing())
+    monkeypatch.setattr(bench_epochs, "time_once", lambda function: next(times))
+    turns = {"trained": [2.0, 4.0, 5.0], "new": [1.0, 4.0, 4.0]}
+    monkeypatch.setattr(bench_epochs, "alternate", lambda steps, rounds, warmup: turns)
+    found = bench_epochs.bench_endurance("digits", epochs=3)
+    assert found["images_per_second"] == [20.0, 15.0, 10.0] and found["last_over_first"] == 0.5
+    assert found["trained_over_new"] == pytest.approx(0.8)
+
+
+def test_speeds_beside_bare_loops(monkeypatch):
+    turns = {"fit": [2.0, 4.0, 5.0], "bare": [1.0, 4.0, 4.0]}
+    monkeypatch.setattr(bench_loops, "alternate", lambda steps, rounds, warmup: turns)
+    monkeypatch.setattr(bench_loops, "make_epochs", lambda name, data, images: name)
+    found = bench_loops.compare_loops("gan", digit_like(30))
+    assert found["fit_seconds"] == found["bare_seconds"] == 4.0 and found["images"] == 30
+    assert found["speed"] == pytest.approx(0.8)
+
+
+def test_steps_beside_another_library(monkeypatch):
+    turns = {"fit": [2.0, 4.0, 6.0], "library": [3.0, 8.0, 9.0]}
+    monkeypatch.setattr(bench_loops, "alternate", lambda steps, rounds, warmup: turns)
+    for name in ("our_epoch", "library_epoch"):
+        monkeypatch.setattr(bench_loops, name, lambda *args: args)
+    found = bench_loops.compare_ddpm(digit_like(3), steps=4)
+    assert found == {"fit_ms": 1000.0, "library_ms": 2000.0, "speedup": 1.5}
 
 
 def test_overheads_of_rules_are_beside_their_passes(monkeypatch):
@@ -545,7 +619,7 @@ def test_overheads_of_rules_are_beside_their_passes(monkeypatch):
     known_times(monkeypatch, bench_rules, ms)
     monkeypatch.setattr(bench_rules, "seeded_game", NamedGame)
     monkeypatch.setattr(bench_rules, "step_flops", lambda game, batch: flops[game.name])
-    monkeypatch.setattr(bench_rules, "run_module", lambda module, name: len(name))
+    monkeypatch.setattr(bench_rules, "run_module", length_of_names)
     found = bench_rules.bench_rules(1, names)
     assert found["alternating_over_hand"] == pytest.approx(1.2) and found["hand_ms"] == 5.0
     rows = {
@@ -556,6 +630,11 @@ def test_overheads_of_rules_are_beside_their_passes(monkeypatch):
     assert found["rules"].keys() == rows.keys()
     for name, row in rows.items():
         assert found["rules"][name] == pytest.approx(row), name
+
+
+def length_of_names(module, *names):
+    """Return the length of each name, for its memory."""
+    return {name: len(name) for name in names}
 
 
 class NamedGame:
@@ -611,25 +690,34 @@ def test_times_of_generative_models(monkeypatch):
     known_times(monkeypatch, bench_generative, times)
     found = bench_generative.bench_pixel(1, sides=(2, 4), n=2)
     assert found == {"kept": {2: 1000.0, 4: 500.0}, "not kept": {2: 3000.0}}
+    names = bench_generative.PIXEL_MODELS
+    times = {f"{name} cached": 2.0 + k for k, name in enumerate(names)}
+    known_times(monkeypatch, bench_generative, times | {f"{name} passes": 12.0 for name in names})
+    found = bench_generative.bench_caches(1, n=2, shape=(1, 4, 4))
+    rows = [tuple(row.values()) for row in found.values()]
+    assert rows == [(2.0, 12.0, 6.0), (3.0, 12.0, 4.0), (4.0, 12.0, 3.0)]
+    assert [line.split()[-2:] for line in bench_generative.format_caches(found)[1:]] == [
+        ["6.0", "x"],
+        ["4.0", "x"],
+        ["3.0", "x"],
+    ]
+
+
+def test_without_its_cache_a_model_passes_over_the_image_at_each_pixel(monkeypatch):
+    model = bench_generative.seeded_scheme("pixelcnn", (1, 2, 3)).model
+    passes, logits = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda x: passes.append(len(x)) or logits(x))
+    model.sample(4)
+    assert not passes
+    forgetful = bench_generative.without_cache(model)
+    forgetful.sample(4)
+    assert passes == [4] * 6
 
 
 VARIANTS = list(bench_epochs.VARIANTS)
 
 
-def test_the_overhead_of_fit(monkeypatch):
-    times = {"hand": [2.0, 4.0, 5.0], "fit": [3.0, 5.0, 5.0]}
+def test_the_speed_of_fit_over_the_plain_loop(monkeypatch):
+    times = {"plain": [2.0, 4.0, 5.0], "fit": [3.0, 5.0, 5.0]}
     monkeypatch.setattr(bench_epochs, "alternate", lambda steps, rounds, warmup: times)
-    assert bench_epochs.loop_overhead(digit_like(30), 3) == pytest.approx(0.25)
-
-
-def test_medians_of_trainers(monkeypatch):
-    results = iter(
-        [
-            {"seconds": [4.0, 2.0], "loss": 90.0},
-            {"seconds": [6.0, 5.0], "loss": 80.0},
-            {"seconds": [1.0, 9.0], "loss": 99.0},
-        ]
-    )
-    monkeypatch.setattr(bench_trainers, "run_module", lambda *args: next(results))
-    found = bench_trainers.time_trainers("digits", 3, names=["fit"])
-    assert found == {"fit": {"seconds": 4.5, "loss": 90.0}}
+    assert bench_epochs.relative_speed(digit_like(30), 3) == pytest.approx(0.8)

@@ -5,6 +5,7 @@ Training is replaced by a stand-in that keeps the arguments of `fit`, so that on
 
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 from cli_helpers import run
+from optgen.bench.timing import Part
 from optgen.cli.runs import open_run
 from optgen.controllers import ControlVAE, Cyclical, LinearWarmup
 from optgen.data.images import Images
@@ -489,21 +491,84 @@ def test_an_evaluation_with_images_from_outside(assisted_run, folder, tmp_path, 
 # Benchmarks and claims
 
 
-def test_options_of_a_benchmark(monkeypatch, tmp_path, capsys):
-    given = []
-    monkeypatch.setattr("optgen.bench.report.format_bench", lambda result: "a table")
+MEASURED = {"environment": {"optgen": "0.6.0"}, "rules": {"ms": 2.0}}
 
-    def run_bench(**settings):
-        """Keep the settings."""
+
+@pytest.fixture
+def benched(monkeypatch):
+    """The settings of the benchmarks that were run; each measures the part "rules" in 1 ms."""
+    given = []
+    part = Part("rules", lambda data: {}, lambda result: ["a table"], seconds=1)
+    monkeypatch.setattr("optgen.bench.report.load_parts", lambda: {"rules": part, "elbo": part})
+
+    def run_bench(*, on_part, watch, **settings):
+        """Keep the settings, and hand on a result."""
         given.append(settings)
-        return {"seconds": 1.5}
+        watch("rules 1/2: a step")
+        on_part("rules", {"environment": {"optgen": "0.7.0"}, "rules": {"ms": 1.0}})
 
     monkeypatch.setattr("optgen.bench.report.run_bench", run_bench)
+    return given
+
+
+def test_options_of_a_benchmark(benched, tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert run("bench --repeats 7 --data mnist --only rules --only elbo --out", out) == 0
-    assert given == [{"repeats": 7, "data": "mnist", "only": ("rules", "elbo")}]
-    assert "a table" in capsys.readouterr().out
-    assert json.loads(out.read_text()) == {"seconds": 1.5}
+    assert benched == [{"repeats": 7, "data": "mnist", "only": ("rules", "elbo")}]
+    said = capsys.readouterr()
+    assert said.out == "a table\n\n" and not said.err  # no terminal, no line of progress
+    assert json.loads(out.read_text())["rules"] == {"ms": 1.0}
+    assert run("bench") == 0
+    assert benched[1] == {"repeats": None, "data": None, "only": ()}
+
+
+def test_a_benchmark_is_compared_with_an_earlier_one(benched, tmp_path, capsys):
+    before = tmp_path / "before.json"
+    before.write_text(json.dumps(MEASURED))
+    assert run("bench --against", before, "--out", before) == 0
+    said = capsys.readouterr().out
+    assert "optgen 0.6.0, now" in said and "a table" in said
+    assert json.loads(before.read_text())["rules"] == {"ms": 1.0}  # read before it is written
+
+
+def test_a_stopped_benchmark_keeps_what_it_has_measured(benched, tmp_path, monkeypatch, capsys):
+    from optgen.bench import report
+
+    measure = report.run_bench
+
+    def stop(**settings):
+        """Measure a part, and be stopped in the next one."""
+        measure(**settings)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optgen.bench.report.run_bench", stop)
+    out = tmp_path / "bench.json"
+    assert run("bench --out", out) == 130
+    assert json.loads(out.read_text())["rules"] == {"ms": 1.0}
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+@pytest.mark.parametrize(
+    "words, content, said",
+    [
+        ("--only dance", None, "no part 'dance'"),
+        ("--out missing/bench.json", None, "there is no folder missing"),
+        ("--against missing.json", None, "missing.json"),
+        ("--against before.json", "{", "can't be read as JSON"),
+        ("--against before.json", "[1]", "holds no result of optgen bench"),
+        ("--against before.json", '{"environment": {}, "epoch": {}}', "has none of the parts"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_measured(
+    words, content, said, benched, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path("before.json").write_text(content)
+    assert run(f"bench {words}") == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and not captured.out
+    assert not benched
 
 
 def test_options_of_a_claim(monkeypatch, tmp_path, capsys):

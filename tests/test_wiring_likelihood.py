@@ -396,8 +396,8 @@ def test_a_drawn_pixel_sees_what_the_likelihood_sees(name):
     model = randomized(models[name](), scale=0.7)
     x = model.sample(4, generator(2))
     logits = model.logits(x)
-    for i in range(logits.shape[1]):
-        torch.testing.assert_close(model.next_logits(x, i), logits[:, i])
+    for i, found in enumerate(model.successive_logits(x)):
+        torch.testing.assert_close(found, logits[:, i])
     # By the same random numbers, pixel after pixel from the logits of the whole image.
     rng, again = generator(2), torch.zeros_like(x)
     for i in range(logits.shape[1]):
@@ -405,6 +405,14 @@ def test_a_drawn_pixel_sees_what_the_likelihood_sees(name):
         level = torch.multinomial(p, 1, generator=rng)[:, 0]
         again.view(4, -1)[:, i] = level.to(F64) / 2
     assert torch.equal(again, x)
+
+
+@pytest.mark.parametrize("dilations", [(1,), (1, 2), (3, 1)])
+def test_a_pixel_of_the_pixel_cnn_sees_the_rows_in_its_reach(dilations):
+    model = randomized(PixelCNN((1, 16, 3), 3, 3, 1, 2, 2, dilations), scale=0.7)
+    x = torch.rand(1, 1, 16, 3, generator=generator(1), dtype=F64).requires_grad_()
+    seen = jacobian(model.logits(x)[0, -2], x).abs().view(16, 3).sum(1) > 1e-12
+    assert seen.tolist() == [row >= 15 - model.rows_in_reach for row in range(16)]
 
 
 def shifted(h, rows, columns):

@@ -6,6 +6,7 @@ The site is in _docs/: open _docs/index.html, or serve it by python -m http.serv
 """
 
 import argparse
+import gc
 import shutil
 import sys
 from configparser import ConfigParser, SectionProxy
@@ -59,6 +60,7 @@ def run_sphinx(source: Path, built: Path, doctrees: Path) -> bool:
 def main() -> int:
     """Build the site, print what is wrong, and return the exit status."""
     config, arguments = settings(), parse_arguments()
+    gc.set_threshold(500_000, 20, 100)  # the trees of the pages are many objects, and stay
     notebooks = arguments.notebooks.resolve()
     site = Site(notebooks, config["lib_name"], config["git_url"], config["branch"], repo)
     with TemporaryDirectory() as work:

@@ -2,6 +2,7 @@
 Python directives. Nothing is imported or run."""
 
 import ast
+import functools
 import re
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,6 +12,12 @@ from docstrings import parse_docstring
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 EXCEPTION = re.compile(r"(Error|Exception|Warning)$")
 CHECKS = {"raises", "check_gradient"}
+
+
+@functools.lru_cache(maxsize=8)
+def encoded_lines(source: str) -> list[bytes]:
+    """Return the lines of a source in UTF-8, whose bytes the columns of its nodes count."""
+    return source.encode().split(b"\n")
 
 
 class Argument(NamedTuple):
@@ -75,7 +82,12 @@ class Symbol:
 
     def text(self, node: ast.expr | None) -> str:
         """Return the source of an expression, in one line."""
-        return re.sub(r"\s+", " ", ast.get_source_segment(self.source, node)) if node else ""
+        if node is None:
+            return ""
+        lines = encoded_lines(self.source)[node.lineno - 1 : node.end_lineno]
+        lines[-1] = lines[-1][: node.end_col_offset]
+        lines[0] = lines[0][node.col_offset :]
+        return re.sub(r"\s+", " ", b" ".join(lines).decode())
 
     def annotation(self, node: ast.expr | None) -> str:
         """Return the source of a type; names that are quoted, being defined later, lose quotes."""

@@ -171,4 +171,4 @@ def format_assisted(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-PARTS = (Part("assisted", lambda repeats, _: bench_assisted(30 * repeats), format_assisted),)
+PARTS = (Part("assisted", lambda _: bench_assisted(10), format_assisted, seconds=20, repeats=3),)

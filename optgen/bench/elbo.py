@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['K', 'INNER', 'BENCHED_CONTROLLERS', 'BOUNDS', 'PARTS', 'passes_step', 'hand_stepper', 'scheme_stepper',
-           'bench_controllers', 'bench_bounds', 'bench_inner', 'bench_elbo', 'run_elbo', 'format_ratios',
-           'format_inner', 'format_trainers', 'format_elbo']
+           'bench_controllers', 'bench_bounds', 'bench_inner', 'bench_elbo', 'format_ratios', 'format_inner',
+           'format_elbo']
 
 # %% ../../nbs/40_training/46_elbo.ipynb #5e1b0002
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .timing import Part, median_ms, step_flops
-from .trainers import BATCH, SIZES, TRAINERS, time_trainers, vae_scheme
+from .trainers import BATCH, SIZES, vae_scheme
 from optgen.controllers import (
     Capacity,
     Controller,
@@ -139,16 +139,11 @@ def bench_inner(batch: Batch, rounds: int) -> dict[str, Any]:
     return {"steps": INNER, "optimizer_ms": ms["optimizer"], "semi": rows}
 
 # %% ../../nbs/40_training/46_elbo.ipynb #5e1b0012
-def bench_elbo(
-    rounds: int = 30, repeats: int = 3, data: str = "digits", trainers: Sequence[str] = TRAINERS
-) -> dict[str, Any]:
-    """Measure controllers, bounds of k samples, the semi-amortized VAE, and trainers.
+def bench_elbo(rounds: int = 10) -> dict[str, Any]:
+    """Measure controllers, bounds of k samples, and the semi-amortized VAE.
 
     Args:
         rounds: timed steps of the bounds; inner steps take twice as many, controllers ten times.
-        repeats: processes of each trainer.
-        data: name of the data set of the trainers.
-        trainers: trainers of `TRAINERS`.
 
     Returns:
         The sizes, and the results of all measurements, by name.
@@ -161,19 +156,7 @@ def bench_elbo(
         **bench_controllers(batch, 10 * rounds),
         **bench_bounds(batch, rounds),
         **bench_inner(batch, 2 * rounds),
-        "data": data,
-        "trainers": time_trainers(data, repeats, names=trainers),
     }
-
-
-def run_elbo(repeats: int, data: str | None) -> dict[str, Any]:
-    """Run the part of `optgen bench`.
-
-    Args:
-        repeats: scales the rounds and the processes.
-        data: name of the data set of the trainers; None for the digits.
-    """
-    return bench_elbo(10 * repeats, repeats, data or "digits")
 
 # %% ../../nbs/40_training/46_elbo.ipynb #d3a90b5f
 def format_ratios(result: dict[str, Any]) -> list[str]:
@@ -196,24 +179,12 @@ def format_inner(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def format_trainers(result: dict[str, Any]) -> list[str]:
-    """Return the lines of the trainers of what `bench_elbo` measured."""
-    trainers, head = result["trainers"], f"an epoch of {result['data']}"
-    lines = [f"{head:48}{'seconds':>8}{'loss':>10}{'x pythae':>11}"]
-    for name, row in trainers.items():
-        line = f"{name:48}{row['seconds']:8.2f}{row['loss']:10.2f}"
-        if "pythae" in trainers:
-            line += f"{trainers['pythae']['seconds'] / row['seconds']:11.2f}"
-        lines.append(line)
-    return lines
-
-
 def format_elbo(result: dict[str, Any]) -> list[str]:
     """Return the lines of a table of what `bench_elbo` measured."""
     sizes = "-".join(map(str, result["sizes"]))
     head = f"a step of a VAE {sizes}, batch {result['batch_size']}"
     lines = [f"{head:48}{'ms':>8}", f"{'plain':48}{result['plain_ms']:8.2f}"]
-    return lines + format_ratios(result) + format_inner(result) + format_trainers(result)
+    return lines + format_ratios(result) + format_inner(result)
 
 
-PARTS = (Part("elbo", run_elbo, format_elbo),)
+PARTS = (Part("elbo", lambda _: bench_elbo(3), format_elbo, seconds=40, repeats=3),)

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'BATCH', 'PIXEL_MODELS', 'FLOWS', 'OPTIMAL_PAIRS', 'SCHEMES', 'PARTS', 'build_model', 'seeded_scheme',
-           'noise_images', 'add_speeds', 'bench_steps', 'bench_samplers', 'Forgetful', 'bench_pixel', 'bench_ddpm',
-           'bench_averaging', 'bench_generative', 'format_speeds', 'format_generative']
+           'noise_images', 'add_speeds', 'bench_steps', 'bench_samplers', 'without_cache', 'bench_pixel',
+           'bench_caches', 'format_caches', 'bench_averaging', 'bench_generative', 'format_speeds', 'format_generative']
 
 # %% ../../nbs/40_training/48_generative.ipynb #48a00002
-import importlib
-import importlib.util
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +23,6 @@ from ..games import Game
 from ..models.diffusion import Denoiser, UNet
 from ..models.flow import Logit, image_flow, maf
 from ..models.pixels import MADE, PixelCNN, PixelLSTM, PixelModel
-from ..models.schedules import LinearSchedule
 from ..schemes.denoising import DenoisingDiffusion
 from ..schemes.likelihood import MaximumLikelihood
 
@@ -102,7 +100,7 @@ def bench_steps(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[str, d
     for name in SCHEMES:
         batch = Batch((x > 0.5).float() if name in PIXEL_MODELS else x)
         steps[name] = partial(seeded_scheme(name, shape).step, batch)
-    return add_speeds(median_ms(steps, rounds), BATCH)
+    return add_speeds(median_ms(steps, rounds, warmup=1), BATCH)
 
 
 def bench_samplers(
@@ -124,18 +122,18 @@ def bench_samplers(
     diffusion = seeded_scheme("diffusion", shape)
     for sampler in ("ddim", "ancestral", "heun"):
         draws[f"diffusion, {sampler}"] = partial(diffusion.sample, n, sampler)
-    return add_speeds(median_ms(draws, rounds), n)
+    return add_speeds(median_ms(draws, rounds, warmup=0), n)
 
 # %% ../../nbs/40_training/48_generative.ipynb #48a00006
-class Forgetful(PixelLSTM):
-    """An LSTM that does not keep its state: every pixel takes a pass over the whole image.
+def without_cache(model: nn.Module) -> nn.Module:
+    """Return the same model, each pixel of whose draws takes a pass over the whole image.
 
     Args:
-        shape: as in `PixelLSTM`, with all further arguments.
+        model: a pixel model, which shares its parameters with the one that is returned.
     """
-
-    sample = PixelModel.sample
-    next_logits = PixelModel.next_logits
+    forgetful = copy.copy(model)
+    forgetful.successive_logits = partial(PixelModel.successive_logits, forgetful)
+    return forgetful
 
 
 def bench_pixel(
@@ -151,54 +149,52 @@ def bench_pixel(
     Returns:
         Microseconds per pixel by kind, "kept" or "not kept", and side.
     """
-    kinds = {"kept": (PixelLSTM, sides), "not kept": (Forgetful, sides[:-1])}
     draws = {}
-    for kind, (model_class, kind_sides) in kinds.items():
-        for side in kind_sides:
-            draws[f"{kind} {side}"] = partial(model_class((1, side, side), 64).sample, n)
+    for side in sides:
+        model = PixelLSTM((1, side, side), 64)
+        draws[f"kept {side}"] = partial(model.sample, n)
+        if side != sides[-1]:
+            draws[f"not kept {side}"] = partial(without_cache(model).sample, n)
     ms = median_ms(draws, rounds)
     return {
         kind: {side: 1e3 * ms[f"{kind} {side}"] / side**2 for side in kind_sides}
-        for kind, (_, kind_sides) in kinds.items()
+        for kind, kind_sides in (("kept", sides), ("not kept", sides[:-1]))
     }
 
-# %% ../../nbs/40_training/48_generative.ipynb #c8e49b17
-def bench_ddpm(
-    rounds: int, n: int = 16, shape: tuple[int, int, int] = SHAPE
-) -> dict[str, float] | None:
-    """Time a step of our scheme and of denoising-diffusion-pytorch's trainer on the same network.
+# %% ../../nbs/40_training/48_generative.ipynb #7d2a1f25
+def bench_caches(
+    rounds: int, n: int = 16, shape: tuple[int, int, int] = (1, 10, 10)
+) -> dict[str, dict[str, float]]:
+    """Time draws of each pixel model, with a cache and with a pass per pixel, in turn.
 
     Args:
-        rounds: timed steps of each.
-        n: number of images in a batch.
+        rounds: timed draws of each.
+        n: number of images in a draw.
         shape: channels, height and width of an image.
 
     Returns:
-        "ours_ms", "theirs_ms" and their "ratio"; None where the library is not installed.
+        "cached_ms", "passes_ms" and their "ratio" by name.
     """
-    if importlib.util.find_spec("denoising_diffusion_pytorch") is None:
-        return None
-    library = importlib.import_module("denoising_diffusion_pytorch")
+    draws = {}
+    for name in PIXEL_MODELS:
+        model = seeded_scheme(name, shape).model
+        draws[f"{name} cached"] = partial(model.sample, n)
+        draws[f"{name} passes"] = partial(without_cache(model).sample, n)
+    ms, found = median_ms(draws, rounds, warmup=1), {}
+    for name in PIXEL_MODELS:
+        cached, passes = ms[f"{name} cached"], ms[f"{name} passes"]
+        found[name] = {"cached_ms": cached, "passes_ms": passes, "ratio": passes / cached}
+    return found
 
-    def build_net() -> nn.Module:
-        """Return the U-Net, from a seed."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return library.Unet(dim=16, dim_mults=(1, 2), channels=1)
 
-    x = noise_images(n, shape)
-    model = library.GaussianDiffusion(build_net(), image_size=shape[-1], objective="pred_noise")
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-
-    def their_step() -> None:
-        """Take a step as the library's trainer does."""
-        optimizer.zero_grad()
-        model(x).backward()
-        optimizer.step()
-
-    ours = DenoisingDiffusion(Denoiser(build_net(), shape, "eps"), "eps", LinearSchedule())
-    ms = median_ms({"theirs": their_step, "ours": partial(ours.step, Batch(x))}, rounds)
-    return {"ours_ms": ms["ours"], "theirs_ms": ms["theirs"], "ratio": ms["theirs"] / ms["ours"]}
+def format_caches(rows: dict[str, dict[str, float]]) -> list[str]:
+    """Return the lines of the table of `bench_caches`."""
+    lines = [f"{'a draw with what later pixels need kept':48}{'ms':>10}{'a pass per pixel':>20}"]
+    for name, row in rows.items():
+        lines.append(
+            f"{name:48}{row['cached_ms']:10.1f}{row['passes_ms']:20.1f}: {row['ratio']:.1f} x"
+        )
+    return lines
 
 # %% ../../nbs/40_training/48_generative.ipynb #2a6f8e4d
 def bench_averaging(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[str, float]:
@@ -218,7 +214,7 @@ def bench_averaging(rounds: int, shape: tuple[int, int, int] = SHAPE) -> dict[st
 
 # %% ../../nbs/40_training/48_generative.ipynb #7e2ac6cb
 def bench_generative(rounds: int = 10) -> dict[str, Any]:
-    """Measure steps, samplers, the LSTM's pixel, another library's step and an average.
+    """Measure steps, samplers, the LSTM's pixel, caches and an average.
 
     Args:
         rounds: timed steps of each; slow draws are timed in a third of these rounds.
@@ -231,7 +227,7 @@ def bench_generative(rounds: int = 10) -> dict[str, Any]:
         "steps": bench_steps(rounds),
         "samplers": bench_samplers(max(1, rounds // 3)),
         "pixel_us": bench_pixel(max(1, rounds // 3)),
-        "ddpm": bench_ddpm(3 * rounds),
+        "caches": bench_caches(max(1, rounds // 3)),
         "averaging": bench_averaging(rounds),
     }
 
@@ -258,12 +254,11 @@ def format_generative(result: dict[str, Any]) -> list[str]:
         name = f"a pixel of the LSTM, its state {kind}"
         costs = ", ".join(f"{us:.0f} us at {side} x {side}" for side, us in times.items())
         lines.append(f"{name:48}{costs}")
-    if ddpm := result["ddpm"]:
-        name = "a step on the U-Net of denoising-diffusion-pytorch"
-        times = f"{ddpm['ours_ms']:.1f} ms, its own {ddpm['theirs_ms']:.1f} ms"
-        lines.append(f"{name:52}{times}: {ddpm['ratio']:.2f} x")
+    lines += ["", *format_caches(result["caches"]), ""]
     share = f"{100 * result['averaging']['share']:9.1f}% of a step"
     return [*lines, f"{'an average of the weights':48}{share}"]
 
 
-PARTS = (Part("generative", lambda repeats, _: bench_generative(10 * repeats), format_generative),)
+PARTS = (
+    Part("generative", lambda _: bench_generative(2), format_generative, seconds=40, repeats=3),
+)

@@ -133,6 +133,7 @@ def bench_rules(rounds: int = 30, names: Sequence[str] = tuple(BENCHED_RULES)) -
     steps = {name: partial(seeded_game(name).step, batch) for name in names}
     ms = median_ms({"hand": by_hand, **steps}, rounds)
     flops = {name: step_flops(seeded_game(name), batch) for name in names}
+    memory = run_module("optgen.bench.rules", *names)
     rows = {}
     for name in names:
         passes = flops[name] / flops["simultaneous"]
@@ -140,7 +141,7 @@ def bench_rules(rounds: int = 30, names: Sequence[str] = tuple(BENCHED_RULES)) -
             "ms": ms[name],
             "passes": passes,
             "overhead": ms[name] / (passes * ms["simultaneous"]) - 1,
-            "peak_mib": run_module("optgen.bench.rules", name),
+            "peak_mib": memory[name],
         }
     return {
         "rows": ROWS,
@@ -167,8 +168,8 @@ def format_rules(result: dict[str, Any]) -> list[str]:
     return [*lines, f"alternating over the hand-written loop: {over_hand:.3f}"]
 
 
-PARTS = (Part("rules", lambda repeats, _: bench_rules(20 * repeats), format_rules),)
+PARTS = (Part("rules", lambda _: bench_rules(10), format_rules, seconds=35, repeats=3),)
 
 # %% ../../nbs/40_training/45_rules.ipynb #8c16e4a0
 if __name__ == "__main__" and "__file__" in globals():
-    print(json.dumps(step_memory(sys.argv[1])))
+    print(json.dumps({rule: step_memory(rule) for rule in sys.argv[1:]}))

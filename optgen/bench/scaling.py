@@ -57,30 +57,24 @@ def launch_steps(ranks: int, batch_size: int, steps: int) -> float:
 
 
 def bench_scaling(
-    ranks: Sequence[int] = (1, 2), batch_size: int = 128, steps: int = 20, repeats: int = 3
+    ranks: Sequence[int] = (1, 2), batch_size: int = 128, steps: int = 20
 ) -> dict[str, Any]:
-    """Measure the images per second on each number of ranks, alternating.
+    """Measure the images per second on each number of ranks, in turn.
 
     Args:
         ranks: numbers of processes.
         batch_size: images of all ranks together.
         steps: timed steps of each run.
-        repeats: runs of each number of ranks; their median is reported.
 
     Returns:
         The speeds, and the speed-up over the first number of ranks.
     """
-    speed = {n: [] for n in ranks}
-    for _ in range(repeats):
-        for n in ranks:
-            speed[n].append(launch_steps(n, batch_size, steps))
-    medians = {n: statistics.median(s) for n, s in speed.items()}
+    speed = {n: launch_steps(n, batch_size, steps) for n in ranks}
     return {
         "model": "ConvGenerator(width=16), ConvDiscriminator(width=16)",
         "batch_size": batch_size,
-        "images_per_second": medians,
-        "speedup": {n: m / medians[ranks[0]] for n, m in medians.items()},
-        "runs": speed,
+        "images_per_second": speed,
+        "speedup": {n: s / speed[ranks[0]] for n, s in speed.items()},
     }
 
 # %% ../../nbs/40_training/48a_scaling.ipynb #6e5d30fa
@@ -93,7 +87,7 @@ def format_scaling(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-PARTS = (Part("scaling", lambda repeats, _: bench_scaling(repeats=repeats), format_scaling),)
+PARTS = (Part("scaling", lambda _: bench_scaling(), format_scaling, seconds=35, repeats=3),)
 
 # %% ../../nbs/40_training/48a_scaling.ipynb #04d9e7a1
 if __name__ == "__main__" and "__file__" in globals():

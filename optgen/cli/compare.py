@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..console import progress_bar
 from ..options import WholeNumber
 
 if TYPE_CHECKING:
@@ -195,7 +196,9 @@ def measure_samples(
         with torch.no_grad():
             images = [features(x) for x in real]
             samples = [features(x) for x in draw(n or sum(map(len, images)))]
-        return name_features(compare_features(samples, images), features_name(features))
+        with progress_bar("comparing"):
+            found = compare_features(samples, images)
+        return name_features(found, features_name(features))
     except ValueError as error:
         raise click.UsageError(f"the samples can't be compared: {error}") from None
 

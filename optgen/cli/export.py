@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from optgen.games import Game
     from optgen.schemes.parts import Network
+from ..console import progress_bar
 from ..options import InputError
 
 # %% ../../nbs/40_training/43g_export.ipynb #43e00007
@@ -173,7 +174,8 @@ def export_networks(networks: "dict[str, Network]", folder: Path) -> dict[str, f
     for name, (model, method, inputs) in networks.items():
         file = f"{name}.pt2"
         try:
-            found[file] = export_program(folder / file, model, *inputs, method=method)
+            with progress_bar(f"exporting {name}"):
+                found[file] = export_program(folder / file, model, *inputs, method=method)
         except ValueError as error:
             raise InputError(f"--torch-export: {error}") from None
         click.echo(f"{folder / file}: differs by at most {found[file]:.1e} from the network")

@@ -18,6 +18,7 @@ import click
 from .measure import RunCommand, RunData
 from .options import seed_option
 from .runs import find_command, load_commands, open_run, read_config
+from ..console import progress_bar
 from ..options import WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
@@ -205,7 +206,11 @@ class LatentRun:
         import torch
 
         parts = [labels] * len(z.split(64)) if labels is None else labels.split(64)
-        images = [self.space.decode(part, y).cpu() for part, y in zip(z.split(64), parts)]
+        with progress_bar("drawing", len(z), "img") as advance:
+            images = []
+            for part, y in zip(z.split(64), parts):
+                images.append(self.space.decode(part, y).cpu())
+                advance(len(part))
         return torch.cat(images).reshape(len(z), *self.shape)
 
 # %% ../../nbs/40_training/43f_pictures.ipynb #43f00010

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import read_options
+from ..console import progress_bar, track
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +62,9 @@ def load_commands() -> "dict[str, SchemeCommand]":
     import optgen.schemes
 
     found = []
-    for module in pkgutil.iter_modules(optgen.schemes.__path__, "optgen.schemes."):
-        found += getattr(importlib.import_module(module.name), "COMMANDS", ())
+    names = [m.name for m in pkgutil.iter_modules(optgen.schemes.__path__, "optgen.schemes.")]
+    for name in track(names, "starting"):
+        found += getattr(importlib.import_module(name), "COMMANDS", ())
     found += filter(None, map(load_entry_point, entry_points(group="optgen.schemes")))
     commands = {}
     for command in found:
@@ -418,13 +420,14 @@ def open_run(
     folder = Path(folder)
     config = read_config(folder)
     command, on = find_command(config["scheme"]), pick_device(device)
-    scheme = build_again(config, command, folder / "config.json")
-    if config.get("format") == sharing.FORMAT:
-        sharing.load_pretrained(scheme, folder, on)
-        state = {"epoch": config.get("trained_epochs")}
-        return OpenRun(config, command, scheme, state, [], folder / sharing.WEIGHTS)
-    path = weights_path(folder, which)
-    state = load_weights_into(scheme, path, on, averaged, config["options"]["ema"])
+    with progress_bar("opening the run"):
+        scheme = build_again(config, command, folder / "config.json")
+        if config.get("format") == sharing.FORMAT:
+            sharing.load_pretrained(scheme, folder, on)
+            state = {"epoch": config.get("trained_epochs")}
+            return OpenRun(config, command, scheme, state, [], folder / sharing.WEIGHTS)
+        path = weights_path(folder, which)
+        state = load_weights_into(scheme, path, on, averaged, config["options"]["ema"])
     return OpenRun(config, command, scheme, state, read_log(folder / "metrics.jsonl"), path)
 
 # %% ../../nbs/40_training/43a_runs.ipynb #43a00004

@@ -16,6 +16,7 @@ from click.core import ParameterSource
 
 from .options import data_options
 from .runs import OpenRun
+from ..console import progress_bar
 from ..options import memory_errors_named
 
 if TYPE_CHECKING:
@@ -121,7 +122,7 @@ def write_texts(run: OpenRun, n: int, out: str | None, given: Mapping[str, Any])
     chosen = {name: value for name, value in given.items() if value is not None}
     params = click.get_current_context().command.get_params(click.get_current_context())
     try:
-        with memory_errors_named(params, {"n": n, **chosen}):
+        with memory_errors_named(params, {"n": n, **chosen}), progress_bar("writing"):
             texts = run.scheme.decode(run.scheme.sample(n, **chosen))
     except ValueError as error:
         raise click.UsageError(str(error)) from None

@@ -20,6 +20,7 @@ from ..checks import ImageSizeError
 from .options import image_options, train_params
 from .runs import find_command, free_folder, load_commands, pick_device, read_config
 from .text import describe_text_defaults, options_of_data, text_callbacks
+from ..console import progress_shown
 from ..options import RealNumber, WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
@@ -301,7 +302,8 @@ def train_run(
     from optgen.training.trainer import fit
 
     command, options = find_command(config["scheme"]), config["options"]
-    split = command.split(options, load(options["data"], "train", **image_options(options)))
+    with progress_shown(progress in (None, "bar")):
+        split = command.split(options, load(options["data"], "train", **image_options(options)))
     on, trackers = pick_device(device), choose_trackers(options["track"])
     scheme = build_scheme(command, config, split)
     announce(config, split, out)

@@ -25,7 +25,6 @@ from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from ..registry import Registry
 
@@ -381,6 +380,12 @@ def data_folders() -> list[Path]:
     return [Path(named), cache] if named else [cache]
 
 # %% ../../nbs/00_foundations/01_images.ipynb #23a2fcf4-4
+_IDX_CLASSES = {
+    "MNIST": "0 - zero, 1 - one, 2 - two, 3 - three, 4 - four, 5 - five, 6 - six, 7 - seven, "
+    "8 - eight, 9 - nine",
+    "FashionMNIST": "T-shirt/top, Trouser, Pullover, Dress, Coat, Sandal, Shirt, Sneaker, Bag, "
+    "Ankle boot",
+}
 _IDX_SPLITS = {"train": ("train", 60_000), "test": ("t10k", 10_000)}  # word in file names, images
 _IDX_SHA256 = {  # of the uncompressed files: (images, labels)
     ("MNIST", "train"): (
@@ -422,6 +427,8 @@ def _has_any(root: Path, kind: str, split: str) -> bool:
 
 def _download(root: Path, kind: str, split: str, fix: str) -> None:
     """Fetch the files of a split by torchvision."""
+    from torchvision import datasets
+
     try:
         getattr(datasets, kind)(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
@@ -459,7 +466,7 @@ def _load_idx_set(
     image_sum, label_sum = _IDX_SHA256[kind, split]
     images = read_idx(image_file, (n, 28, 28), image_sum, fix).unsqueeze(1)
     labels = read_idx(label_file, (n,), label_sum, fix).long()
-    return Images(images, labels, kind, split, tuple(getattr(datasets, kind).classes))
+    return Images(images, labels, kind, split, tuple(_IDX_CLASSES[kind].split(", ")))
 
 # %% ../../nbs/00_foundations/01_images.ipynb #23a2fcf4-6
 def mnist(split: str = "train", root: str | Path | None = None, download: bool = False) -> Images:

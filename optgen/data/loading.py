@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from .batches import OrderedLoader
 from .decoding import read_size
@@ -295,6 +295,27 @@ def explained_reading(name: str) -> Iterator[None]:
         raise DataError.with_fix(name, problem, fix) from None
 
 
+class _BatchFiles(Dataset):
+    """The batches of a streamed set; item `k` is a batch, (B, *shape) bytes.
+
+    Args:
+        data: the set.
+        batches: indices of each batch.
+    """
+
+    def __init__(self, data: ImageFiles, batches: Sequence[Tensor]) -> None:
+        self.data, self.batches = data, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int) -> Tensor:
+        items = torch.empty(len(self.batches[k]), *self.data.shape, dtype=torch.uint8)
+        for item, i in zip(items, self.batches[k].tolist()):
+            item.copy_(self.data[i])
+        return items
+
+
 def _stream_items(
     data: ImageFiles,
     batches: Sequence[Tensor],
@@ -319,8 +340,8 @@ def _stream_items(
     """
     own = [indices[ranks.own_rows(len(indices))] if ranks else indices for indices in batches]
     reader = DataLoader(
-        data,
-        batch_sampler=[indices.tolist() for indices in own if len(indices)],
+        _BatchFiles(data, [indices for indices in own if len(indices)]),
+        batch_size=None,
         num_workers=workers,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # one of its own, so that the global one is not moved

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..averaging import Average, Power, evaluating
+from ..combined import CombinedOptimizer
 from ..data.images import Images, fashion_mnist, mnist
 from ..data.loading import Loader
 from optgen.evidence.reproduce import (
@@ -33,7 +34,7 @@ from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, UNet
 from ..models.schedules import PowerSchedule
 from ..muon import Muon, muon_groups
-from ..optim import Adam, CombinedOptimizer
+from ..optim import Adam
 from ..sample_quality import feature_stats, fid, frechet_floor
 from ..schemes.denoising import DenoisingDiffusion
 from ..schemes.levels import AdaptiveLevels

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from .. import controllers
 from ..averaging import averages_of, evaluating
+from ..combined import CombinedOptimizer
 from ..controllers import Controller
 from ..data.images import Images, mnist
 from ..data.loading import Loader, split_holdout
@@ -34,7 +35,7 @@ from ..models.autoregressive import AutoregressiveVAE, SequenceVAE
 from ..models.synthetic import SyntheticSequences, synthetic_sequences
 from ..models.vae import VAE
 from ..muon import Muon
-from ..optim import Adam, CombinedOptimizer, Momentum
+from ..optim import Adam, Momentum
 from ..schemes.elbo import Aggressive, BetaVAE
 
 # %% ../../nbs/90_evidence/91_elbo.ipynb #91e00005

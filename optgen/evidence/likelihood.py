@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..averaging import Average, Power, evaluating
+from ..combined import CombinedOptimizer
 from ..data.images import Images, mnist
 from ..data.loading import Loader, split_holdout
 from .reproduce import Experiment, constant_then_linear_decay, train_watched
 from ..models.flow import Logit, image_flow
 from ..models.pixels import MADE, PixelCNN
 from ..muon import Muon, muon_groups
-from ..optim import Adam, CombinedOptimizer
+from ..optim import Adam
 from ..schemes.likelihood import MaximumLikelihood
 
 # %% ../../nbs/90_evidence/94_likelihood.ipynb #94a00005

@@ -35,7 +35,7 @@ import optgen
 from ..averaging import Average
 from ..checks import check_count
 from ..games import Game
-from ..training.callbacks import tqdm, watch_training
+from ..training.callbacks import choose_progress, tqdm, watch_training
 from ..training.checkpoint import write_atomically
 from ..training.folder import environment
 
@@ -364,7 +364,7 @@ def reproduce(
         out: folder of the results.
         jobs: number of processes, at least 1.
         threads: of each, at least 1.
-        progress: whether to show a line with the number of runs that are done.
+        progress: whether to show a bar of the runs that are done, on a terminal or in a notebook.
 
     Returns:
         The numbers of runs, as "done" and "skipped".
@@ -375,11 +375,12 @@ def reproduce(
     check_count("reproduce", jobs=jobs, threads=threads)
     tasks = [task for experiment in experiments for task in tasks_of(experiment, out)]
     remaining, failed = tasks_without_result(tasks), []
+    shown = progress and choose_progress() == "bar"
     machine = environment() | {"threads": threads, "cpus": os.cpu_count()}
     about = {"environment": machine, **source_state()}
     with (
         sigterm_as_exit(),
-        tqdm(total=len(remaining), unit="run", disable=not progress) as bar,
+        tqdm(total=len(remaining), unit="run", disable=not shown) as bar,
         contextlib.closing(perform_all(remaining, jobs, threads)) as outcomes,
     ):
         for task, outcome in outcomes:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checks import ImageSizeError, check_count, check_number
 from .labels import ClassConditioned, check_labels_given, labels_for
-from .pixels import masked_perceptron
+from .pixels import masked_perceptron, successive_outputs
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00006
 def bounded_log_scale(a: Tensor, max_log_scale: float) -> Tensor:
@@ -126,11 +126,12 @@ class MaskedAutoregressive(nn.Module):
         return x * s.exp() + t, s.sum(1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Return $x=f^{-1}(z)$ (B, D), one number per pass."""
-        x = torch.zeros_like(z)
-        for i in range(z.shape[1]):
-            s, t = self.scale_and_shift(x)
-            x = torch.cat([x[:, :i], ((z - t) * (-s).exp())[:, i : i + 1], x[:, i + 1 :]], 1)
+        """Return $x=f^{-1}(z)$ (B, D), number after number, by Eq. (made-known)."""
+        x = torch.empty_like(z)
+        for i, out in enumerate(successive_outputs(self.net, x)):
+            a, t = out.to(z.dtype).unbind(1)
+            s = bounded_log_scale(a, self.max_log_scale)
+            x[:, i] = (z[:, i] - t) * (-s).exp()
         return x
 
 # %% ../../nbs/20_models/24_flow.ipynb #24a00007

@@ -204,7 +204,8 @@ class VAE(BernoulliVAE):
         Args:
             z: latents (..., z_dim).
         """
-        return self.p_net(z)
+        rows = z.reshape(-1, z.shape[-1])  # with more dimensions linear layers take longer
+        return self.p_net(rows).unflatten(0, z.shape[:-1])
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-8
 class GaussianVAE(VAE):

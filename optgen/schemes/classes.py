@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
+from ..console import track
 from ..data.expectations import check_batch_labels, check_label_range
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images, ImageSet
@@ -129,7 +130,8 @@ def class_accuracy(
     right, everything = 0, sample_labels("class_accuracy", n, None, scheme.n_classes)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for labels in everything.split(chunk):
+        parts = everything.split(chunk)
+        for labels in track(parts, "checking the classes", n, "img", len):
             images = scheme.sample(len(labels), labels=labels, **given)
             found = predict_classes(classifier, images.float())
             right += (found.cpu() == labels).sum().item()

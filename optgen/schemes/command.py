@@ -18,12 +18,12 @@ from schedulefree import AdamWScheduleFree
 from torch import Tensor, nn
 
 from .. import optim
+from ..combined import CombinedOptimizer
 from ..data.folders import ImageFiles
 from ..data.images import Batch, Images
 from ..data.loading import split_holdout
 from ..games import Game
 from ..muon import Muon, muon_groups
-from ..optim import CombinedOptimizer
 from ..options import LARGEST_SIZE, RealNumber, WholeNumber
 from ..registry import Registry
 from .parts import SchemeParts

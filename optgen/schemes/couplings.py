@@ -20,6 +20,7 @@ from ..checks import check_choice
 from ..controllers import Controller
 from ..data.images import DataError, ImageSet
 from ..limits import check_model, check_single_tensor
+from ..models.vae import bernoulli_log_likelihood
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #a5510006
 class AssistedBatch(NamedTuple):
@@ -372,7 +373,7 @@ class Reconstruction(Coupling):
         out, x = out.flatten(1), x.flatten(1)
         if self.kind == "squared":
             return (out - x).square().sum(-1) / 2
-        return F.binary_cross_entropy_with_logits(out, x, reduction="none").sum(-1)
+        return -bernoulli_log_likelihood(x, out)
 
     def terms(self, classifier: nn.Module, generator: nn.Module, batch: AssistedBatch) -> LossTerms:
         """Return the classification loss, the error, and the decoder's own loss."""

@@ -154,11 +154,12 @@ class BetaVAE(Game):
             The multiplier, 0-dim or (z_dim,).
         """
         if self.beta_is_due:
-            means = [distortion.mean(), rate.mean(0)]
-            if self.beta.measured:
-                means = self.average_over_batch(means)
             self.beta_is_due = False
-            self.beta.update(means[1], self.beta.distortion(self.model, means[0]))
+            if self.beta.measured:
+                means = self.average_over_batch([distortion.mean(), rate.mean(0)])
+                self.beta.update(means[1], self.beta.distortion(self.model, means[0]))
+            else:
+                self.beta.update(rate)  # only its device and dtype count
         return self.beta.kl_weight(self.model)
 
     def loss(self, batch: NoisyBatch) -> Tensor:

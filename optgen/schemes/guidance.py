@@ -40,6 +40,7 @@ def guided_denoiser(model: Denoiser, labels: Tensor, guidance: float = 1.0) -> D
     """
     check_number("guided_denoiser", 0, guidance=guidance)
     nothing = torch.full_like(labels, -1)
+    labels_of_both = torch.cat([labels, nothing])
 
     def conditional(y: Tensor, sigma: Tensor) -> Tensor:
         """Return the denoised images of the classes, or of no class at guidance 0."""
@@ -47,7 +48,7 @@ def guided_denoiser(model: Denoiser, labels: Tensor, guidance: float = 1.0) -> D
 
     def guided(y: Tensor, sigma: Tensor) -> Tensor:
         """Return Eq. (guidance), by one call of the model on twice the batch."""
-        both = model(torch.cat([y, y]), torch.cat([sigma, sigma]), torch.cat([labels, nothing]))
+        both = model(torch.cat([y, y]), torch.cat([sigma, sigma]), labels_of_both)
         of_class, of_none = both.chunk(2)
         return of_none + guidance * (of_class - of_none)
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_count
+from ..console import progress_bar
 from .checkpoint import write_atomically
 from .guards import seeded
 
@@ -87,9 +88,13 @@ def draw_images(
     check_count("draw_images", n=n, chunk=chunk)
     per_chunk = -(-chunk // BLOCK)
     blocks = range(-(-n // BLOCK))
-    for first in blocks[::per_chunk]:
-        drawn = [draw_block(draw, b, seed, labels) for b in blocks[first : first + per_chunk]]
-        yield check_images(torch.cat([x.cpu() for x in drawn])[: n - first * BLOCK])
+    with progress_bar("drawing", n, "img") as advance:
+        for first in blocks[::per_chunk]:
+            drawn = []
+            for block in blocks[first : first + per_chunk]:
+                drawn.append(draw_block(draw, block, seed, labels).cpu())
+                advance(min(BLOCK, n - block * BLOCK))
+            yield check_images(torch.cat(drawn)[: n - first * BLOCK])
 
 
 def check_images(x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ..averaging import evaluating
+from ..console import progress_bar
 from ..games import Game
 from ..metrics import eval_mode
 from . import checkpoint
@@ -71,7 +72,8 @@ def validate(run: Any, batches: Iterable[Any]) -> dict[str, Any]:
         batches: `run.valid`, or some of its batches.
     """
     try:
-        return plain_numbers(run.scheme.evaluate(batches))
+        with progress_bar("validating"):
+            return plain_numbers(run.scheme.evaluate(batches))
     finally:
         run.valid.load_state_dict(run.valid_start)
 
@@ -102,7 +104,8 @@ def draw_samples(run: Any, n: int) -> Tensor | None:
     if shape is None or len(shape) != 3:
         return None
     try:
-        samples = run.scheme.sample(n)
+        with progress_bar("drawing"):
+            samples = run.scheme.sample(n)
         return None if samples is None else samples.reshape(-1, *shape)
     except Exception as error:  # a picture is not worth a run, whatever fails in it
         run.has_samples = False

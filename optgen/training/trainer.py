@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..averaging import Average, Profile, averages_of, collect_evaluation_weights
 from ..checks import check_choice, check_count
+from ..console import progress_shown
 from ..data.batches import BatchLoader
 from ..data.images import ImageSet
 from ..data.sources import as_loader
@@ -26,6 +27,7 @@ from optgen.training.callbacks import (
     EpochCheckpoints,
     MetricsLog,
     Pictures,
+    choose_progress,
     progress_callbacks,
 )
 from .folder import RunFolder, open_folder
@@ -321,4 +323,5 @@ def fit(
         with open_folder(out, config, resume, ranks) as folder:
             callbacks = build_callbacks(folder, progress, callbacks, ranks)
             run = Run(scheme, *loaders, plan, folder, ranks, callbacks)
-            return train_to_end(run, choose_averages(scheme, ema), resume, device)
+            with progress_shown(choose_progress(progress) == "bar"):
+                return train_to_end(run, choose_averages(scheme, ema), resume, device)
