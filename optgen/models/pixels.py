@@ -499,7 +499,7 @@ class PixelCNN(PixelModel):
             x: images (B, 1, H, W).
             rows: rows of them.
         """
-        places = self.places[:, rows].expand(len(x), -1, -1, -1)
+        places = self.places[:, rows].expand(x.shape[0], -1, -1, -1)
         return torch.cat([x[:, :, rows], places], 1)
 
     def logits(self, x: Tensor) -> Tensor:

@@ -154,12 +154,13 @@ class BetaVAE(Game):
             The multiplier, 0-dim or (z_dim,).
         """
         if self.beta_is_due:
-            self.beta_is_due = False
+            rate_mean, distortion_mean = rate, None  # unmeasured: only device and dtype count
             if self.beta.measured:
                 means = self.average_over_batch([distortion.mean(), rate.mean(0)])
-                self.beta.update(means[1], self.beta.distortion(self.model, means[0]))
-            else:
-                self.beta.update(rate)  # only its device and dtype count
+                rate_mean, distortion_mean = means[1], self.beta.distortion(self.model, means[0])
+            # Not before the means are there: a micro-batch may have to ask again.
+            self.beta_is_due = False
+            self.beta.update(rate_mean, distortion_mean)
         return self.beta.kl_weight(self.model)
 
     def loss(self, batch: NoisyBatch) -> Tensor:
