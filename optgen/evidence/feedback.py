@@ -323,8 +323,12 @@ def equal_cost_steps(config: dict, G: nn.Module, D: nn.Module, shape: tuple[int,
     twins = copy.deepcopy(G), copy.deepcopy(D)
     # The clone is no leaf: the counter fails on gradients with respect to a leaf.
     x = torch.rand(config["batch"], *shape, requires_grad=True).clone()
-    plain = config | {"rule": "simultaneous", "weight": None}
-    plain_cost, cost = (step_flops(make_gan(*twins, c), Batch(x)) for c in (plain, config))
+    costs = []
+    for settings in (config | {"rule": "simultaneous", "weight": None}, config):
+        game = make_gan(*twins, settings)
+        game.shares_graphs = False
+        costs.append(step_flops(game, Batch(x)))
+    plain_cost, cost = costs
     return round(config["budget"] * plain_cost / cost)
 
 

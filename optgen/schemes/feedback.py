@@ -199,7 +199,8 @@ class FeedbackGAN(Game):
         Args:
             batch: of a step. The graphs of both losses share that of the examples.
         """
-        if torch.compiler.is_compiling() or self.micro_batches > 1 or not torch.is_grad_enabled():
+        alone = torch.compiler.is_compiling() or self.micro_batches > 1
+        if alone or not self.shares_graphs or not torch.is_grad_enabled():
             return self.generate(batch)
         weights = [(p, p._version) for p in unnamed_parameters(self.generator)]
         if self.shared is None or not self.shared.is_of(batch, weights):
