@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import pytest
 import torch
+from torchvision import datasets
 
 from data_helpers import refuses
 from optgen.data import images as image_sets
@@ -174,7 +175,7 @@ def test_download_only_on_request_and_only_what_is_missing(monkeypatch, tmp_path
         write_set(place)
 
     fetch.classes = list("0123456789")
-    monkeypatch.setattr(image_sets.datasets, "MNIST", fetch)
+    monkeypatch.setattr(datasets, "MNIST", fetch)
     with pytest.raises(DataError):
         mnist("test")
     assert calls == []
@@ -186,7 +187,7 @@ def test_download_only_on_request_and_only_what_is_missing(monkeypatch, tmp_path
 
 
 def test_a_failed_download_says_so(monkeypatch):
-    monkeypatch.setattr(image_sets.datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])
     with refuses("cannot download MNIST", "127.0.0.1", "get on the network"):
         mnist(download=True)
 
