@@ -140,7 +140,7 @@ class Tab:
         self.page = self.context.new_page()
         self.page.on("console", self.hear)
         self.page.on("pageerror", lambda error: self.faults.append(f"script: {error}"))
-        self.page.on("requestfailed", lambda request: self.faults.append(f"failed: {request.url}"))
+        self.page.on("requestfailed", self.miss)
         self.page.on("response", self.receive)
         self.page.on("request", self.ask)
 
@@ -148,6 +148,11 @@ class Tab:
         """Note errors and warnings of the console."""
         if message.type in ("error", "warning"):
             self.faults.append(f"console: {message.text}")
+
+    def miss(self, request):
+        """Note what could not be loaded; what the next page cut short is not at fault."""
+        if request.failure != "net::ERR_ABORTED":
+            self.faults.append(f"failed: {request.url}")
 
     def receive(self, response):
         """Note failures of the server."""

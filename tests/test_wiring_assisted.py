@@ -236,7 +236,7 @@ def features_loss(vae, x, eps):
 
 def test_m1_classifies_latents_and_leaves_them_to_their_bound():
     torch.manual_seed(2)
-    net, vae = Net(2), VAE(6, 5, 4, 2)
+    net, vae = Net(2), VAE(6, 5, 4, 2, activation=nn.Tanh)
     scheme = make(labeled=labeled_images(), classifier=net, features=vae)
     drawn = scheme.draw_noise(Batch(images(4, 3)))
 
@@ -253,7 +253,7 @@ def test_m1_classifies_latents_and_leaves_them_to_their_bound():
 
 def m1_m2(**more):
     """Return M1+M2 and its networks."""
-    net, vae = Net(2), VAE(6, 5, 4, 2)
+    net, vae = Net(2), VAE(6, 5, 4, 2, activation=nn.Tanh)
     joint = ConditionalVAE(2, CLASSES, 3, 5, "gaussian")
     parts = {"classifier": net, "generator": joint, "features": vae, "coupling": Agreement()}
     return make(labeled=labeled_images(), **parts, **more), net, joint, vae
@@ -411,7 +411,7 @@ def test_every_number_of_the_evaluation(method, seed):
     if method == "m1+m2":
         scheme, net, joint, vae = m1_m2()
     elif method == "m1":
-        net, vae = Net(2), VAE(6, 5, 4, 2)
+        net, vae = Net(2), VAE(6, 5, 4, 2, activation=nn.Tanh)
         scheme = make(classifier=net, features=vae, labeled=labeled_images())
     else:
         net, joint = Net(), ConditionalVAE(6, CLASSES, 2, 5)
