@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -317,8 +318,8 @@ def test_batches_that_cannot_be_spread_say_so():
     )
 
 
-def torchrun(world, *args, **kwargs):
-    """Start the command line on so many ranks."""
+def torchrun(world, *args, program=("-m", "optgen"), **kwargs):
+    """Start the command line, or another program, on so many ranks."""
     command = [
         sys.executable,
         "-m",
@@ -326,13 +327,37 @@ def torchrun(world, *args, **kwargs):
         "--standalone",
         "--nproc-per-node",
         str(world),
-        "-m",
-        "optgen",
-        *map(str, args),
+        *map(str, (*program, *args)),
     ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV, **kwargs
     )
+
+
+NAMES_THREADS = """
+import atexit
+from pathlib import Path
+
+def name_threads():
+    names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    print("threads at the end:", *sorted(names), flush=True)
+
+atexit.register(name_threads)
+from optgen.cli.main import main
+main()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named by Linux")
+def test_the_threads_of_the_ranks_end_before_the_interpreter(tmp_path):
+    "One of gloo's that frees a tensor later ends the process with SIGABRT, now and then."
+    script = tmp_path / "named.py"
+    script.write_text(NAMES_THREADS)
+    ranks = torchrun(2, *TINY, "--epochs", 1, "--out", tmp_path / "run", program=[script])
+    said, errors = ranks.communicate()
+    assert ranks.returncode == 0, errors
+    threads = [line for line in said.splitlines() if line.startswith("threads at the end:")]
+    assert len(threads) == 2 and "gloo" not in " ".join(threads), threads
 
 
 def log(run):

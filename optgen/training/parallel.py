@@ -126,7 +126,9 @@ def ranks_of_group(group: dist.ProcessGroup) -> "Ranks":
     Args:
         group: the default one.
     """
-    return Ranks()
+    ranks = Ranks()
+    atexit.register(ranks.release_groups)
+    return ranks
 
 # %% ../../nbs/40_training/42_parallel.ipynb #23a2fcf4-5
 def checksum(tensors: list[Tensor]) -> int:
@@ -156,6 +158,14 @@ class Ranks(ShardAveraging, RowGathering, SharedRandom):
         self.steps_left = self.steps_between = 1
         self.last_asked = time.monotonic()
         self.warned_modules: set[int] = set()
+
+    def release_groups(self) -> None:
+        """Let the process groups go, so that their threads end before the interpreter does.
+
+        A thread of gloo that frees a tensor after that ends the process with SIGABRT.
+        """
+        self.control = None
+        ranks_of_group.cache_clear()
 
     def reduce(self, x: Tensor, op: dist.ReduceOp) -> None:
         """Reduce a tensor over the ranks, in place.
