@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from scipy.optimize import linear_sum_assignment  # torch has no exact assignment
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number, check_unused
@@ -315,6 +314,9 @@ def optimal_coupling(x: Tensor, eps: Tensor, labels: Tensor | None = None) -> Te
         )
     if x.is_meta:
         return eps
+    # PyTorch has no exact assignment; the import takes a third of a second.
+    from scipy.optimize import linear_sum_assignment
+
     groups = [torch.arange(len(x))]
     if labels is not None:
         classes = labels.unique().cpu()
