@@ -319,6 +319,8 @@ class Game(GameWeights, SplitBatches):
         shares_graphs: whether the losses of several players share a part of their graphs.
         criterion: entry of a scheme's `evaluate` by which runs are compared; smaller is better.
         autocast: function that returns the context in which losses are evaluated.
+        on_loss: function of a player's name and its loss, called with each loss, of each
+            micro-batch, before it is differentiated; or None. `fit` sets its own while it trains.
         micro_batches, ranks, sharded: how batches are split, see `SplitBatches`.
 
     Raises:
@@ -332,6 +334,7 @@ class Game(GameWeights, SplitBatches):
     shares_graphs = False
     criterion = "loss"
     autocast = contextlib.nullcontext
+    on_loss: Callable[[str, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -380,6 +383,8 @@ class Game(GameWeights, SplitBatches):
         if name not in self.checked_losses:
             self.checked_losses.add(name)
             check_first_loss(loss, name, self.players[name].loss)
+        if self.on_loss is not None:
+            self.on_loss(name, loss)
         return loss
 
     @within_torch_limits

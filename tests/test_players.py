@@ -896,6 +896,67 @@ def test_the_watch_follows_what_is_frozen_and_added():
             watch.check(game)
 
 
+def kinked(bad_step, b):
+    """Return a loss whose gradient by `b` is not finite in one step, where the loss is."""
+
+    def loss(t):
+        """Return the loss of step t."""
+        kink = (b - b.detach()).abs().sqrt().sum()
+        return b.sum() + (kink if t == bad_step else 0.0)
+
+    return loss
+
+
+@pytest.mark.parametrize("bad_step", [1, 2, 63, 64, 65, 70])
+@pytest.mark.parametrize("rule", ["simultaneous", "alternating", "optimistic", "lookahead"])
+def test_the_watch_names_a_bad_gradient_by_the_next_loss(rule, bad_step):
+    "A gradient is read only then, and in every 64th step."
+    rules = RULES | {"alternating": Alternating}
+    a, b = (torch.ones(2, requires_grad=True) for _ in range(2))
+    optimizers = [torch.optim.SGD([p], 0.01) for p in (a, b)]
+    game = Game(
+        a=Player([a], lambda t: a.square().sum(), optimizers[0]),
+        b=Player([b], kinked(bad_step, b), optimizers[1]),
+        rule=rules[rule](),
+    )
+    watch = NonFiniteWatch()
+    game.on_loss = watch.see_loss
+    for t in range(1, 71):
+        watch.update(t, game.step(t), game)
+        if t < bad_step:
+            assert len(watch.rows) == t // 64
+    more = r" \(and 1 more\)" if rule == "extragradient" else ""
+    with pytest.raises(NonFinite, match=rf"step {bad_step}: the .* of .*'b' is not finite{more}$"):
+        watch.check(game)
+
+
+class SkipsBadGradients(torch.optim.SGD):
+    """Gradient descent that leaves a step out whose gradient is not finite."""
+
+    def step(self, closure=None):
+        """Take a step, or leave it out."""
+        if all(p.grad.isfinite().all() for p in self.param_groups[0]["params"]):
+            super().step(closure)
+
+
+def always_kinked(b, t):
+    """Return a finite loss whose gradient is not."""
+    return kinked(t, b)(t)
+
+
+def test_the_watch_finds_in_time_what_no_loss_shows():
+    "The optimizer skips bad gradients; every 64th step is read, and the last one at a check."
+    for last in (63, 64, 65):
+        b = torch.ones(2, requires_grad=True)
+        game = Game(b=Player([b], partial(always_kinked, b), SkipsBadGradients([b], 0.1)))
+        watch = NonFiniteWatch()
+        game.on_loss = watch.see_loss
+        for t in range(1, last + 1):
+            watch.update(t, game.step(t), game)
+        with pytest.raises(NonFinite, match=f"step {min(last, 64)}: the gradient of '0' of player"):
+            watch.check(game)
+
+
 def test_averages_of_a_frozen_layer():
     "An average holds all parameters of a module, frozen ones too."
     model = Net()

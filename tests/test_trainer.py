@@ -1,5 +1,7 @@
 "Training beyond what its page checks: compilation, streams, schedules, devices."
 
+import itertools
+
 import pytest
 import torch
 from PIL import Image
@@ -205,6 +207,21 @@ def test_a_weight_that_its_update_made_infinite_ends_the_run(tmp_path):
     with pytest.raises(NonFinite, match=r"step 4: the parameter '1.weight' of player 'net'"):
         fit(game, few(40), batch_size=10, out=tmp_path / "run", progress="none")
     assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == 1
+
+
+def test_a_bad_gradient_is_named_though_only_the_next_loss_shows_it():
+    net, evaluation = nn.Sequential(nn.Flatten(), nn.Linear(784, 2)), itertools.count(1)
+
+    def loss(batch):
+        """Return a loss whose gradient by the bias is not finite in the third step."""
+        bias = net[1].bias
+        kink = (bias - bias.detach()).abs().sqrt().sum() if next(evaluation) == 3 else 0.0
+        return net(batch.x).square().mean() + kink
+
+    game = Game(net=Player(net, loss, torch.optim.SGD(net.parameters(), 0.01)))
+    with pytest.raises(NonFinite, match=r"^step 3: the gradient of '1.bias' of player 'net' is"):
+        fit(game, few(100), batch_size=10, progress="none")
+    assert game.on_loss is None
 
 
 def dead_images():

@@ -529,7 +529,7 @@ def configured(run: Run, averages: Sequence[Average], device: torch.device) -> I
     before, scheme.averages = scheme.averages, averages
     try:
         with (
-            temporary_attributes(scheme, autocast=context, **parts),
+            temporary_attributes(scheme, autocast=context, on_loss=run.watch.see_loss, **parts),
             temporary_attributes(run.loader, ranks=run.ranks),
             put_back(scheme, learning_rates=run.lr_factor is not None),
             seeded(plan.seed),
