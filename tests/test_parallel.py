@@ -336,11 +336,12 @@ def torchrun(world, *args, program=("-m", "optgen"), **kwargs):
 
 NAMES_THREADS = """
 import atexit
+import os
 from pathlib import Path
 
 def name_threads():
     names = {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
-    print("threads at the end:", *sorted(names), flush=True)
+    os.write(1, f"threads at the end: {sorted(names)}\\n".encode())
 
 atexit.register(name_threads)
 from optgen.cli.main import main

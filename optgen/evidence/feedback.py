@@ -121,16 +121,10 @@ def make_gan(generator: nn.Module, discriminator: nn.Module, config: dict[str, A
         config: `rule`, `weight`, `loss`, `lr` and `betas`.
     """
     name, weight = config["rule"], config["weight"]
+    networks, rule = (generator, discriminator), build_rule(name, weight)
     gamma = weight if name == "r1+r2" else 0.0
-    return FeedbackGAN(
-        generator,
-        discriminator,
-        config["loss"],
-        build_rule(name, weight),
-        [make_optimizer(config, module) for module in (generator, discriminator)],
-        r1=gamma,
-        r2=gamma,
-    )
+    optimizers = [make_optimizer(config, network) for network in networks]
+    return FeedbackGAN(*networks, config["loss"], rule, optimizers, r1=gamma, r2=gamma)
 
 # %% ../../nbs/90_evidence/93_feedback.ipynb #23a2fcf4-3
 def train_gan(
@@ -323,12 +317,11 @@ def equal_cost_steps(config: dict, G: nn.Module, D: nn.Module, shape: tuple[int,
     twins = copy.deepcopy(G), copy.deepcopy(D)
     # The clone is no leaf: the counter fails on gradients with respect to a leaf.
     x = torch.rand(config["batch"], *shape, requires_grad=True).clone()
-    costs = []
-    for settings in (config | {"rule": "simultaneous", "weight": None}, config):
-        game = make_gan(*twins, settings)
+    plain = config | {"rule": "simultaneous", "weight": None}
+    games = [make_gan(*twins, c) for c in (plain, config)]
+    for game in games:
         game.shares_graphs = False
-        costs.append(step_flops(game, Batch(x)))
-    plain_cost, cost = costs
+    plain_cost, cost = (step_flops(game, Batch(x)) for game in games)
     return round(config["budget"] * plain_cost / cost)
 
 
