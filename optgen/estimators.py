@@ -84,7 +84,7 @@ class EncoderGaussian:
     def __init__(self, mean: Tensor, log_var: Tensor) -> None:
         self.mean, self.log_var = mean, log_var
         self.std = (log_var / 2).exp()
-        self.rate = (mean**2 + log_var.expm1() - log_var) / 2
+        self.rate = torch.addcmul(log_var.expm1() - log_var, mean, mean) / 2
 
     def check_noise(self, eps: Tensor) -> None:
         """Raise ValueError unless the noise has the shape (k, B, z_dim)."""
@@ -173,11 +173,11 @@ def bound_loss(
     posterior = EncoderGaussian(*(q or model.encoder(x)))
     posterior.check_noise(eps)
     frozen = estimator in ("stl", "dreg")
+    is_single = estimator == "elbo" and len(eps) == 1  # its dimension would take time
     with torch.set_grad_enabled(torch.is_grad_enabled() and not sampled):
-        z = posterior.sample(eps)
+        z = posterior.sample(eps[0] if is_single else eps)
         log_likelihood = model.log_likelihood(x, z)
-    # A mean over one sample takes longer than no mean.
-    distortion = -(log_likelihood.mean(0) if len(eps) > 1 else log_likelihood.squeeze(0))
+    distortion = -(log_likelihood if is_single else log_likelihood.mean(0))
     beta = resolve_beta(beta, distortion, posterior.rate)
     if estimator == "elbo":
         return distortion + (beta * posterior.rate).sum(-1)

@@ -204,6 +204,8 @@ class VAE(BernoulliVAE):
         Args:
             z: latents (..., z_dim).
         """
+        if z.dim() == 2:
+            return self.p_net(z)
         rows = z.reshape(-1, z.shape[-1])  # with more dimensions linear layers take longer
         return self.p_net(rows).unflatten(0, z.shape[:-1])
 
