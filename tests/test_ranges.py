@@ -5,6 +5,8 @@ Tried are NaN, infinities, and numbers beyond int64, float32 or the memory of th
 
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -225,12 +227,25 @@ def test_memory_that_cannot_be_had_is_one_line_with_the_option(
     assert f"{' '.join(text.split()[-2:])} is too large" in message
 
 
-def test_samples_that_do_not_fit_into_memory_name_their_number(
-    capsys, small_run, small_machine, monkeypatch
-):
-    monkeypatch.setattr("optgen.options.total_memory", lambda: small_machine + 2**25)
-    message = refuse(capsys, 1, "sample", small_run, "--n 100000000")
-    assert "not enough memory" in message and "--n 100000000 is too large" in message
+ON_A_SMALL_MACHINE = """
+import re
+from pathlib import Path
+import torch
+from optgen import options
+from optgen.cli.main import main
+used = 1024 * int(re.search(r"VmData:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+options.total_memory = lambda: used + 2**27
+main()
+"""
+
+
+@pytest.mark.usefixtures("small_machine")  # which skips it where memory is not limited
+def test_samples_that_do_not_fit_into_memory_name_their_number(small_run):
+    "In a process of its own, since the memory that other tests have freed would be filled first."
+    command = [sys.executable, "-c", ON_A_SMALL_MACHINE, "sample", small_run, "--n", "100000000"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert_one_line(done.stderr, "not enough memory", "--n 100000000 is too large")
 
 
 def test_images_that_do_not_fit_into_memory_name_their_side(
