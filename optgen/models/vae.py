@@ -28,7 +28,7 @@ def gaussian_kl(mean: Tensor, log_var: Tensor) -> Tensor:
     Returns:
         Nats of each dimension, same shape, at least 0.
     """
-    return (mean**2 + log_var.expm1() - log_var) / 2
+    return torch.addcmul(log_var.expm1() - log_var, mean, mean) / 2
 
 # %% ../../nbs/20_models/20_vae.ipynb #23a2fcf4-3
 def bernoulli_log_likelihood(x: Tensor, logits: Tensor) -> Tensor:
