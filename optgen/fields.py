@@ -290,7 +290,7 @@ class MicroBatchPoint:
             return by_player(self.game, (), players)
         check_differentiable(loss, params)
         if value.requires_grad:
-            retain = self.graph or self.game.shares_graphs
+            retain = self.graph or (self.game.shares_graphs and self.game.micro_batches == 1)
             options = {"create_graph": self.graph, "retain_graph": retain}
             grads = differentiate(value, params, loss, **options)
         elif self.game.ranks or self.share < 1:

@@ -74,7 +74,7 @@ def rate(model: LatentVariableModel, x: Tensor) -> Tensor:
         $\mathrm{KL}(q(z\mid x)\|\mathcal N(0,I))$ in nats, (B,); exact.
     """
     mean, log_var = model.encoder(x)
-    return (mean**2 + log_var.expm1() - log_var).sum(-1) / 2
+    return torch.addcmul(log_var.expm1() - log_var, mean, mean).sum(-1) / 2
 
 
 @torch.no_grad()

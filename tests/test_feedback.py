@@ -328,3 +328,52 @@ def test_a_step_generates_once(rule, count):
     for _ in range(3):
         gan.step(Batch(torch.rand(8, 1, 2, 2), None))
     assert len(calls) == 3 * count
+
+
+def small_gan():
+    """Return a GAN of images of 2 x 2 and a batch of it with its noise, in float64."""
+    torch.manual_seed(1)
+    G, D = MLPGenerator(3, (5,), (1, 2, 2)).double(), MLPDiscriminator((1, 2, 2), (6,)).double()
+    gan = FeedbackGAN(G, D)
+    return gan, gan.draw_noise(Batch(torch.rand(8, 1, 2, 2, dtype=torch.float64), None))
+
+
+def test_losses_outside_of_a_step_have_graphs_of_their_own():
+    "Two backward passes of a loop of one's own; then the game is copied."
+    gan, batch = small_gan()
+    fields = []
+    for _ in range(2):
+        for network, loss in ((gan.discriminator, gan.d_loss), (gan.generator, gan.g_loss)):
+            network.zero_grad()
+            loss(batch).backward()
+            fields.append(flat_weights([p.grad for p in network.parameters()]))
+    assert torch.equal(fields[0], fields[2]) and torch.equal(fields[1], fields[3])
+    before = gan.g_loss(batch)
+    next(gan.generator.parameters()).data.add_(1.0)  # which no version counts
+    after = copy.deepcopy(gan).g_loss(batch)
+    assert gan.g_loss(batch) == after != before
+
+
+class Doubling(torch.nn.Module):
+    """A discriminator that doubles its input in place, or beside it."""
+
+    def __init__(self, inner, in_place):
+        super().__init__()
+        self.inner, self.in_place, self.shape = inner, in_place, inner.shape
+
+    def forward(self, x):
+        """Return the logits (B,)."""
+        x = x.clone() if x.is_leaf else x  # real images stay
+        return self.inner(x.mul_(2) if self.in_place else 2 * x)
+
+
+def test_a_discriminator_may_change_generated_examples_in_place():
+    ends = []
+    for in_place in (True, False):
+        torch.manual_seed(2)
+        G, D = MLPGenerator(3, (5,), (1, 2, 2)).double(), MLPDiscriminator((1, 2, 2), (6,)).double()
+        gan = FeedbackGAN(G, Doubling(D, in_place))
+        for _ in range(3):
+            gan.step(Batch(torch.rand(8, 1, 2, 2, dtype=torch.float64), None))
+        ends.append(flat_weights([*G.parameters(), *D.parameters()]))
+    assert torch.allclose(*ends, rtol=1e-12)

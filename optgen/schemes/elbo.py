@@ -154,7 +154,7 @@ class BetaVAE(Game):
             The multiplier, 0-dim or (z_dim,).
         """
         if self.beta_is_due:
-            rate_mean, distortion_mean = rate, None  # unmeasured: only device and dtype count
+            rate_mean, distortion_mean = rate[0], None  # of what is not measured, only the shape
             if self.beta.measured:
                 means = self.average_over_batch([distortion.mean(), rate.mean(0)])
                 rate_mean, distortion_mean = means[1], self.beta.distortion(self.model, means[0])

@@ -72,15 +72,18 @@ class SharedExamples(NamedTuple):
         batch: with the noise.
         weights: tensors of G with their versions.
         fake: the examples (B, ...).
+        version: of `fake`, which an operation in place would change.
     """
 
     batch: GANBatch
     weights: list[tuple[Tensor, int]]
     fake: Tensor
+    version: int
 
     def is_of(self, batch: GANBatch, weights: list[tuple[Tensor, int]]) -> bool:
-        """Return whether the examples are those of a batch and of weights."""
-        return batch is self.batch and same_tensors(weights, self.weights)
+        """Return whether the examples are still those of a batch and of weights."""
+        is_unchanged = self.fake._version == self.version
+        return is_unchanged and batch is self.batch and same_tensors(weights, self.weights)
 
 
 def shared_classes(generator: nn.Module, discriminator: nn.Module) -> int:
@@ -194,17 +197,20 @@ class FeedbackGAN(Game):
         return self.generator(batch.z, *labels)
 
     def share_examples(self, batch: GANBatch) -> Tensor:
-        """Return `generate(batch)`, evaluated once for both losses while G stays as it is.
+        """Return `generate(batch)`, evaluated once for both losses of a step while G stays.
 
         Args:
-            batch: of a step. The graphs of both losses share that of the examples.
+            batch: with its noise. Within a step the graphs of both losses share that of the
+                examples.
         """
+        is_in_step = self.players["G"].held is not None
         alone = torch.compiler.is_compiling() or self.micro_batches > 1
-        if alone or not self.shares_graphs or not torch.is_grad_enabled():
+        if alone or not (is_in_step and self.shares_graphs and torch.is_grad_enabled()):
             return self.generate(batch)
         weights = [(p, p._version) for p in unnamed_parameters(self.generator)]
         if self.shared is None or not self.shared.is_of(batch, weights):
-            self.shared = SharedExamples(batch, weights, self.generate(batch))
+            fake = self.generate(batch)
+            self.shared = SharedExamples(batch, weights, fake, fake._version)
         return self.shared.fake
 
     def after_move(self, names: Iterable[str]) -> None:
