@@ -200,8 +200,7 @@ class FeedbackGAN(Game):
         """Return `generate(batch)`, evaluated once for both losses of a step while G stays.
 
         Args:
-            batch: with its noise. Within a step the graphs of both losses share that of the
-                examples.
+            batch: with its noise; in a step the graphs of both losses share the examples'.
         """
         is_in_step = self.players["G"].held is not None
         alone = torch.compiler.is_compiling() or self.micro_batches > 1
@@ -209,8 +208,7 @@ class FeedbackGAN(Game):
             return self.generate(batch)
         weights = [(p, p._version) for p in unnamed_parameters(self.generator)]
         if self.shared is None or not self.shared.is_of(batch, weights):
-            fake = self.generate(batch)
-            self.shared = SharedExamples(batch, weights, fake, fake._version)
+            self.shared = SharedExamples(batch, weights, x := self.generate(batch), x._version)
         return self.shared.fake
 
     def after_move(self, names: Iterable[str]) -> None:
