@@ -638,3 +638,20 @@ def test_autoregressive_images(tmp_path):
     assert x.shape[0] == 5 and x.numel() == 5 * 64
     assert set(x.unique().tolist()) == {0.0, 1.0}
     assert (tmp_path / "whole/samples/epoch-0002.png").is_file()
+
+
+class ByLatent(Controller):
+    """A multiplier for each latent, made from the rate's shape alone."""
+
+    measured = ()
+
+    def multiplier(self, rate, distortion):
+        """Return 1, 2, ..., one number for each latent."""
+        return torch.ones_like(rate).cumsum(0)
+
+
+def test_a_controller_that_measures_nothing_is_given_the_rate_of_each_latent():
+    torch.manual_seed(0)
+    scheme = BetaVAE(VAE(6, 5, 4, 3), beta=ByLatent(1.0))
+    assert scheme.step(Batch(torch.rand(7, 6).round()))["model"].isfinite()
+    assert scheme.beta.value.tolist() == [1.0, 2.0, 3.0]
