@@ -23,6 +23,7 @@ import click
 from .export import export
 from .measure import evaluate, sample
 from .pictures import interpolate, reconstruct, traverse
+from .restore import restore
 from .runs import load_claims, load_commands
 from .train import train
 from ..console import lasting_streams, progress_shown, warnings_in_one_line
@@ -43,7 +44,7 @@ def cli() -> None:
     """Optimizers coupled with generative models: train, look, measure."""
 
 
-for command in (train, sample, evaluate, interpolate, reconstruct, traverse, export):
+for command in (train, sample, evaluate, interpolate, reconstruct, traverse, restore, export):
     cli.add_command(command)
 
 # %% ../../nbs/40_training/43_main.ipynb #94e0909a
