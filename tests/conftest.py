@@ -1,5 +1,7 @@
 "Helpers and fixtures that several test files share."
 
+import gc
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from PIL import Image
 
 from cli_helpers import run
 from optgen.testing import generator, use_one_core
+from optgen.training import callbacks
 
 # Arguments of the command that trains the smallest VAE.
 TINY = "train beta-vae --hidden 16,8 --z-dim 2 --binarize static --progress none".split()
@@ -48,6 +51,12 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
 
 
+def pytest_collection_finish():
+    "Spare the garbage collector what was imported and collected, which stays."
+    gc.collect()
+    gc.freeze()
+
+
 def optgen(*args, env=None, **kwargs):
     """Run the command line in a process of its own.
 
@@ -71,6 +80,30 @@ def optgen(*args, env=None, **kwargs):
 def rng(seed=0):
     "Return a random generator with the given seed."
     return generator(seed)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def curves_drawn_once():
+    """Draw the curves of each kind of run once, and give runs of the same kind a copy.
+
+    A quarter of the tests' time would be these figures, whose lines tests/test_viz.py looks at.
+    """
+    draw, drawn = callbacks.Pictures.draw_curves, {}
+
+    def draw_once(self, records, path):
+        parts = [record.get(part, {}) for record in records for part in ("train", "valid")]
+        numbers = [number for part in parts for number in part.values()]
+        finite = all(map(math.isfinite, numbers))
+        # A test may put another function in the place of `plot_curves`.
+        kind = (callbacks.plot_curves, len(records) > 1, finite, *dict.fromkeys(map(tuple, parts)))
+        if kind not in drawn:
+            draw(self, records, path)
+            drawn[kind] = path.read_bytes()
+        path.write_bytes(drawn[kind])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks.Pictures, "draw_curves", draw_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -349,36 +349,40 @@ main()
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named by Linux")
-def test_the_threads_of_the_ranks_end_before_the_interpreter(tmp_path):
-    "One of gloo's that frees a tensor later ends the process with SIGABRT, now and then."
-    script = tmp_path / "named.py"
-    script.write_text(NAMES_THREADS)
-    ranks = torchrun(2, *TINY, "--epochs", 1, "--out", tmp_path / "run", program=[script])
-    said, errors = ranks.communicate()
-    assert ranks.returncode == 0, errors
-    threads = [line for line in said.splitlines() if line.startswith("threads at the end:")]
-    assert len(threads) == 2 and "gloo" not in " ".join(threads), threads
-
-
 def log(run):
     """Return the records of a run folder."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_torchrun_on_the_command_line(tmp_path, tiny_run):
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    "The folder of a run of two ranks, started by torchrun, and what they said."
+    folder = tmp_path_factory.mktemp("torchrun")
+    script = folder / "named.py"
+    script.write_text(NAMES_THREADS)
+    args = [*TINY[:-1], "lines", "--epochs", 2, "--out", folder / "run"]
+    ranks = torchrun(2, *args, program=[script])
+    said, errors = ranks.communicate()
+    assert ranks.returncode == 0, errors
+    return folder / "run", said
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are named by Linux")
+def test_the_threads_of_the_ranks_end_before_the_interpreter(launched):
+    "One of gloo's that frees a tensor later ends the process with SIGABRT, now and then."
+    threads = [line for line in launched[1].splitlines() if line.startswith("threads at the end:")]
+    assert len(threads) == 2 and "gloo" not in " ".join(threads), threads
+
+
+def test_torchrun_on_the_command_line(launched, tiny_run):
     "Two epochs are those of one process; a third is stopped by a signal and finished alone."
-    first = torchrun(2, *TINY[:-1], "lines", "--epochs", 2, "--out", tmp_path / "run")
-    said, errors = first.communicate()
-    assert first.returncode == 0, errors
+    run, said = launched
     assert said.count("beta-vae on digits") == said.count("epoch 2/2") == said.count("done:") == 1
-    for a, b in zip(log(tmp_path / "run"), log(tiny_run), strict=True):
+    for a, b in zip(log(run), log(tiny_run), strict=True):
         for split in ("train", "valid"):
             assert a[split] == pytest.approx(b[split], rel=1e-4)
-    second = torchrun(
-        2, "train", "--resume", tmp_path / "run", "--epochs", 400, "--progress", "none"
-    )
-    while len(log(tmp_path / "run")) < 3:
+    second = torchrun(2, "train", "--resume", run, "--epochs", 400, "--progress", "none")
+    while len(log(run)) < 3:
         time.sleep(0.05)
     second.send_signal(signal.SIGTERM)
     said = second.communicate()[1]
@@ -388,8 +392,8 @@ def test_torchrun_on_the_command_line(tmp_path, tiny_run):
         and "torchrun --nproc-per-node 2 -m optgen train --resume" in said
     )
     step = int(said.split("SIGTERM after step ")[1].split(":")[0])
-    assert checkpoint.load(tmp_path / "run/checkpoint.pt")["step"] == step
-    assert resume(tmp_path / "run", step // 90 + 1) == 0
+    assert checkpoint.load(run / "checkpoint.pt")["step"] == step
+    assert resume(run, step // 90 + 1) == 0
 
 
 @pytest.mark.parametrize(
