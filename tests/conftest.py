@@ -1,6 +1,5 @@
 "Helpers and fixtures that several test files share."
 
-import gc
 import math
 import os
 import subprocess
@@ -49,12 +48,6 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "cuda" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
-
-
-def pytest_collection_finish():
-    "Spare the garbage collector what was imported and collected, which stays."
-    gc.collect()
-    gc.freeze()
 
 
 def optgen(*args, env=None, **kwargs):

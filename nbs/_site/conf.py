@@ -5,15 +5,12 @@ import functools
 import re
 import shutil
 import sys
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Never
 
 from docutils import nodes
-from sphinx import addnodes
 from sphinx.application import Sphinx
-from sphinx.domains.python import ObjectEntry, PythonDomain
 from sphinx.writers.html5 import HTML5Translator
 
 here = Path(__file__).resolve().parent
@@ -156,59 +153,8 @@ def has_math(
         app.add_js_file("mathjax/tex-svg.js", loading_method="defer", priority=900)
 
 
-# Two shortcuts of the build, which change no page.
-
-
-class IndexedPython(PythonDomain):
-    """The domain of Python, which knows at once that no object has a name."""
-
-    endings: tuple[int, set[str]] = (0, set())  # how many objects there were, and their names
-
-    def find_obj(self, *args: Any, **kwargs: Any) -> list[tuple[str, ObjectEntry]]:
-        """Return the objects of a name, as Sphinx does, which looks at each object."""
-        if self.endings[0] != len(self.objects):
-            parts = [full.split(".") for full in self.objects]
-            names = {".".join(part[i:]) for part in parts for i in range(len(part))}
-            self.endings = len(self.objects), names
-        name = kwargs["name"] if "name" in kwargs else args[3]
-        return (
-            super().find_obj(*args, **kwargs) if name.removesuffix("()") in self.endings[1] else []
-        )
-
-
-@functools.cache
-def tables_of_titles(app: Sphinx) -> dict[str, nodes.bullet_list]:
-    """Return each page's table of contents without its sections, by name."""
-    tables = {name: table.deepcopy() for name, table in app.env.tocs.items()}
-    for item in (item for table in tables.values() for item in table if len(item) > 1):
-        if trees := list(item.findall(addnodes.toctree)):
-            item[1][:] = trees
-        else:
-            item.pop(1)
-    return tables
-
-
-def toctree_of_titles(app: Sphinx, toctree: Callable[..., str], **options: Any) -> str:
-    """Return the sidebar's tree, for which no sections are copied on each page."""
-    tables, app.env.tocs = app.env.tocs, tables_of_titles(app)
-    try:
-        return toctree(**options)
-    finally:
-        app.env.tocs = tables
-
-
-def shorten_toctree(
-    app: Sphinx, pagename: str, template: str, context: dict[str, Any], doctree: nodes.document
-) -> None:
-    """Have the theme draw its sidebar, which shows titles alone, by `toctree_of_titles`."""
-    if "toctree" in context:
-        context["toctree"] = functools.partial(toctree_of_titles, app, context["toctree"])
-
-
 def setup(app: Sphinx) -> None:
     """Connect the functions above to Sphinx's events."""
-    app.add_domain(IndexedPython, override=True)
-    app.connect("html-page-context", shorten_toctree, priority=400)
     app.add_html_math_renderer("plain", (inline_math, None), (display_math, None))
     app.config.html_math_renderer = "plain"
     app.connect("doctree-resolved", keep_punctuation)
