@@ -72,7 +72,7 @@ class Restored(NamedTuple):
                 f"interval: a level of {level:g} needs at least {math.ceil(1 / tail - 1e-6) - 1} "
                 f"samples, got {S}"
             )
-        q = ((S + 1) * tail - 1) / (S - 1)
+        q = max(0.0, ((S + 1) * tail - 1) / (S - 1))
         return self.samples.quantile(q, dim=0), self.samples.quantile(1 - q, dim=0)
 
 # %% ../nbs/60_generative_optimizers/60b_restoration.ipynb #cb382747

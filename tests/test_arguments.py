@@ -16,7 +16,17 @@ import torch
 from torch import nn
 
 import optgen
-from optgen import averaging, controllers, estimators, metrics, posthoc, sample_quality
+from optgen import (
+    averaging,
+    controllers,
+    estimators,
+    guidance,
+    metrics,
+    operators,
+    posthoc,
+    restoration,
+    sample_quality,
+)
 from optgen.data import toy
 from optgen.inner import Refinement
 from optgen.models import (
@@ -30,6 +40,7 @@ from optgen.models import (
     gan,
     labels,
     ladder,
+    mixture,
     pixels,
     schedules,
     synthetic,
@@ -41,6 +52,7 @@ from optgen.opponents import CompetitiveGradient, Unrolled
 from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp
 from optgen.rules import Clipped, Consensus, Feedback, Lookahead, SymplecticAdjustment
 from optgen.schemes import levels
+from optgen.schemes.denoising import DenoisingDiffusion
 from optgen.schemes.elbo import Aggressive
 from optgen.testing import generator
 
@@ -184,6 +196,11 @@ VAE16 = vae.VAE(16, 8, 8, 2)
 GAN16 = {"shape": (1, 4, 4), "hidden": (8,), "out": "sigmoid"}
 HALF = torch.full((20, 3), 1 / 3)
 COV = torch.eye(3, dtype=torch.float64)
+IMAGES, SMALLER = torch.rand(2, 1, 4, 4), operators.Downsample((1, 4, 4), 2)
+SEEN = operators.Observation(SMALLER, SMALLER.apply(IMAGES), 0.1)
+DIFFUSION = DenoisingDiffusion(
+    diffusion.Denoiser(diffusion.PerceptronDenoiser(16, 8, 1), (1, 4, 4)), pixels=False
+)
 
 # name: function, good numbers, what is done with the result.
 CASES = {
@@ -549,6 +566,48 @@ CASES = {
         {"std": 1.0},
         finite,
     ),
+    "models.mixture.fit_mixture": (
+        lambda **o: mixture.fit_mixture(torch.randn(9, 2), **o).means,
+        {
+            "components": 2,
+            "steps": 1,
+            "prior_count": 1.0,
+            "prior_share": 0.5,
+            "floor": 0.1,
+            "seed": 1,
+            "chunk": 4,
+        },
+        finite,
+    ),
+    "guidance.NormalizedDPS": (guidance.NormalizedDPS, {"step": 1.0}, nothing),
+    "guidance.PseudoInverse": (guidance.PseudoInverse, {"std": 1.0, "steps": 3}, nothing),
+    "guidance.Moments": (guidance.Moments, {"steps": 3}, nothing),
+    "operators.Blur": (lambda **o: operators.Blur((1, 4, 4), **o), {"std": 1.0}, nothing),
+    "operators.Downsample": (
+        lambda **o: operators.Downsample((1, 4, 4), **o),
+        {"factor": 2},
+        nothing,
+    ),
+    "operators.RandomMeasurements": (
+        lambda **o: operators.RandomMeasurements((1, 4, 4), **o),
+        {"m": 3},
+        nothing,
+    ),
+    "operators.observe": (
+        lambda **o: operators.observe(IMAGES, SMALLER, **o).observed,
+        {"noise": 0.1},
+        finite,
+    ),
+    "restoration.restore": (
+        lambda **o: restoration.restore(DIFFUSION, SMALLER.apply(IMAGES), SMALLER, **o).samples,
+        {"noise": 0.5, "samples": 2, "steps": 2, "chunk": 3},
+        finite,
+    ),
+    "restoration.latent_search": (
+        lambda **o: restoration.latent_search(VAE16, SEEN, **o),
+        {"weight": 1.0, "steps": 2, "lr": 0.1, "restarts": 2},
+        nothing,
+    ),
     "models.synthetic.SyntheticSequences": (
         synthetic.SyntheticSequences,
         {"seed": 1, "vocab": 5, "length": 3, "hidden": 4, "embed": 3, "z_scale": 2.0},
@@ -692,6 +751,10 @@ ELSEWHERE = {
     "models.ladder.LadderDecoder": "in the tests of ladders",
     "models.schedules.Schedule": "a base class",
     "models.schedules.check_target": "a check",
+    "models.mixture.maximize_mixture": "in fit_mixture",
+    "guidance.conjugate_gradients": "in the rules",
+    "guidance.LinearRule": "a base class",
+    "operators.Observation": "a result",
     "models.synthetic.synthetic_sequences": "passes its seed on",
     "posthoc.PostHocAverage": "a result",
     "posthoc.reconstruct": "passes its numbers to posthoc_coefficients",
@@ -703,9 +766,12 @@ MODULES = (
     "controllers",
     "data.toy",
     "estimators",
+    "guidance",
     "metrics",
     "models",
+    "operators",
     "posthoc",
+    "restoration",
     "sample_quality",
     "schemes.levels",
 )

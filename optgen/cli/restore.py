@@ -276,6 +276,6 @@ def write_restored(path: Path, samples: "Tensor", shown: "Tensor", operator: "Li
     for ax in axes:
         ax.axis("off")
     for ax, name, image in zip(axes, names, images):
-        ax.imshow(image.permute(1, 2, 0), cmap="gray", vmin=0, vmax=1)
+        ax.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
         ax.set_title(name, fontsize=8)
     save_figure(fig, path)

@@ -12,7 +12,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
 
-from ..checks import check_count, check_number
+from ..checks import check_count, check_number, check_seed
 
 # %% ../../nbs/20_models/29a_mixture.ipynb #dd991dbd
 class GaussianMixture:
@@ -194,6 +194,7 @@ def fit_mixture(
     Raises:
         ValueError: if a number is out of range.
     """
+    check_seed("fit_mixture", seed=seed)
     check_count("fit_mixture", components=components, chunk=chunk)
     check_count("fit_mixture", 0, steps=steps)
     check_number("fit_mixture", 0, prior_count=prior_count, prior_share=prior_share, floor=floor)
