@@ -16,7 +16,17 @@ import torch
 from torch import nn
 
 import optgen
-from optgen import averaging, controllers, estimators, metrics, posthoc, sample_quality
+from optgen import (
+    ask_tell,
+    averaging,
+    controllers,
+    covariances,
+    estimators,
+    metrics,
+    posthoc,
+    sample_quality,
+    search,
+)
 from optgen.data import toy
 from optgen.inner import Refinement
 from optgen.models import (
@@ -178,6 +188,18 @@ def unet_call(net):
 def shrink(y, sigma):
     """Return the denoised images of standard normal data."""
     return y / (1 + sigma.view(-1, *[1] * (y.dim() - 1)) ** 2)
+
+
+def search_walk(found):
+    """Take two steps of a search."""
+    for _ in range(2):
+        assert found.step(lambda x: x.square().sum(1)).isfinite().all()
+
+
+def minimized(**options):
+    """Minimize the square of two numbers."""
+    square = {"objective": lambda x: x.square().sum(1), "x0": torch.ones(2)}
+    return torch.tensor(search.minimize(**square, **options).value)
 
 
 VAE16 = vae.VAE(16, 8, 8, 2)
@@ -607,6 +629,31 @@ CASES = {
     "rules.Clipped": (Clipped, {"max_norm": 1.0}, nothing),
     "opponents.Unrolled": (lambda **o: Unrolled("D", **o), {"steps": 2, "lr": 0.1}, nothing),
     "opponents.CompetitiveGradient": (CompetitiveGradient, {"lr": 0.1, "iterations": 2}, nothing),
+    "ask_tell.RandomSearch": (
+        lambda **o: ask_tell.RandomSearch(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "seed": 0},
+        search_walk,
+    ),
+    "covariances.cma_constants": (
+        covariances.cma_constants,
+        {"dim": 3, "population_size": 8},
+        lambda k: finite(list(k.weights)),
+    ),
+    "search.CmaEs": (
+        lambda **o: search.CmaEs(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "seed": 0},
+        search_walk,
+    ),
+    "search.Ipop": (
+        lambda **o: search.Ipop(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "growth": 1.5, "seed": 0},
+        search_walk,
+    ),
+    "search.minimize": (
+        minimized,
+        {"sigma": 0.5, "budget": 50, "population_size": 6, "seed": 0},
+        finite,
+    ),
     "optim.SGD": (step(SGD), {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}, finite),
     "optim.Momentum": (step(Momentum), {"lr": 0.1, "momentum": 0.5}, finite),
     "optim.RMSProp": (
@@ -667,6 +714,15 @@ def test_an_argument_is_refused_by_name_or_works(case):
 
 # Public functions with numbers that are in no case, and why.
 ELSEWHERE = {
+    "ask_tell.AskTell": "a base class",
+    "ask_tell.Found": "a result",
+    "ask_tell.as_point": "a check of vectors",
+    "covariances.CmaConstants": "a result",
+    "covariances.DiagonalCovariance": "a shape",
+    "covariances.FullCovariance": "a shape, made by CmaEs",
+    "covariances.rank_weights": "a step of cma_constants, which checks its arguments",
+    "search.is_flat": "a step of CmaEs",
+    "search.is_stagnant": "a step of CmaEs",
     "averaging.averages_of": "passes its profile to Average",
     "controllers.Controller": "a base class",
     "data.toy.stacked_digits": "in the tests of toy data",
@@ -699,6 +755,9 @@ ELSEWHERE = {
     "metrics.Estimate": "a result",
 }
 MODULES = (
+    "ask_tell",
+    "covariances",
+    "search",
     "averaging",
     "controllers",
     "data.toy",
