@@ -8,12 +8,11 @@ __all__ = ['MOST_POINTS', 'CmaConstants', 'rank_weights', 'cma_constants', 'Cova
 # %% ../nbs/60_generative_optimizers/60a_covariances.ipynb #60c00002
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .ask_tell import copied
+from .ask_tell import TensorState
 from .checks import check_count
 
 # %% ../nbs/60_generative_optimizers/60a_covariances.ipynb #60c00006
@@ -96,14 +95,8 @@ def cma_constants(dim: int, population_size: int, diagonal: bool = False) -> Cma
     )
 
 # %% ../nbs/60_generative_optimizers/60a_covariances.ipynb #60c00009
-class Covariance:
-    """A covariance matrix that learns from points: the base class.
-
-    Attributes:
-        names: of the attributes that form the state: tensors and numbers.
-    """
-
-    names: tuple[str, ...] = ()
+class Covariance(TensorState):
+    """A covariance matrix that learns from points: the base class."""
 
     def variances(self) -> Tensor:
         """Return the diagonal, (d,)."""
@@ -142,47 +135,6 @@ class Covariance:
     def extent(self) -> tuple[float, float]:
         """Return the smallest and the largest standard deviation of a principal axis."""
         raise NotImplementedError
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state: tensors and numbers by name."""
-        return {name: copied(getattr(self, name)) for name in self.names}
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Raise unless a state is of a covariance like this.
-
-        Args:
-            state: from `state_dict`.
-
-        Raises:
-            ValueError: if it is of another kind or dimension.
-        """
-        own = self.state_dict()
-        here, there = (
-            {k: tuple(torch.as_tensor(v).shape) for k, v in s.items()} for s in (own, state)
-        )
-        if here != there:
-            raise ValueError(
-                f"the state has a covariance of {there}, this search one of {here}: make it with "
-                "the same `diagonal` before the state is loaded"
-            )
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that passes `check_state`.
-
-        Args:
-            state: from `state_dict`.
-        """
-        self.check_state(state)
-        device = self.variances().device
-        for name in self.names:
-            value = copied(state[name])
-            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
-
-    def to(self, device: torch.device | str) -> None:
-        """Move the tensors to a device."""
-        for name in self.names:
-            value = getattr(self, name)
-            setattr(self, name, value.to(device) if isinstance(value, Tensor) else value)
 
 # %% ../nbs/60_generative_optimizers/60a_covariances.ipynb #60c00010
 class DiagonalCovariance(Covariance):

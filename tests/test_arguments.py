@@ -21,6 +21,7 @@ from optgen import (
     averaging,
     controllers,
     covariances,
+    distributions,
     estimators,
     metrics,
     posthoc,
@@ -194,6 +195,11 @@ def search_walk(found):
     """Take two steps of a search."""
     for _ in range(2):
         assert found.step(lambda x: x.square().sum(1)).isfinite().all()
+
+
+def fitted_once(weights):
+    """Take two steps of a search with these weights."""
+    search_walk(distributions.Search(distributions.Gaussian(torch.ones(2)), weights))
 
 
 def minimized(**options):
@@ -639,6 +645,28 @@ CASES = {
         {"dim": 3, "population_size": 8},
         lambda k: finite(list(k.weights)),
     ),
+    "distributions.Elites": (distributions.Elites, {"share": 0.5}, fitted_once),
+    "distributions.Boltzmann": (distributions.Boltzmann, {"temperature": 0.5}, fitted_once),
+    "distributions.Gaussian": (
+        lambda **o: distributions.Gaussian(torch.ones(2), **o),
+        {"sigma": 0.5},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "distributions.Mixture": (
+        lambda **o: distributions.Mixture(torch.eye(2), **o),
+        {"sigma": 0.5, "floor": 0.1},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "distributions.Categorical": (
+        lambda **o: distributions.Categorical(torch.full((3, 2), 0.5), **o),
+        {"floor": 0.1},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "distributions.Search": (
+        lambda **o: distributions.Search(distributions.Gaussian(torch.ones(2)), **o),
+        {"population_size": 6, "rate": 1.0, "steps": 1, "seed": 0},
+        search_walk,
+    ),
     "search.CmaEs": (
         lambda **o: search.CmaEs(torch.ones(2), **o),
         {"sigma": 0.5, "population_size": 6, "seed": 0},
@@ -757,6 +785,7 @@ ELSEWHERE = {
 MODULES = (
     "ask_tell",
     "covariances",
+    "distributions",
     "search",
     "averaging",
     "controllers",

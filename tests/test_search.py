@@ -332,7 +332,7 @@ def test_a_state_of_another_search_changes_nothing():
         "dtype": CmaEs(ones(4, torch.float32), 0.5).state_dict(),
         "shape": CmaEs(ones(3), 0.5, 8).state_dict(),
         "other bounds": CmaEs(ones(4), 0.5, bounds=(0.0, 2.0)).state_dict(),
-        "`diagonal`": CmaEs(ones(4), 0.5, diagonal=True).state_dict(),
+        "the same arguments": CmaEs(ones(4), 0.5, diagonal=True).state_dict(),
         "the state has no mean": Ipop(ones(4), 0.5).state_dict(),
     }
     for words, other in others.items():
