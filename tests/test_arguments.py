@@ -21,6 +21,7 @@ from optgen import (
     averaging,
     controllers,
     covariances,
+    diffusion_evolution,
     distributions,
     estimators,
     metrics,
@@ -645,6 +646,11 @@ CASES = {
         {"dim": 3, "population_size": 8},
         lambda k: finite(list(k.weights)),
     ),
+    "diffusion_evolution.DiffusionEvolution": (
+        lambda **o: diffusion_evolution.DiffusionEvolution(torch.ones(2), **o),
+        {"sigma": 0.5, "steps": 3, "population_size": 6, "noise": 0.5, "seed": 0},
+        search_walk,
+    ),
     "distributions.Elites": (distributions.Elites, {"share": 0.5}, fitted_once),
     "distributions.Boltzmann": (distributions.Boltzmann, {"temperature": 0.5}, fitted_once),
     "distributions.Gaussian": (
@@ -746,6 +752,9 @@ ELSEWHERE = {
     "ask_tell.Found": "a result",
     "ask_tell.as_point": "a check of vectors",
     "covariances.CmaConstants": "a result",
+    "diffusion_evolution.denoise_by_population": "a step of DiffusionEvolution",
+    "diffusion_evolution.evolution_step": "a step of DiffusionEvolution",
+    "diffusion_evolution.mixture_log_density": "a step of DiffusionEvolution",
     "covariances.DiagonalCovariance": "a shape",
     "covariances.FullCovariance": "a shape, made by CmaEs",
     "covariances.rank_weights": "a step of cma_constants, which checks its arguments",
@@ -785,6 +794,7 @@ ELSEWHERE = {
 MODULES = (
     "ask_tell",
     "covariances",
+    "diffusion_evolution",
     "distributions",
     "search",
     "averaging",

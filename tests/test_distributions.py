@@ -14,7 +14,7 @@ from optgen.distributions import (
     Elites,
     Gaussian,
     Mixture,
-    Ranks,
+    RankWeights,
     Search,
     draw_normal,
 )
@@ -224,7 +224,7 @@ def test_the_way_on_a_slope(share):
 def test_weights_are_those_of_their_formulas():
     values = torch.tensor([-3.0, 0.5, 0.5, 2.0, 9.0, 10.0, 11.0]).double()
     raw = [max(0.0, math.log(4) - math.log(i)) for i in range(1, 8)]
-    assert torch.allclose(Ranks()(values), torch.tensor(raw).double() / sum(raw))
+    assert torch.allclose(RankWeights()(values), torch.tensor(raw).double() / sum(raw))
     for share, count in ((0.01, 1), (2 / 7, 2), (0.3, 3), (1, 7)):
         assert Elites(share)(values).tolist() == [1 / count] * count + [0.0] * (7 - count)
     e = [math.exp(-v / 4) for v in values.tolist()]
@@ -232,7 +232,7 @@ def test_weights_are_those_of_their_formulas():
     assert torch.allclose(Boltzmann(1.0)(values * 1e4 - 1e7), Elites(0.01)(values))
 
 
-@pytest.mark.parametrize("weights", [Ranks(), Elites(0.9), Boltzmann(1.0)])
+@pytest.mark.parametrize("weights", [RankWeights(), Elites(0.9), Boltzmann(1.0)])
 def test_failed_evaluations_have_no_weight(weights):
     search = Search(Gaussian([0.0, 0.0]), weights, 12, seed=1)
     x = search.ask()
@@ -293,11 +293,11 @@ def test_searches_find_minima():
 
 def test_several_steps_are_several_fits():
     x = points_of("mixture", 30)
-    search, model = Search(mixture(), Ranks(), 30, steps=4), mixture()
+    search, model = Search(mixture(), RankWeights(), 30, steps=4), mixture()
     search.tell(x, randn(30, seed=1))
     order = randn(30, seed=1).argsort()
     for _ in range(4):
-        model.fit(x[order], Ranks()(torch.zeros(30).double()))
+        model.fit(x[order], RankWeights()(torch.zeros(30).double()))
     assert torch.equal(search.distribution.means, model.means)
 
 
