@@ -225,6 +225,8 @@ def test_weights_are_those_of_their_formulas():
     values = torch.tensor([-3.0, 0.5, 0.5, 2.0, 9.0, 10.0, 11.0]).double()
     raw = [max(0.0, math.log(4) - math.log(i)) for i in range(1, 8)]
     assert torch.allclose(RankWeights()(values), torch.tensor(raw).double() / sum(raw))
+    raw = [max(0.0, math.log(4.5) - math.log(i)) for i in range(1, 9)]
+    assert torch.allclose(RankWeights()(randn(8)), torch.tensor(raw).double() / sum(raw))
     for share, count in ((0.01, 1), (2 / 7, 2), (0.3, 3), (1, 7)):
         assert Elites(share)(values).tolist() == [1 / count] * count + [0.0] * (7 - count)
     e = [math.exp(-v / 4) for v in values.tolist()]
