@@ -20,14 +20,12 @@ from optgen import (
     averaging,
     controllers,
     estimators,
-    guidance,
     metrics,
-    operators,
     posthoc,
-    restoration,
     sample_quality,
 )
 from optgen.data import toy
+from optgen.guidance import operators, restoration, rules
 from optgen.inner import Refinement
 from optgen.models import (
     adaptive,
@@ -54,6 +52,7 @@ from optgen.rules import Clipped, Consensus, Feedback, Lookahead, SymplecticAdju
 from optgen.schemes import levels
 from optgen.schemes.denoising import DenoisingDiffusion
 from optgen.schemes.elbo import Aggressive
+from optgen.search import ask_tell, cma, covariances, diffusion_evolution, distributions
 from optgen.testing import generator
 
 BAD = {
@@ -190,6 +189,23 @@ def unet_call(net):
 def shrink(y, sigma):
     """Return the denoised images of standard normal data."""
     return y / (1 + sigma.view(-1, *[1] * (y.dim() - 1)) ** 2)
+
+
+def search_walk(found):
+    """Take two steps of a search."""
+    for _ in range(2):
+        assert found.step(lambda x: x.square().sum(1)).isfinite().all()
+
+
+def fitted_once(weights):
+    """Take two steps of a search with these weights."""
+    search_walk(distributions.Search(distributions.Gaussian(torch.ones(2)), weights))
+
+
+def minimized(**options):
+    """Minimize the square of two numbers."""
+    square = {"objective": lambda x: x.square().sum(1), "x0": torch.ones(2)}
+    return torch.tensor(cma.minimize(**square, **options).value)
 
 
 VAE16 = vae.VAE(16, 8, 8, 2)
@@ -579,31 +595,31 @@ CASES = {
         },
         finite,
     ),
-    "guidance.NormalizedDPS": (guidance.NormalizedDPS, {"step": 1.0}, nothing),
-    "guidance.PseudoInverse": (guidance.PseudoInverse, {"std": 1.0, "steps": 3}, nothing),
-    "guidance.Moments": (guidance.Moments, {"steps": 3}, nothing),
-    "operators.Blur": (lambda **o: operators.Blur((1, 4, 4), **o), {"std": 1.0}, nothing),
-    "operators.Downsample": (
+    "guidance.rules.NormalizedDPS": (rules.NormalizedDPS, {"step": 1.0}, nothing),
+    "guidance.rules.PseudoInverse": (rules.PseudoInverse, {"std": 1.0, "steps": 3}, nothing),
+    "guidance.rules.Moments": (rules.Moments, {"steps": 3}, nothing),
+    "guidance.operators.Blur": (lambda **o: operators.Blur((1, 4, 4), **o), {"std": 1.0}, nothing),
+    "guidance.operators.Downsample": (
         lambda **o: operators.Downsample((1, 4, 4), **o),
         {"factor": 2},
         nothing,
     ),
-    "operators.RandomMeasurements": (
+    "guidance.operators.RandomMeasurements": (
         lambda **o: operators.RandomMeasurements((1, 4, 4), **o),
         {"m": 3},
         nothing,
     ),
-    "operators.observe": (
+    "guidance.operators.observe": (
         lambda **o: operators.observe(IMAGES, SMALLER, **o).observed,
         {"noise": 0.1},
         finite,
     ),
-    "restoration.restore": (
+    "guidance.restoration.restore": (
         lambda **o: restoration.restore(DIFFUSION, SMALLER.apply(IMAGES), SMALLER, **o).samples,
         {"noise": 0.5, "samples": 2, "steps": 2, "chunk": 3},
         finite,
     ),
-    "restoration.latent_search": (
+    "guidance.restoration.latent_search": (
         lambda **o: restoration.latent_search(VAE16, SEEN, **o),
         {"weight": 1.0, "steps": 2, "lr": 0.1, "restarts": 2},
         nothing,
@@ -666,6 +682,58 @@ CASES = {
     "rules.Clipped": (Clipped, {"max_norm": 1.0}, nothing),
     "opponents.Unrolled": (lambda **o: Unrolled("D", **o), {"steps": 2, "lr": 0.1}, nothing),
     "opponents.CompetitiveGradient": (CompetitiveGradient, {"lr": 0.1, "iterations": 2}, nothing),
+    "search.ask_tell.RandomSearch": (
+        lambda **o: ask_tell.RandomSearch(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "seed": 0},
+        search_walk,
+    ),
+    "search.covariances.cma_constants": (
+        covariances.cma_constants,
+        {"dim": 3, "population_size": 8},
+        lambda k: finite(list(k.weights)),
+    ),
+    "search.diffusion_evolution.DiffusionEvolution": (
+        lambda **o: diffusion_evolution.DiffusionEvolution(torch.ones(2), **o),
+        {"sigma": 0.5, "steps": 3, "population_size": 6, "noise": 0.5, "seed": 0},
+        search_walk,
+    ),
+    "search.distributions.Elites": (distributions.Elites, {"share": 0.5}, fitted_once),
+    "search.distributions.Boltzmann": (distributions.Boltzmann, {"temperature": 0.5}, fitted_once),
+    "search.distributions.Gaussian": (
+        lambda **o: distributions.Gaussian(torch.ones(2), **o),
+        {"sigma": 0.5},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "search.distributions.Mixture": (
+        lambda **o: distributions.Mixture(torch.eye(2), **o),
+        {"sigma": 0.5, "floor": 0.1},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "search.distributions.Categorical": (
+        lambda **o: distributions.Categorical(torch.full((3, 2), 0.5), **o),
+        {"floor": 0.1},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "search.distributions.Search": (
+        lambda **o: distributions.Search(distributions.Gaussian(torch.ones(2)), **o),
+        {"population_size": 6, "rate": 1.0, "steps": 1, "seed": 0},
+        search_walk,
+    ),
+    "search.cma.CmaEs": (
+        lambda **o: cma.CmaEs(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "seed": 0},
+        search_walk,
+    ),
+    "search.cma.Ipop": (
+        lambda **o: cma.Ipop(torch.ones(2), **o),
+        {"sigma": 0.5, "population_size": 6, "growth": 1.5, "seed": 0},
+        search_walk,
+    ),
+    "search.cma.minimize": (
+        minimized,
+        {"sigma": 0.5, "budget": 50, "population_size": 6, "seed": 0},
+        finite,
+    ),
     "optim.SGD": (step(SGD), {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.1}, finite),
     "optim.Momentum": (step(Momentum), {"lr": 0.1, "momentum": 0.5}, finite),
     "optim.RMSProp": (
@@ -726,6 +794,18 @@ def test_an_argument_is_refused_by_name_or_works(case):
 
 # Public functions with numbers that are in no case, and why.
 ELSEWHERE = {
+    "search.ask_tell.AskTell": "a base class",
+    "search.ask_tell.Found": "a result",
+    "search.ask_tell.as_point": "a check of vectors",
+    "search.covariances.CmaConstants": "a result",
+    "search.diffusion_evolution.denoise_by_population": "a step of DiffusionEvolution",
+    "search.diffusion_evolution.evolution_step": "a step of DiffusionEvolution",
+    "search.diffusion_evolution.mixture_log_density": "a step of DiffusionEvolution",
+    "search.covariances.DiagonalCovariance": "a shape",
+    "search.covariances.FullCovariance": "a shape, made by CmaEs",
+    "search.covariances.rank_weights": "a step of cma_constants, which checks its arguments",
+    "search.cma.is_flat": "a step of CmaEs",
+    "search.cma.is_stagnant": "a step of CmaEs",
     "averaging.averages_of": "passes its profile to Average",
     "controllers.Controller": "a base class",
     "data.toy.stacked_digits": "in the tests of toy data",
@@ -752,9 +832,10 @@ ELSEWHERE = {
     "models.schedules.Schedule": "a base class",
     "models.schedules.check_target": "a check",
     "models.mixture.maximize_mixture": "in fit_mixture",
-    "guidance.conjugate_gradients": "in the rules",
-    "guidance.LinearRule": "a base class",
-    "operators.Observation": "a result",
+    "guidance.rules.conjugate_gradients": "in the rules",
+    "guidance.rules.LinearRule": "a base class",
+    "guidance.operators.Linear": "takes a shape",
+    "guidance.operators.Observation": "a result",
     "models.synthetic.synthetic_sequences": "passes its seed on",
     "posthoc.PostHocAverage": "a result",
     "posthoc.reconstruct": "passes its numbers to posthoc_coefficients",
@@ -762,6 +843,7 @@ ELSEWHERE = {
     "metrics.Estimate": "a result",
 }
 MODULES = (
+    "search",
     "averaging",
     "controllers",
     "data.toy",
@@ -769,9 +851,7 @@ MODULES = (
     "guidance",
     "metrics",
     "models",
-    "operators",
     "posthoc",
-    "restoration",
     "sample_quality",
     "schemes.levels",
 )

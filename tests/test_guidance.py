@@ -18,12 +18,8 @@ from optgen.guidance import (
     NoisyLikelihood,
     NormalizedDPS,
     PseudoInverse,
-    conjugate_gradients,
 )
-from optgen.models.diffusion import Denoiser, PerceptronDenoiser, UNet, ancestral, ddim, heun
-from optgen.models.mixture import GaussianMixture, fit_mixture
-from optgen.models.schedules import LogNormalSchedule, PowerSchedule
-from optgen.operators import (
+from optgen.guidance.operators import (
     Blur,
     Downsample,
     Linear,
@@ -32,7 +28,11 @@ from optgen.operators import (
     RandomMeasurements,
     observe,
 )
-from optgen.restoration import Restored, latent_search, restore
+from optgen.guidance.restoration import Restored, latent_search, restore
+from optgen.guidance.rules import conjugate_gradients
+from optgen.models.diffusion import Denoiser, PerceptronDenoiser, UNet, ancestral, ddim, heun
+from optgen.models.mixture import GaussianMixture, fit_mixture
+from optgen.models.schedules import LogNormalSchedule, PowerSchedule
 from optgen.schemes.denoising import DenoisingDiffusion
 from optgen.testing import assert_mean, generator, randn
 

@@ -21,8 +21,8 @@ from ..options import memory_errors_named
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optgen.guidance import GuidanceRule
-    from optgen.operators import Linear
+    from optgen.guidance.operators import Linear
+    from optgen.guidance.rules import GuidanceRule
 
 # %% ../../nbs/40_training/43i_restore.ipynb #309faf2c
 def read_picture(path: str, channels: int) -> "Tensor":
@@ -60,7 +60,7 @@ def build_operator(
     Raises:
         click.UsageError: unless exactly one is given, or if it does not fit the run.
     """
-    from optgen.operators import Blur, Downsample, Mask
+    from optgen.guidance.operators import Blur, Downsample, Mask
 
     given = [value for value in (mask, blur, smaller) if value is not None]
     if len(given) != 1:
@@ -110,7 +110,7 @@ def build_rule(name: str, std: float, products: int) -> "GuidanceRule":
         std: root mean square of the data, as the model sees them.
         products: of the conjugate gradients of `moments`.
     """
-    from optgen.guidance import Moments, NormalizedDPS, PseudoInverse
+    from optgen.guidance.rules import Moments, NormalizedDPS, PseudoInverse
 
     rules = {
         "moments": lambda: Moments(products),
@@ -138,7 +138,7 @@ def observe_picture(
     """
     import torch
 
-    from optgen.operators import Mask, observe
+    from optgen.guidance.operators import Mask, observe
 
     image, shape = read_picture(picture, run.config["shape"][0]), tuple(run.config["shape"])
     whole = degrade or isinstance(operator, Mask)
@@ -197,7 +197,7 @@ def restore(
     """Draw images that fit PICTURE, which is masked, blurred or too small, from the run in DIR."""
     import torch
 
-    from optgen.restoration import restore as draw
+    from optgen.guidance.restoration import restore as draw
 
     path = Path(out or Path(folder) / "restored.png")
     if path.suffix.lower() not in (".png", ".npz"):
