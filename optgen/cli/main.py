@@ -22,6 +22,7 @@ import click
 
 from .export import export
 from .measure import evaluate, sample
+from .optimize import optimize
 from .pictures import interpolate, reconstruct, traverse
 from .restore import restore
 from .runs import load_claims, load_commands
@@ -44,7 +45,17 @@ def cli() -> None:
     """Optimizers coupled with generative models: train, look, measure."""
 
 
-for command in (train, sample, evaluate, interpolate, reconstruct, traverse, restore, export):
+for command in (
+    train,
+    sample,
+    evaluate,
+    interpolate,
+    reconstruct,
+    traverse,
+    restore,
+    export,
+    optimize,
+):
     cli.add_command(command)
 
 # %% ../../nbs/40_training/43_main.ipynb #94e0909a

@@ -205,7 +205,9 @@ def fit_mixture(
     x = x.flatten(1)
     weights = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
     total = torch.cov(x.T, correction=0, aweights=weights).reshape(x.shape[1], x.shape[1])
-    clusters = torch.as_tensor(kmeans2(x.cpu().numpy(), components, minit="++", rng=int(seed) % 2**64)[1])
+    clusters = torch.as_tensor(
+        kmeans2(x.cpu().numpy(), components, minit="++", rng=int(seed) % 2**64)[1]
+    )
     r = torch.nn.functional.one_hot(clusters.long(), components).to(x)
     options = {"prior": prior_share * total, "count": prior_count, "floor": floor}
     mixture = maximize_mixture(x, weights[:, None] * r, **options)

@@ -424,9 +424,14 @@ class AskTell(SearchState):
 
     @torch.no_grad()
     def ask(self) -> Tensor:
-        """Return a batch of points to evaluate, (population_size, ...), in the dtype of x0."""
-        # What is evaluated is what the distribution learns from, also in a short dtype.
-        self.asked = self.propose().to(self.dtype)
+        """Return a batch of points to evaluate, (population_size, ...), in the dtype of x0.
+
+        Until its values are received it is the same batch: an evaluation that fails in the middle
+        is made again.
+        """
+        if self.asked is None:
+            # What is evaluated is what the distribution learns from, also in a short dtype.
+            self.asked = self.propose().to(self.dtype)
         return self.points_of(self.asked).clone()
 
     def points_of(self, asked: Tensor) -> Tensor:
@@ -449,6 +454,7 @@ class AskTell(SearchState):
         ascending = values[order]
         listed = ascending.tolist()
         self.record(x, order, listed)
+        self.asked = None
         if not math.isnan(listed[0]):
             self.move(draws[order], ascending)
 
