@@ -10,7 +10,9 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
+import optgen
 from cli_helpers import run
+from optgen.cli.restore import observe_picture, read_picture
 from optgen.guidance import (
     DPS,
     Guided,
@@ -200,6 +202,15 @@ def test_conjugate_gradients_solve_and_stay_finite():
     assert torch.equal(conjugate_gradients(lambda v: v, 0 * b, 3), 0 * b)
 
 
+def test_conjugate_gradients_stop_for_good():
+    "The second direction has a negative curvature, and a later one would not."
+    bent_once = torch.diag(torch.tensor([1.0, 1.0, -5.0], dtype=torch.float64))
+    b = torch.tensor([[1.0, 0.5, 0.4], [1.0, 0.5, 0.0]], dtype=torch.float64)
+    one, many = (conjugate_gradients(lambda v: v @ bent_once, b, n) for n in (1, 9))
+    assert one[0].any() and torch.equal(one[0], many[0])
+    assert torch.allclose(many[1], b[1])
+
+
 def explicit_correction(rule, denoise, seen, y, sigma):
     "Return the correction of one example, from the paper's formula and an explicit Jacobian."
     A = seen.operator.matrix(y)
@@ -369,6 +380,22 @@ def test_restored_numbers():
         restored.interval(0.9)
 
 
+class HalfLost(nn.Module):
+    "Decoder that is nan at negative latents."
+
+    z_dim = 1
+
+    def decoder(self, z):
+        "Return the images of latents."
+        return z.sqrt().expand(-1, 2)
+
+
+def test_a_lost_restart_is_not_the_best():
+    seen = Observation(Linear(lambda x: x, (2,)), torch.ones(3, 2).double(), 0.5)
+    found = latent_search(HalfLost(), seen, 0.0, 200, 0.05, restarts=12, generator=generator(1))
+    assert (found - 1).abs().max() < 1e-2
+
+
 class TwoWells(nn.Module):
     "Decoder of one latent whose image is its fourth power, with two equally good latents."
 
@@ -414,6 +441,45 @@ def test_guidance_on_a_gpu():
     assert torch.allclose(
         found, Guided(model.cpu(), seen, Moments(2))(y.cpu(), level.cpu()), atol=1e-3
     )
+
+
+def test_observations_that_do_not_fit_are_refused():
+    shape, rows = (1, 4, 4), torch.zeros(1, 4, 4, dtype=torch.bool)
+    rows[:, :2] = True
+    plain = DenoisingDiffusion(Denoiser(PerceptronDenoiser(16), shape))
+    coupled = DenoisingDiffusion(Denoiser(PerceptronDenoiser(16), shape), coupling=True)
+    classes = Denoiser(PerceptronDenoiser(16, classes=3), shape)
+    conditional = DenoisingDiffusion(classes, conditional=True)
+    good = torch.rand(2, 8)
+    for scheme, observed, labels, words in (
+        (
+            plain,
+            torch.rand(2, *shape),
+            None,
+            r"shape \(B, 8\), got torch.float32 of \(2, 1, 4, 4\)",
+        ),
+        (plain, torch.rand(8), None, r"shape \(B, 8\)"),
+        (plain, torch.rand(2, 1), None, r"shape \(B, 8\)"),
+        (plain, torch.ones(2, 8, dtype=torch.uint8), None, "floating-point"),
+        (plain, good.where(good > good.min(), torch.nan), None, "not finite"),
+        (plain, good, torch.zeros(2).long(), "labels go with a conditional model"),
+        (coupled, good, None, "coupling=True"),
+        (conditional, good, None, "needs labels"),
+        (conditional, good, torch.zeros(3).long(), "labels"),
+        (conditional, good, torch.full((2,), 7), "labels"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            restore(scheme, observed, Mask(rows), 0.1, 2, steps=2, labels=labels)
+    labels = torch.tensor([0, 2])
+    drawn = restore(conditional, good, Mask(rows), 0.1, 3, steps=2, labels=labels, chunk=4)
+    assert drawn.samples.shape == (3, 2, *shape)
+
+
+def test_mixtures_refuse_what_has_no_density():
+    with pytest.raises(ValueError, match="no spread.*floor"):
+        fit_mixture(torch.ones(10, 2), 2, prior_count=0.0, floor=0.0)
+    with pytest.raises(ValueError, match=r"\(4, 6\) and \(2, 1\)"):
+        bent().condition(randn(4, 6, seed=1), randn(2, 1, seed=2), 0.1)
 
 
 def test_bad_arguments_are_refused():
@@ -468,6 +534,12 @@ def test_the_command_restores(diffusion_run, few_images, tmp_path):
     assert np.allclose(files[0]["mean"], a.mean(0), atol=1e-6)
     assert np.allclose(files[0]["std"], a.std(0, ddof=1), atol=1e-6)
     assert run("restore", diffusion_run, picture, "--blur 1 --degrade", few) == 0
+    opened, whole = optgen.load(diffusion_run, device="cpu"), Linear(lambda x: x, (1, 8, 8))
+    exact = read_picture(str(picture), 1)
+    noise = observe_picture(opened, str(picture), whole, 0.1, True, seed=4) - exact
+    start = torch.randn(64, generator=generator(4))
+    assert abs(noise.std() / 0.1 - 1) < 5 / 128**0.5
+    assert abs(torch.corrcoef(torch.stack([noise.flatten(), start]))[0, 1]) < 0.6
     assert (diffusion_run / "restored.png").exists()
 
 

@@ -1,13 +1,16 @@
 """The command that searches: its folder, its interruption and resumption, its mistakes."""
 
 import json
+import signal
 import sys
 
 import pytest
 import torch
 
 from cli_helpers import run
+from optgen.cli.optimize import optimize
 from optgen.search import CmaEs, Gaussian, Search
+from optgen.search.covariances import FullCovariance
 from optgen.search.distributions import Elites
 
 CODE = """
@@ -106,6 +109,50 @@ def test_an_interrupted_search_is_saved_and_goes_on(folder, capsys, monkeypatch)
     assert best(folder / "whole") == best(folder / "parts")
 
 
+def test_ctrl_c_waits_until_the_search_has_moved(folder, capsys, monkeypatch):
+    "The signal comes while the covariance is updated."
+    command = "optimize bowls:bowl --dim 3 --method cma"
+    assert run(command, "--budget 490 --out whole") == 0
+    update, calls = FullCovariance.update, []
+
+    def interrupted(self, *args):
+        "Send the signal in the tenth update, before it is done."
+        calls.append(args)
+        if len(calls) == 10:
+            signal.raise_signal(signal.SIGINT)
+        update(self, *args)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(FullCovariance, "update", interrupted)
+            assert run(command, "--budget 490 --out parts") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "stopped after 70 evaluations" in capsys.readouterr().out
+    assert run(command, "--budget 490 --resume parts") == 0
+    assert best(folder / "whole") == best(folder / "parts")
+
+
+def test_a_first_batch_that_is_interrupted_leaves_nothing(folder, capsys, monkeypatch):
+    import bowls
+
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bowls, "bowl", interrupted)
+    assert run("optimize bowls:bowl --dim 3 --budget 70 --out a") == 130
+    assert "nothing is saved" in capsys.readouterr().out
+
+
+def test_an_error_of_the_objective_is_its_own(folder, monkeypatch):
+    import bowls
+
+    monkeypatch.setattr(bowls, "bowl", lambda x: int("abc"))
+    with pytest.raises(ValueError, match="invalid literal"):
+        optimize.main("bowls:bowl --dim 3 --budget 70 --out a".split(), standalone_mode=False)
+
+
 def test_a_search_is_saved_now_and_then(folder, monkeypatch):
     monkeypatch.setattr("optgen.cli.optimize.SAVE_SECONDS", -1.0)
     import bowls
@@ -132,14 +179,17 @@ def test_mistakes_are_refused_in_one_line(folder, capsys):
         ("bowls:absent --dim 3 --budget 70", "no function absent"),
         ("bowls:bowl --dim 3 --budget 3", "budget"),
         ("bowls:bowl --dim 3 --budget 70 --low 1", "--low and --high"),
-        ("bowls:bowl --dim 3 --budget 70 --low 1 --high 2", "within the bounds"),
-        ("bowls:bowl --dim 3 --budget 70 --sigma nan", "sigma"),
+        ("bowls:bowl --dim 3 --budget 70 --low 1 --high 2", "between --low 1 and --high 2"),
+        ("bowls:bowl --dim 3 --budget 70 --sigma nan", "--sigma"),
         ("bowls:bowl --dim 3 --budget 70 --population 2", "population_size"),
         ("bowls:wrong --dim 3 --budget 70", "7 real numbers"),
         ("bowls:bowl --dim 3 --budget 70 --out a", "holds a search"),
         ("bowls:bowl --dim 4 --budget 70 --resume a", "--dim 3, here it is 4"),
-        ("bowls:half --dim 3 --budget 70 --resume a", "--objective bowls:bowl"),
+        ("bowls:half --dim 3 --budget 70 --resume a", "OBJECTIVE bowls:bowl"),
         ("bowls:bowl --dim 3 --budget 70 --resume a --out b", "leave out --out"),
+        ("bowls:bowl --dim 3 --budget 70 --resume a", "evaluations are spent"),
+        ("rosenbrock --dim 1 --budget 70", "--dim 2"),
+        (".bowls:bowl --dim 3 --budget 70", "cannot be imported"),
     ):
         capsys.readouterr()
         assert run("optimize", words) == 2, words

@@ -537,3 +537,37 @@ def make_with(state):
     search = CmaEs(ones(2), 0.5)
     search.load_state_dict(state)
     return search
+
+
+def test_a_batch_is_the_same_until_its_values_are_received():
+    search = CmaEs(torch.ones(3), 0.5)
+    x = search.ask()
+    assert torch.equal(x, search.ask())
+    search.tell(x, x.sum(1))
+    assert not torch.equal(x, search.ask())
+
+
+def test_numbers_of_a_list_keep_their_precision():
+    found = minimize(lambda x: x.sum(1), [0.1, 0.1], sigma=0.1, budget=60, bounds=(0, 0.1))
+    assert found.x.dtype == torch.float64 and found.value < 1e-2
+    assert CmaEs([1e300], 1.0).mean.item() == 1e300
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_points_of_a_short_dtype_stay_inside(sign):
+    low, high = sorted((0.1 * sign, 0.3 * sign))
+    points = []
+
+    def corner(x):
+        points.append(x)
+        return sign * x.sum(1)
+
+    minimize(corner, torch.full((2,), 0.2 * sign), sigma=0.1, budget=300, bounds=(low, high))
+    x = torch.cat(points).double()
+    assert x.min() >= low and x.max() <= high
+
+
+def test_the_state_of_another_deviation_is_refused():
+    state = CmaEs(torch.ones(3), 0.5).state_dict()
+    with pytest.raises(ValueError, match="sigma 0.5"):
+        CmaEs(torch.ones(3), 0.7).load_state_dict(state)

@@ -4,14 +4,18 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'METHODS', 'SAVE_SECONDS', 'example_objective', 'find_objective', 'build_search', 'SearchFolder',
-           'run_search', 'optimize', 'report']
+           'Interruptible', 'run_search', 'optimize', 'check_numbers', 'report']
 
 # %% ../../nbs/40_training/43j_optimize.ipynb #689cd90a
+import contextlib
 import importlib
 import json
+import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +80,7 @@ def find_objective(name: str) -> Callable[[Any], Any]:
         sys.path.insert(0, "")
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise click.UsageError(f"{module} cannot be imported: {error}") from None
     if not callable(getattr(found, function, None)):
         raise click.UsageError(f"{module} has no function {function}")
@@ -153,7 +157,7 @@ class SearchFolder:
         text = "\n".join(["evaluations,best value", *lines]) + "\n"
         write_atomically(self.path / "history.csv", text.encode())
         x = None if search.best_x is None else search.best_x.tolist()
-        value = None if search.best_x is None else search.best_value
+        value = search.best_value if math.isfinite(search.best_value) else None
         best = {"value": value, "x": x, "evaluations": search.evaluations, **self.settings}
         write_atomically(self.path / "best.json", (json.dumps(best, indent=1) + "\n").encode())
 
@@ -167,16 +171,17 @@ class SearchFolder:
 
         try:
             content = load(self.path / "search.pt")
-        except (CheckpointError, OSError) as error:
-            raise click.UsageError(f"--resume: {error}") from None
-        for name, value in content["settings"].items():
-            if self.settings[name] != value:
-                flag = f"--{name.replace('_', '-')}"
+            before, state = content["settings"], content["search"]
+        except (CheckpointError, OSError, KeyError) as error:
+            raise click.UsageError(f"--resume: no search can be read: {error}") from None
+        for name, value in before.items():
+            if self.settings.get(name) != value:
+                what = "OBJECTIVE" if name == "objective" else f"--{name}"
                 raise click.UsageError(
-                    f"the search in {self.path} has {flag} {value}, here it is "
-                    f"{self.settings[name]}: give the same options"
+                    f"the search in {self.path} has {what} {value}, here it is "
+                    f"{self.settings.get(name)}: give the same"
                 )
-        search.load_state_dict(content["search"])
+        search.load_state_dict(state)
 
     def draw(self, search: "AskTell") -> None:
         """Draw the best value against the evaluations."""
@@ -195,14 +200,63 @@ class SearchFolder:
 SAVE_SECONDS = 5.0  # between two checkpoints
 
 
+class Interruptible:
+    """Objective in which Ctrl-C takes effect, and not while the search moves.
+
+    The state of the search is then always that before a batch, which is evaluated again.
+
+    Args:
+        objective: function of points.
+    """
+
+    def __init__(self, objective: Callable[[Any], Any]) -> None:
+        self.objective = objective
+        self.is_running = self.is_interrupted = self.has_failed = False
+
+    def __call__(self, x: Any) -> Any:
+        """Return the values of points.
+
+        Raises:
+            KeyboardInterrupt: at Ctrl-C, now or since the last call.
+        """
+        self.is_running = True
+        try:
+            if self.is_interrupted:
+                raise KeyboardInterrupt
+            return self.objective(x)
+        except Exception:
+            self.has_failed = True
+            raise
+        finally:
+            self.is_running = False
+
+    def note_signal(self, signum: int, frame: Any) -> None:
+        """Raise KeyboardInterrupt in the objective; elsewhere, at its next call."""
+        self.is_interrupted = True
+        if self.is_running:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def handles_interrupts(self) -> Iterator[None]:
+        """Handle Ctrl-C by `note_signal` inside the block, in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self.note_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
 def run_search(
     search: "AskTell",
-    objective: Callable[[Any], Any],
+    objective: Interruptible,
     budget: int,
     batched: bool,
     folder: SearchFolder,
 ) -> "Found":
-    """Run a search with a bar, and save it now and then, and when it is interrupted.
+    """Run a search with a bar, and save it now and then, and when it ends.
 
     Args:
         search: the search.
@@ -214,25 +268,25 @@ def run_search(
     Raises:
         KeyboardInterrupt: at Ctrl-C, after the search is saved.
     """
+    first = shown = search.evaluations
     saved = time.monotonic()
-    with progress_bar("searching", budget, "eval") as advance:
-        advance(search.evaluations)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with progress_bar("searching", budget, "eval") as advance, objective.handles_interrupts():
+        advance(shown)
 
         def after_batch(search: "AskTell") -> None:
             """Advance the bar, and save the search if the last time was long ago."""
-            nonlocal saved
-            advance(search.evaluations - after_batch.shown)
-            after_batch.shown = search.evaluations
+            nonlocal saved, shown
+            advance(search.evaluations - shown)
+            shown = search.evaluations
             if time.monotonic() - saved > SAVE_SECONDS:
                 folder.save(search)
                 saved = time.monotonic()
 
-        after_batch.shown = search.evaluations
-        before = search.state_dict()
         try:
             return search.run(objective, budget, batched, after_batch)
         finally:
-            if search.evaluations > before["evaluations"]:
+            if search.evaluations > first:
                 folder.save(search)
 
 # %% ../../nbs/40_training/43j_optimize.ipynb #79385f23
@@ -277,11 +331,10 @@ def optimize(
 
     Examples are sphere, ellipsoid, rosenbrock and rastrigin.
     """
-    if (low is None) != (high is None):
-        raise click.UsageError("--low and --high are given together, or neither")
+    check_numbers(name, dim, start, sigma, low, high)
     if resume and out:
         raise click.UsageError("--resume goes on in its folder: leave out --out")
-    objective = find_objective(name)
+    objective = Interruptible(find_objective(name))
     bounds = None if low is None else (low, high)
     search = build_search(method, dim, start, sigma, bounds, population, seed)
     settings = {
@@ -302,16 +355,48 @@ def optimize(
         raise click.UsageError(f"{out} holds a search: choose another folder, or --resume it")
     if resume:
         folder.load(search)
+    least = search.evaluations + search.population_size
+    if budget < least:
+        raise click.UsageError(
+            f"--budget {budget} leaves no batch: {search.evaluations} evaluations are spent, and a "
+            f"batch has {search.population_size}; give at least {least}"
+        )
     try:
         found = run_search(search, objective, budget, not one_by_one, folder)
     except ValueError as error:
+        if objective.has_failed:
+            raise
         raise click.UsageError(str(error)) from None
     except KeyboardInterrupt:
+        if not (folder.path / "search.pt").exists():
+            click.echo("stopped before the first batch had ended: nothing is saved")
+            raise SystemExit(130) from None
         click.echo(
             f"stopped after {search.evaluations} evaluations; go on with --resume {folder.path}"
         )
         raise SystemExit(130) from None
     report(found, folder)
+
+
+def check_numbers(
+    name: str, dim: int, start: float, sigma: float, low: float | None, high: float | None
+) -> None:
+    """Raise unless the numbers of a search fit together; arguments as `optimize`'s.
+
+    Raises:
+        click.UsageError: if they do not.
+    """
+    if (low is None) != (high is None):
+        raise click.UsageError("--low and --high are given together, or neither")
+    numbers = [x for x in (start, sigma, low, high) if x is not None]
+    if not all(map(math.isfinite, numbers)):
+        raise click.UsageError("--start, --sigma, --low and --high must be finite numbers")
+    if low is not None and not low <= start <= high:
+        raise click.UsageError(
+            f"--start {start:g} must lie between --low {low:g} and --high {high:g}"
+        )
+    if name == "rosenbrock" and dim < 2:
+        raise click.UsageError("rosenbrock needs --dim 2 or more, got 1")
 
 
 def report(found: "Found", folder: SearchFolder) -> None:
@@ -321,9 +406,6 @@ def report(found: "Found", folder: SearchFolder) -> None:
         found: result of the search.
         folder: of the search.
     """
-    if not len(found.history):
-        click.echo(f"nothing to do: {found.evaluations} evaluations are spent; raise --budget")
-        return
     folder.draw(found.search)
     if found.x is None:
         click.echo(f"all {found.evaluations} evaluations failed")

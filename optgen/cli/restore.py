@@ -145,7 +145,10 @@ def observe_picture(
     expected = shape if whole else tuple(operator.apply(torch.zeros(1, *shape)).shape[1:])
     check_size(picture, image[0], expected)
     if degrade:
-        return observe(image, operator, noise, torch.Generator().manual_seed(seed)).observed
+        # Its noise must not be that from which the samples start.
+        other = torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))
+        random = torch.Generator().manual_seed(other.item())
+        return observe(image, operator, noise, random).observed
     return operator.apply(image) if whole else image
 
 # %% ../../nbs/40_training/43i_restore.ipynb #ad584c84
@@ -153,8 +156,12 @@ def observe_picture(
 @click.argument("folder", metavar="DIR", type=click.Path(exists=True, file_okay=False))
 @click.argument("picture", metavar="PICTURE", type=click.Path(exists=True, dir_okay=False))
 @click.option("--mask", type=click.Path(exists=True, dir_okay=False), help="White: known pixels.")
-@click.option("--blur", type=click.FloatRange(0, 100, min_open=True), help="Its Gaussian, pixels.")
-@click.option("--smaller", type=click.IntRange(2, 1024), help="Its factor.")
+@click.option(
+    "--blur",
+    type=click.FloatRange(0, 100, min_open=True),
+    help="Deviation of its Gaussian blur, pixels.",
+)
+@click.option("--smaller", type=click.IntRange(2, 1024), help="Factor by which it is smaller.")
 @click.option(
     "--noise",
     type=click.FloatRange(0, 10, min_open=True),
@@ -166,9 +173,13 @@ def observe_picture(
 @count("--samples", 8, "Images drawn.")
 @count("--steps", 30, "Steps of the sampler.", high=1000)
 @click.option(
-    "--rule", type=click.Choice(RULES), default="moments", show_default=True, help="Guidance."
+    "--rule",
+    type=click.Choice(RULES),
+    default="moments",
+    show_default=True,
+    help="Guidance; dps, with the published steps, does not use --noise.",
 )
-@count("--products", 5, "Products with the Jacobian in each of moments' systems.")
+@count("--products", 5, "Products with the denoiser's Jacobian, for --rule moments.")
 @click.option("--class", "class_name", metavar="NAME|NUMBER", help="Class, of a conditional run.")
 @seed_option("Seed of the samples.")
 @click.option(
@@ -221,7 +232,8 @@ def restore(
         restored = draw(
             run.scheme, observed, operator, noise, samples, steps=steps, labels=labels, **arguments
         )
-    write_restored(path, restored.samples[:, 0].cpu(), operator.adjoint(observed), operator)
+    shown = observed if observed.shape[1:] == shape else operator.adjoint(observed)
+    write_restored(path, restored.samples[:, 0].cpu(), shown, operator)
     click.echo(f"{samples} samples, their mean and deviation in {path}")
 
 
@@ -258,16 +270,19 @@ def write_restored(path: Path, samples: "Tensor", shown: "Tensor", operator: "Li
     import numpy as np
     import torch
 
+    from optgen.guidance.operators import Downsample
     from optgen.viz import new_figure
 
     mean, std = samples.mean(0), samples.std(0, correction=min(1, len(samples) - 1))
     if path.suffix.lower() == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {"mean": mean, "std": std, "samples": samples}
-        np.savez(path, **{name: array.numpy() for name, array in arrays.items()})
+        with path.open("wb") as file:
+            np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
         return
-    scale = operator.adjoint(operator.apply(torch.ones_like(shown))).clamp(min=1e-6)
-    images = torch.stack([(shown / scale)[0], mean, 2 * std, *samples]).clamp(0, 1)
+    if isinstance(operator, Downsample):
+        shown = shown * operator.factor**2
+    images = torch.stack([shown[0], mean, 2 * std, *samples]).clamp(0, 1)
     names = ["observed", "mean", "2 std", *map(str, range(1, len(samples) + 1))]
     columns = min(len(images), 11)
     rows = math.ceil(len(images) / columns)

@@ -31,10 +31,11 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, steps: i
     """
     v, residual = torch.zeros_like(b), b
     direction, square = b, dot(b, b)
+    alive = square > 0
     for _ in range(steps):
         image = product(direction)
         curvature = dot(direction, image)
-        alive = (curvature > 0) & (square > 0)
+        alive = alive & (curvature > 0) & (square > 0)
         step = torch.where(alive, square / torch.where(alive, curvature, 1), 0)
         v = v + step * direction
         residual = residual - step * image
@@ -81,10 +82,12 @@ class DPS(GuidanceRule):
 
 # %% ../../nbs/60_generative_optimizers/62a_guidance.ipynb #5d2bf636
 class NormalizedDPS(GuidanceRule):
-    r"""DPS with the published step, Eq. (guided-normalized), for images between -1 and 1.
+    r"""DPS whose gradient is divided by the residual's norm, Eq. (guided-normalized).
+
+    Chung et al. (2023), for images between -1 and 1. The noise of the observation is not used.
 
     Args:
-        step: $\zeta'>0$.
+        step: $\zeta'>0$, the same at all noise levels.
     """
 
     def __init__(self, step: float) -> None:

@@ -8,6 +8,7 @@ __all__ = ['GaussianMixture', 'maximize_mixture', 'fit_mixture']
 # %% ../../nbs/20_models/29a_mixture.ipynb #689d321c
 import math
 
+import numpy as np
 import torch
 from scipy.cluster.vq import kmeans2
 from torch import Tensor
@@ -21,7 +22,7 @@ class GaussianMixture:
     Args:
         weights: $\pi$, (K,) or (B, K), not negative; they are normalized.
         means: $\mu$, (K, d) or (B, K, d).
-        covariances: $C$, (K, d, d), symmetric and positive semidefinite.
+        covariances: $C$, (K, d, d), symmetric and positive definite.
 
     Attributes:
         log_weights: $\log\pi$, normalized.
@@ -107,9 +108,14 @@ class GaussianMixture:
             A batch of B mixtures, or one.
 
         Raises:
-            ValueError: if this is a batch of mixtures already.
+            ValueError: if this is a batch of mixtures already, or shapes do not fit.
         """
         check_number("condition", above=0, noise=noise)
+        if A.shape[1:] != self.means.shape[-1:] or observed.shape[-1:] != A.shape[:1]:
+            raise ValueError(
+                "condition: a matrix (m, d) and observations (B, m) or (m,) are expected, with d = "
+                f"{self.means.shape[-1]}; got {tuple(A.shape)} and {tuple(observed.shape)}"
+            )
         if self.means.ndim > 2:
             raise ValueError("condition: the mixture is a batch already; condition the prior once")
         AC = A @ self.covariances
@@ -192,7 +198,7 @@ def fit_mixture(
         chunk: examples whose responsibilities are computed at once, which bounds the memory.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or a component has no spread.
     """
     check_seed("fit_mixture", seed=seed)
     check_count("fit_mixture", components=components, chunk=chunk)
@@ -205,9 +211,9 @@ def fit_mixture(
     x = x.flatten(1)
     weights = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
     total = torch.cov(x.T, correction=0, aweights=weights).reshape(x.shape[1], x.shape[1])
-    clusters = torch.as_tensor(
-        kmeans2(x.cpu().numpy(), components, minit="++", rng=int(seed) % 2**64)[1]
-    )
+    random = np.random.default_rng(int(seed) % 2**64)
+    # The name of this argument is another one in SciPy 1.15.
+    clusters = torch.as_tensor(kmeans2(x.cpu().numpy(), components, minit="++", seed=random)[1])
     r = torch.nn.functional.one_hot(clusters.long(), components).to(x)
     options = {"prior": prior_share * total, "count": prior_count, "floor": floor}
     mixture = maximize_mixture(x, weights[:, None] * r, **options)
@@ -215,4 +221,9 @@ def fit_mixture(
         parts = x.split(chunk)
         joint = [mixture.whiten(part, part.new_zeros(len(part)))[0] for part in parts]
         mixture = maximize_mixture(x, weights[:, None] * torch.cat(joint).softmax(1), **options)
+    if not (mixture.eigenvalues > 0).all():
+        raise ValueError(
+            "fit_mixture: a component has no spread in some direction, and no density: raise floor "
+            "or prior_count, or take fewer components"
+        )
     return mixture

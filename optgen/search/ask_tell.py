@@ -29,7 +29,9 @@ def as_point(owner: str, x0: Tensor | Sequence[float]) -> Tensor:
         ValueError: unless it is a vector of at least one finite real number.
     """
     try:
-        x0 = x0.detach().clone() if isinstance(x0, Tensor) else torch.tensor(x0).double()
+        x0 = (
+            x0.detach().clone() if isinstance(x0, Tensor) else torch.tensor(x0, dtype=torch.float64)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{owner}: x0 must be a vector of numbers; got {x0!r}") from error
     if x0.dim() != 1 or not len(x0) or x0.is_complex():
@@ -101,6 +103,16 @@ class Box:
         folded = torch.where(has_low, folded, high - (high - u).abs())
         inside = (self.low <= u) & (u <= self.high)
         return torch.where(inside, u, folded.clamp(self.low, self.high))
+
+    def move_inside(self, x: Tensor) -> Tensor:
+        """Return points that rounding to a short dtype has put outside, at the next number inside.
+
+        Args:
+            x: points, (..., d).
+        """
+        up, down = x.new_tensor(math.inf), x.new_tensor(-math.inf)
+        x = torch.where(x.double() > self.high, torch.nextafter(x, down), x)
+        return torch.where(x.double() < self.low, torch.nextafter(x, up), x)
 
     def draw(self, count: int, rng: torch.Generator) -> Tensor:
         """Return uniform points of a closed box, (count, d).
@@ -436,7 +448,9 @@ class AskTell(SearchState):
 
     def points_of(self, asked: Tensor) -> Tensor:
         """Return the points inside of the bounds that belong to draws."""
-        return asked if self.box is None else self.box.fold(asked.double()).to(self.dtype)
+        if self.box is None:
+            return asked
+        return self.box.move_inside(self.box.fold(asked.double()).to(self.dtype))
 
     @torch.no_grad()
     def tell(self, x: Tensor, values: Tensor | Sequence[float]) -> None:
@@ -474,7 +488,7 @@ class AskTell(SearchState):
         self.rows.append((float(self.evaluations), best, median, listed[-1]))
 
     def draws_of(self, x: Tensor) -> Tensor:
-        """Return the draws that belong to points; a point not asked for is its own.
+        """Return the draws that belong to points; a point that was not asked for counts as drawn.
 
         Args:
             x: points, (population_size, ...).
@@ -571,6 +585,10 @@ class RandomSearch(AskTell):
         x0 = as_point("RandomSearch", x0)
         super().__init__(x0, population_size, bounds, seed)
         self.mean, self.sigma = x0.double(), float(sigma)
+
+    def settings(self) -> dict[str, Any]:
+        """Return what two searches must share; the deviation among it."""
+        return super().settings() | {"sigma": self.sigma}
 
     def propose(self) -> Tensor:
         """Draw points of the fixed distribution, (population_size, d)."""

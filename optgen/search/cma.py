@@ -109,6 +109,10 @@ class CmaEs(AskTell):
             self.covariance = FullCovariance(len(x0), self.device, max(1, int(every)))
         self.weights = torch.tensor(k.weights, dtype=torch.float64, device=self.device)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what two searches must share; the first deviation among it."""
+        return super().settings() | {"sigma": self.first_sigma}
+
     def propose(self) -> Tensor:
         r"""Draw $m+\sigma\,C^{1/2}z$, float64, (population_size, d)."""
         size = (self.population_size, len(self.mean))
@@ -225,7 +229,8 @@ class Ipop(AskTell):
 
     def settings(self) -> dict[str, Any]:
         """Return what two searches must share; the population is that of the first run."""
-        return super().settings() | {"population_size": self.first_population}
+        own = {"population_size": self.first_population, "sigma": self.sigma, "growth": self.growth}
+        return super().settings() | own
 
     def make_run(self, population_size: int) -> CmaEs:
         """Return a new run.

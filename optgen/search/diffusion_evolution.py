@@ -123,6 +123,11 @@ class DiffusionEvolution(AskTell):
         self.centers, self.spread = self.x0.new_zeros(population_size, len(x0)), 1.0
         self.population = self.draw()
 
+    def settings(self) -> dict[str, Any]:
+        """Return what two searches must share; the schedule among it."""
+        own = {"sigma": self.sigma, "steps": self.steps, "noise": self.noise}
+        return super().settings() | own | {"corrected": self.corrected}
+
     def alpha(self, position: int) -> float:
         r"""Return $\alpha_t$ of a batch, from 0 to 1.
 

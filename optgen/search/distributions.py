@@ -369,6 +369,10 @@ class Search(AskTell):
         self.distribution, self.rate, self.steps = distribution, float(rate), steps
         self.weights = Elites(0.25) if weights is None else weights
 
+    def settings(self) -> dict[str, Any]:
+        """Return what two searches must share; the rate among it."""
+        return super().settings() | {"rate": self.rate, "steps": self.steps}
+
     def propose(self) -> Tensor:
         """Draw a batch from the distribution, (population_size, ...)."""
         return self.distribution.sample(self.population_size, self.rng)
