@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number
+from ..models.mixture import GaussianMixture
 from .ask_tell import AskTell, TensorState, as_point
 from .covariances import MOST_POINTS, rank_weights
 
@@ -237,14 +238,16 @@ class Mixture(Distribution):
 
     def sample(self, count: int, rng: torch.Generator) -> Tensor:
         """Draw points, float64, (count, d)."""
-        k = torch.multinomial(self.shares, count, replacement=True, generator=rng)
-        options = {"generator": rng, "dtype": torch.float64, "device": self.means.device}
-        z = torch.randn(count, self.means.shape[1], **options)
-        return draw_normal(self.means[k], self.covs[k], z)
+        return self.density().sample(count, rng)
+
+    def density(self) -> GaussianMixture:
+        """Return the mixture at its present parameters."""
+        return GaussianMixture(self.shares, self.means, self.covs)
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """Return the log of share times density of each component, (n, K)."""
-        return self.shares.log() + normal_log_prob(x.double()[:, None], self.means, self.covs)
+        x = x.double()
+        return self.density().whiten(x, x.new_zeros(len(x)))[0]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Return the log-density of points (n, d), in nats, (n,)."""
