@@ -68,7 +68,7 @@ class CountedProblem:
 
     def is_solved(self, search: Any = None) -> bool:
         """Return whether the last target is reached."""
-        return self.best <= TARGETS[-1]
+        return bool(self.best <= TARGETS[-1])
 
     def shares(self, budgets: tuple[int, ...]) -> list[float]:
         """Return the share of targets that are reached after each number of evaluations."""
