@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'SEEDS', 'DIMENSIONS', 'BUDGETS', 'FUNCTIONS', 'TARGETS', 'STAGES', 'METHODS', 'CountedProblem',
-           'weights_by_deviation', 'search_once', 'run_cma', 'run_method', 'run_search', 'experiment']
+           'weights_by_deviation', 'search_once', 'run_cma', 'run_open', 'run_method', 'run_search', 'experiment']
 
 # %% ../../nbs/90_evidence/97_search.ipynb #dc860316
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .reproduce import Experiment
 from ..search.ask_tell import AskTell, RandomSearch
-from ..search.cma import Ipop
+from ..search.cma import CmaEs, Ipop
 from ..search.diffusion_evolution import DiffusionEvolution
 from ..search.distributions import Elites, Gaussian, Search
 
@@ -97,7 +97,7 @@ def search_once(method: str, dim: int, budget: int, seed: int) -> AskTell:
     """Return a search of the package.
 
     Args:
-        method: a name of the plan but "cma".
+        method: a name in `METHODS` but "cma" and "ours-open".
         dim: number of coordinates.
         budget: evaluations; the schedule of Diffusion Evolution depends on it.
         seed: of the start and the draws.
@@ -148,6 +148,24 @@ def run_cma(problem: CountedProblem, dim: int, budget: int, seed: int) -> None:
     cma.fmin2(problem.of_one, start, 2.0, quiet, restarts=30, incpopsize=2)
 
 
+def run_open(problem: CountedProblem, dim: int, budget: int, seed: int) -> None:
+    """Run `CmaEs` without bounds, restarted at uniform points with twice the population.
+
+    Args:
+        problem: is evaluated.
+        dim: number of coordinates.
+        budget: evaluations.
+        seed: of the starts and the draws.
+    """
+    rng = torch.Generator().manual_seed(seed)
+    size = 4 + int(3 * math.log(dim))
+    while problem.evaluations + size <= budget and not problem.is_solved():
+        start = 10 * torch.rand(dim, generator=rng, dtype=torch.float64) - 5
+        search = CmaEs(start, 2.0, size, seed=seed + problem.evaluations)
+        search.run(problem, budget - problem.evaluations, callback=problem.is_solved)
+        size *= 2
+
+
 def run_method(method: str, dim: int, function: int, instance: int) -> list[float]:
     """Return the shares of targets of a method on a function after each budget.
 
@@ -168,8 +186,9 @@ def run_method(method: str, dim: int, function: int, instance: int) -> list[floa
             shares += problem.shares((budget,))
         return shares
     problem = CountedProblem(function, instance, dim)
-    if method == "cma":
-        run_cma(problem, dim, budgets[-1], seed)
+    own = {"cma": run_cma, "ours-open": run_open}
+    if method in own:
+        own[method](problem, dim, budgets[-1], seed)
     else:
         search = search_once(method, dim, budgets[-1], seed)
         search.run(problem, budgets[-1], callback=problem.is_solved)
@@ -180,6 +199,7 @@ METHODS = (
     "random",
     "cma",
     "ours",
+    "ours-open",
     "cem",
     "evolution-own",
     "evolution-published",
