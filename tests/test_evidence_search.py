@@ -62,7 +62,7 @@ def test_no_method_exceeds_its_budget_or_leaves_the_box_of_the_plan(method, monk
     for problem, limit in zip(seen, limits):
         most = 1.1 * limit if method == "cma" else limit  # It completes its last batch.
         assert 0.8 * limit < problem.evaluations <= most or problem.is_solved()
-        if method not in ("cma", "cem"):
+        if method not in ("cma", "cem", "ours-open"):
             assert torch.cat(problem.points).abs().max() <= 5
     if len(limits) == 1:
         assert row == seen[0].shares((150, 300, 3000))
