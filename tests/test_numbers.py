@@ -39,6 +39,7 @@ SOURCES = {
     ("50_mnist_vae", "50 latents"): "Burda et al. (2016)",
     ("50_mnist_vae", "5,000 importance samples"): "Burda et al. (2016)",
     ("50_mnist_vae", "a VAE of two such layers"): "Burda et al. (2016)",
+    ("60_ask_tell", "results of 31 algorithms"): "title of a paper",
     ("92_assisted", "the published 12,"): "Kingma et al. (2014): 11.97 %",
     ("93_feedback", "has 99 or 79 for DCGAN"): "Metz et al. (2017); Lin et al. (2018)",
 }

@@ -24,7 +24,7 @@ from ..search.distributions import Elites, Gaussian, Search
 
 # %% ../../nbs/90_evidence/97_search.ipynb #69e3c9ca
 CLAIM = "searches by values alone, on the functions of BBOB"
-SEEDS = tuple(range(1, 16))  # instances of the functions
+SEEDS = tuple(range(1, 15 + 1))  # instances of the functions
 DIMENSIONS = (2, 5, 10, 20)
 BUDGETS = (50, 100, 1000)  # evaluations, times the dimension
 FUNCTIONS = tuple(range(1, 25))
