@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXAMPLES', 'METHODS', 'SAVE_SECONDS', 'example_objective', 'find_objective', 'build_search', 'SearchFolder',
-           'Interruptible', 'run_search', 'optimize', 'check_numbers', 'report']
+           'Interruptible', 'run_search', 'optimize', 'explain_interruption', 'check_numbers', 'report']
 
 # %% ../../nbs/40_training/43j_optimize.ipynb #689cd90a
 import contextlib
@@ -90,25 +90,13 @@ def find_objective(name: str) -> Callable[[Any], Any]:
 METHODS = ("ipop", "cma", "diagonal", "cem", "random")
 
 
-def build_search(
-    method: str,
-    dim: int,
-    start: float,
-    sigma: float,
-    bounds: tuple[float, float] | None,
-    population_size: int | None,
-    seed: int,
-) -> "AskTell":
+def build_search(settings: dict[str, Any]) -> "AskTell":
     """Return a search.
 
     Args:
-        method: in `METHODS`.
-        dim: number of coordinates.
-        start: each coordinate of the first mean.
-        sigma: first standard deviation.
-        bounds: lowest and highest value of a coordinate, or None.
-        population_size: points in a batch; None for the method's own.
-        seed: of the draws.
+        settings: "method", in `METHODS`; "dim", coordinates; "start", each coordinate of the first
+            mean; "sigma", first standard deviation; "low" and "high", bounds or None; "population",
+            points in a batch, or None for the method's own; "seed" of the draws.
 
     Raises:
         click.UsageError: if they do not fit.
@@ -119,9 +107,11 @@ def build_search(
     from optgen.search.cma import CmaEs, Ipop
     from optgen.search.distributions import Elites, Gaussian, Search
 
-    x0 = torch.full((dim,), start, dtype=torch.float64)
-    size = {} if population_size is None else {"population_size": population_size}
-    more = {"bounds": bounds, "seed": seed}
+    method, dim, sigma = (settings[name] for name in ("method", "dim", "sigma"))
+    x0 = torch.full((dim,), settings["start"], dtype=torch.float64)
+    size = {"population_size": settings["population"]} if settings["population"] else {}
+    bounds = None if settings["low"] is None else (settings["low"], settings["high"])
+    more = {"bounds": bounds, "seed": settings["seed"]}
     try:
         if method == "cem":
             return Search(
@@ -313,44 +303,18 @@ def run_search(
     "--resume", type=click.Path(exists=True, file_okay=False), help="Go on with this folder."
 )
 def optimize(
-    name: str,
-    dim: int,
-    budget: int,
-    method: str,
-    sigma: float,
-    start: float,
-    low: float | None,
-    high: float | None,
-    population: int | None,
-    one_by_one: bool,
-    seed: int,
-    out: str | None,
-    resume: str | None,
+    name: str, budget: int, one_by_one: bool, out: str | None, resume: str | None, **settings: Any
 ) -> None:
     """Minimize OBJECTIVE, a function module:function of points (n, dim), or an example.
 
     Examples are sphere, ellipsoid, rosenbrock and rastrigin.
     """
-    check_numbers(name, dim, start, sigma, low, high)
+    check_numbers(name, settings)
     if resume and out:
         raise click.UsageError("--resume goes on in its folder: leave out --out")
-    objective = Interruptible(find_objective(name))
-    bounds = None if low is None else (low, high)
-    search = build_search(method, dim, start, sigma, bounds, population, seed)
-    settings = {
-        "objective": name,
-        "method": method,
-        "dim": dim,
-        "start": start,
-        "sigma": sigma,
-        "low": low,
-        "high": high,
-        "population": population,
-        "seed": seed,
-    }
-    folder = SearchFolder(
-        resume or out or free_folder(f"runs/optimize-{name.rpartition(':')[2]}"), settings
-    )
+    objective, search = Interruptible(find_objective(name)), build_search(settings)
+    path = resume or out or free_folder(f"runs/optimize-{name.rpartition(':')[2]}")
+    folder = SearchFolder(path, {"objective": name, **settings})
     if out and (Path(out) / "search.pt").exists():
         raise click.UsageError(f"{out} holds a search: choose another folder, or --resume it")
     if resume:
@@ -368,24 +332,34 @@ def optimize(
             raise
         raise click.UsageError(str(error)) from None
     except KeyboardInterrupt:
-        if not (folder.path / "search.pt").exists():
-            click.echo("stopped before the first batch had ended: nothing is saved")
-            raise SystemExit(130) from None
-        click.echo(
-            f"stopped after {search.evaluations} evaluations; go on with --resume {folder.path}"
-        )
+        click.echo(explain_interruption(search, folder))
         raise SystemExit(130) from None
     report(found, folder)
 
 
-def check_numbers(
-    name: str, dim: int, start: float, sigma: float, low: float | None, high: float | None
-) -> None:
-    """Raise unless the numbers of a search fit together; arguments as `optimize`'s.
+def explain_interruption(search: "AskTell", folder: SearchFolder) -> str:
+    """Return what Ctrl-C has left, and how to go on.
+
+    Args:
+        search: the search.
+        folder: where it is kept.
+    """
+    if not (folder.path / "search.pt").exists():
+        return "stopped before the first batch had ended: nothing is saved"
+    return f"stopped after {search.evaluations} evaluations; go on with --resume {folder.path}"
+
+
+def check_numbers(name: str, settings: dict[str, Any]) -> None:
+    """Raise unless the numbers of a search fit together.
+
+    Args:
+        name: of the objective.
+        settings: as `build_search`'s.
 
     Raises:
         click.UsageError: if they do not.
     """
+    start, sigma, low, high = (settings[key] for key in ("start", "sigma", "low", "high"))
     if (low is None) != (high is None):
         raise click.UsageError("--low and --high are given together, or neither")
     numbers = [x for x in (start, sigma, low, high) if x is not None]
@@ -395,7 +369,7 @@ def check_numbers(
         raise click.UsageError(
             f"--start {start:g} must lie between --low {low:g} and --high {high:g}"
         )
-    if name == "rosenbrock" and dim < 2:
+    if name == "rosenbrock" and settings["dim"] < 2:
         raise click.UsageError("rosenbrock needs --dim 2 or more, got 1")
 
 

@@ -105,11 +105,7 @@ class Box:
         return torch.where(inside, u, folded.clamp(self.low, self.high))
 
     def move_inside(self, x: Tensor) -> Tensor:
-        """Return points that rounding to a short dtype has put outside, at the next number inside.
-
-        Args:
-            x: points, (..., d).
-        """
+        """Return points (..., d), those that rounding has put outside at the next number inside."""
         up, down = x.new_tensor(math.inf), x.new_tensor(-math.inf)
         x = torch.where(x.double() > self.high, torch.nextafter(x, down), x)
         return torch.where(x.double() < self.low, torch.nextafter(x, up), x)
@@ -438,8 +434,7 @@ class AskTell(SearchState):
     def ask(self) -> Tensor:
         """Return a batch of points to evaluate, (population_size, ...), in the dtype of x0.
 
-        Until its values are received it is the same batch: an evaluation that fails in the middle
-        is made again.
+        It is the same batch until its values are received.
         """
         if self.asked is None:
             # What is evaluated is what the distribution learns from, also in a short dtype.
