@@ -95,3 +95,48 @@ def test_the_plan_is_that_of_the_page():
         assert runs.seeds == tuple(range(1, 16)) and set(runs.variants) == set(page.METHODS)
         for method, config in runs.variants.items():
             assert config == {"method": method, "dim": int(name[1:]), "functions": [*range(1, 25)]}
+
+
+def test_shares_are_those_after_so_many_evaluations():
+    problem = page.CountedProblem(1, 1, 2)
+    problem.precisions = [np.array([50.0, 1.0, 1e-3]), np.array([1e-9])]
+    exact = [exact_share(p) for p in (50.0, 1.0, 1e-3, 1e-9, 1e-9)]
+    assert problem.shares((1, 2, 3, 4, 9)) == pytest.approx(exact)
+
+
+def test_runs_without_bounds_start_anew_with_twice_the_population(monkeypatch):
+    made = []
+
+    class Short(page.CmaEs):
+        "A search that ends after two batches."
+
+        def __init__(self, x0, sigma, size, seed):
+            super().__init__(x0, sigma, size, seed=seed)
+            made.append((x0, sigma, size, seed))
+
+        def stop_reason(self):
+            "Return a reason after two batches."
+            return "short" if self.generation == 2 else None
+
+    monkeypatch.setattr(page, "CmaEs", Short)
+    problem = page.CountedProblem(22, 1, 3)
+    page.run_open(problem, 3, 500, seed=9)
+    starts, sigmas, sizes, seeds = zip(*made)
+    assert sizes == (7, 14, 28, 56, 112) and set(sigmas) == {2.0}
+    assert len(set(seeds)) == 5 and problem.evaluations <= 500
+    assert len({tuple(x.tolist()) for x in starts}) == 5
+    assert torch.stack(starts).abs().max() <= 5
+
+
+@pytest.mark.parametrize(
+    "kind, noise, temperature, corrected",
+    [("own", 0.1, 1.0, False), ("published", 1.0, 0.05, False), ("corrected", 1.0, 0.05, True)],
+)
+def test_diffusion_evolution_has_the_settings_of_the_plan(kind, noise, temperature, corrected):
+    values = torch.tensor([0.0, 0.1, 0.4], dtype=torch.float64)
+    for budget, steps in ((150, 25), (300, 25), (3000, 100)):
+        search = page.search_once(f"evolution-{kind}", 3, budget, 1)
+        assert (search.noise, search.corrected, search.steps) == (noise, corrected, steps)
+        assert search.population_size == budget // steps
+        expected = page.weights_by_deviation(temperature)(values)
+        assert torch.equal(search.weights(values), expected)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from optgen.search import DiffusionEvolution, Gaussian, Search
 from optgen.search.ask_tell import Box, RandomSearch
 from optgen.search.cma import CmaEs, Ipop, is_flat, is_stagnant, minimize
 from optgen.search.covariances import cma_constants
@@ -567,7 +568,26 @@ def test_points_of_a_short_dtype_stay_inside(sign):
     assert x.min() >= low and x.max() <= high
 
 
-def test_the_state_of_another_deviation_is_refused():
-    state = CmaEs(torch.ones(3), 0.5).state_dict()
-    with pytest.raises(ValueError, match="sigma 0.5"):
-        CmaEs(torch.ones(3), 0.7).load_state_dict(state)
+@pytest.mark.parametrize(
+    "kind, name, values",
+    [
+        (CmaEs, "sigma", (0.5, 0.7)),
+        (Ipop, "sigma", (0.5, 0.7)),
+        (Ipop, "growth", (2.0, 3.0)),
+        (RandomSearch, "sigma", (0.5, 0.7)),
+        (DiffusionEvolution, "steps", (10, 20)),
+        (DiffusionEvolution, "noise", (1.0, 0.5)),
+        (DiffusionEvolution, "corrected", (True, False)),
+    ],
+)
+def test_the_state_of_other_settings_is_refused(kind, name, values):
+    common = {"sigma": 0.5} | {"x0": torch.ones(3)}
+    one, other = (kind(**(common | {name: value})) for value in values)
+    with pytest.raises(ValueError, match=f"{name} {values[0]}"):
+        other.load_state_dict(one.state_dict())
+
+
+def test_the_state_of_another_rate_is_refused():
+    one, other = (Search(Gaussian(torch.ones(3)), rate=rate) for rate in (1.0, 0.5))
+    with pytest.raises(ValueError, match="rate 1.0"):
+        other.load_state_dict(one.state_dict())
