@@ -297,7 +297,7 @@ def as_batch(raw: Any, function: Callable[[Any], Any] | None = None) -> Batch:
     if count_examples(x) is None:
         problem = f"the examples of a batch are {describe_data(x)}, expected tensors (B, ...)"
         raise DataError.with_fix("batch", problem, ASK_FOR_FUNCTION)
-    return Batch(x, y)
+    return Batch(x, y, tensors_of_arrays(getattr(raw, "weights", None)))
 
 # %% ../../nbs/00_foundations/06b_batches.ipynb #06b00010
 def map_nested(function: Callable[[Any], Any], value: Any) -> Any:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIXELS', 'valid_pixels', 'check_pixels', 'Expectation', 'expectation_of', 'check_example_shape', 'check_examples',
-           'check_batch_labels', 'check_label_range', 'with_dtype', 'BatchCheck', 'start_batch_check']
+           'check_batch_labels', 'check_weights', 'check_label_range', 'with_dtype', 'BatchCheck', 'start_batch_check']
 
 # %% ../../nbs/00_foundations/06a_expectations.ipynb #ba7c0003
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -188,6 +188,29 @@ def check_batch_labels(owner: str, y: object, n: int) -> None:
         raise DataError.with_fix(owner, problem, how_to_get_labels(y))
 
 
+def check_weights(owner: str, weights: object, n: int, is_weighted: bool) -> None:
+    """Check type and shape of the weights of a batch, without waiting for the device.
+
+    Args:
+        owner: scheme, for the message.
+        weights: of the examples, or None.
+        n: number of examples.
+        is_weighted: whether the scheme's loss has weights.
+
+    Raises:
+        DataError: unless they are (n,) floats and wanted, or None.
+    """
+    if weights is None:
+        return
+    if not is_weighted:
+        problem = "the batch has weights, and this scheme's loss has none"
+        raise DataError.with_fix(owner, problem, "leave them out, or draw examples by them")
+    is_float = isinstance(weights, Tensor) and weights.is_floating_point()
+    if not is_float or weights.shape != (n,):
+        problem = f"the weights are {describe_data(weights)}, expected floats with shape ({n},)"
+        raise DataError.with_fix(owner, problem, "pass a weight for each example")
+
+
 def check_label_range(owner: str, y: Tensor, classes: int | None) -> None:
     """Check that labels are classes; waits for the device.
 
@@ -233,6 +256,7 @@ class BatchCheck:
         count_classes: function of examples that returns the number of classes, or None where it
             is unknown; called with the first examples of a run. None for a scheme without labels.
         labels: (N,) labels that the scheme brings itself.
+        is_weighted: whether the loss of the scheme has weights of examples.
 
     Attributes:
         is_first: whether the next step checks values, which waits for the device.
@@ -244,8 +268,10 @@ class BatchCheck:
         expected: Expectation,
         count_classes: Callable[[Tensor], int | None] | None = None,
         labels: Tensor | None = None,
+        is_weighted: bool = False,
     ) -> None:
         self.owner, self.expected, self.count_classes = owner, expected, count_classes
+        self.is_weighted = is_weighted
         self.is_first, self.own_labels, self.set_labels = True, labels, []
 
     def start(self, *sets: Any) -> None:
@@ -299,6 +325,8 @@ class BatchCheck:
         check_examples(self.owner, batch.x, self.expected, like)
         if self.expected.labels:
             check_batch_labels(self.owner, getattr(batch, "y", None), len(batch.x))
+        weights = getattr(batch, "weights", None)
+        check_weights(self.owner, weights, len(batch.x), self.is_weighted)
 
     def step(self, batch: Any, like: Tensor | None = None) -> None:
         """Check a batch of training, its values only if it is the first one.
@@ -314,6 +342,7 @@ class BatchCheck:
         if self.is_first:
             self.check_values(batch.x)
             self.check_classes(batch)
+            self.check_weight_range(getattr(batch, "weights", None))
             self.is_first = False
 
     def check_values(self, x: Tensor) -> None:
@@ -329,6 +358,22 @@ class BatchCheck:
             self.check_tokens(x)
         else:
             check_pixels(self.owner, x, self.expected.pixels)
+
+    def check_weight_range(self, weights: Tensor | None) -> None:
+        """Check that weights are finite and not negative; waits for the device.
+
+        Args:
+            weights: (B,), or None.
+
+        Raises:
+            DataError: if one is neither.
+        """
+        if weights is None or weights.is_meta:
+            return
+        if not ((weights >= 0) & weights.isfinite()).all():
+            low, high = (x.item() for x in weights.aminmax())
+            problem = f"the weights are {low:g} to {high:g}, expected finite numbers, at least 0"
+            raise DataError.with_fix(self.owner, problem, "pass other weights")
 
     def check_classes(self, batch: Any) -> None:
         """Check the labels of the first batch, of the scheme itself and of the sets of the run.

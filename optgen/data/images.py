@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'RENUMBER', 'ASSETS', 'DATASETS', 'DataWarning', 'DataError', 'check_split', 'stable_hash',
-           'seeded_generator', 'Batch', 'ImageSet', 'describe_data', 'how_to_get_tensor', 'is_channels_last',
-           'likely_scale', 'how_to_get_bytes', 'how_to_get_labels', 'check_labels', 'Images', 'read_idx',
-           'data_folders', 'mnist', 'fashion_mnist', 'read_asset', 'digits']
+           'seeded_generator', 'Batch', 'weighted_mean', 'ImageSet', 'describe_data', 'how_to_get_tensor',
+           'is_channels_last', 'likely_scale', 'how_to_get_bytes', 'how_to_get_labels', 'check_labels', 'Images',
+           'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'read_asset', 'digits']
 
 # %% ../../nbs/00_foundations/01_images.ipynb #d1900004
 import gzip
@@ -100,10 +100,27 @@ class Batch(NamedTuple):
     Attributes:
         x: (B, C, H, W) floats in [0, 1], or (B, T) int64 tokens.
         y: (B,) int64 labels, or None.
+        weights: (B,) weights of the examples in a loss, at least 0; None for equal ones.
     """
 
     x: Tensor
     y: Tensor | None = None
+    weights: Tensor | None = None
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    r"""Return the loss of a batch, 0-dim, Eq. (batch-weights).
+
+    Args:
+        losses: of each example, (B, ...).
+        weights: (B,), at least 0; None for equal ones.
+
+    Returns:
+        The mean over the batch, of the shape (...).
+    """
+    if weights is not None:
+        losses = weights.to(losses.dtype).view(-1, *[1] * (losses.dim() - 1)) * losses
+    return losses.mean(0)
 
 # %% ../../nbs/00_foundations/01_images.ipynb #d1900036
 class ImageSet:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_choice, check_number
 from ..data.expectations import BatchCheck, expectation_of
-from ..data.images import Batch
+from ..data.images import Batch, weighted_mean
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode, to_float64
@@ -60,6 +60,7 @@ class NoisyLevelBatch(NamedTuple):
         u: (B,) positions of the levels in the schedule.
         density: (B,) density of the positions.
         labels: (B,) classes for a conditional model, -1 where dropped; else None.
+        example_weights: (B,) weights of the examples, or None.
     """
 
     x: Tensor
@@ -69,6 +70,7 @@ class NoisyLevelBatch(NamedTuple):
     u: Tensor
     density: Tensor
     labels: Tensor | None
+    example_weights: Tensor | None
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #a632ae4d
 class DenoisingDiffusion(Game):
@@ -127,7 +129,7 @@ class DenoisingDiffusion(Game):
         self.n_classes = count_model_classes(model) if conditional else 0
         expected = expectation_of(model, "levels" if pixels else "finite", conditional)
         counter = class_counter(self.n_classes)
-        self.batch_check = BatchCheck("DenoisingDiffusion", expected, counter)
+        self.batch_check = BatchCheck("DenoisingDiffusion", expected, counter, is_weighted=True)
         pair = optimizers if isinstance(optimizers, tuple) else (optimizers, None)
         players = {"model": Player(model, self.loss, pair[0] or Adam(model.parameters(), lr=1e-3))}
         if uncertainty is not None:
@@ -197,7 +199,10 @@ class DenoisingDiffusion(Game):
         sigma = self.schedule(u)
         if self.label_dropout and self.model.training:
             labels = drop_labels(labels, self.label_dropout, generator)
-        return NoisyLevelBatch(x, eps, sigma, self.weights_at(sigma, u), u, density, labels)
+        weight = self.weights_at(sigma, u)
+        return NoisyLevelBatch(
+            x, eps, sigma, weight, u, density, labels, getattr(batch, "weights", None)
+        )
 
     def errors(self, batch: NoisyLevelBatch) -> Tensor:
         """Return the weighted squared error of the target of each example, (B,)."""
@@ -208,12 +213,15 @@ class DenoisingDiffusion(Game):
         return batch.weight * ((out - target) ** 2).flatten(1).mean(1)
 
     def loss(self, batch: NoisyLevelBatch) -> Tensor:
-        """Return the loss, 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty)."""
+        """Return the loss, 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty).
+
+        A batch with weights has the loss of Eq. (batch-weights).
+        """
         errors = self.errors(batch)
         q = torch.zeros_like(errors) if self.uncertainty is None else self.uncertainty(batch.sigma)
         errors = errors * (-q).exp()
         self.last_levels = batch.u, errors.detach()
-        return ((errors + q) / batch.density).mean()
+        return weighted_mean((errors + q) / batch.density, batch.example_weights)
 
     def evaluate_loss(self, name: str, batch: NoisyLevelBatch) -> Tensor:
         """Return the loss of a player as `Game.evaluate_loss` does, and note its levels."""

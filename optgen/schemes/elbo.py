@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from ..checks import check_count
 from ..controllers import CONTROLLERS, Constant, Controller, build_controller
 from ..data.expectations import BatchCheck, check_examples, expectation_of, with_dtype
-from ..data.images import Batch
+from ..data.images import Batch, weighted_mean
 from ..estimators import ESTIMATORS, bound_loss, check_estimator
 from ..games import Game, Player, Rule
 from ..inner import DECODER_PASSES, Refinement
@@ -50,12 +50,14 @@ class NoisyBatch(NamedTuple):
         eps: (B, k, z_dim), standard normal noise of the estimate.
         u: (B, 1), uniform on [0, 1), selects the sample that is differentiated; (B, 0) if all are.
         inner: (B, K, z_dim), standard normal noise of the inner optimizer's K steps.
+        weights: (B,) weights of the examples, or None.
     """
 
     x: Tensor
     eps: Tensor
     u: Tensor
     inner: Tensor
+    weights: Tensor | None
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-3
 ENCODER_DECODER = ("encoder", "decoder")
@@ -103,7 +105,7 @@ class BetaVAE(Game):
         self.beta.check_model(model)
         self.estimator, self.k, self.sampled = estimator, k, sampled
         self.beta_is_due = False
-        self.batch_check = BatchCheck("BetaVAE", expectation_of(model))
+        self.batch_check = BatchCheck("BetaVAE", expectation_of(model), is_weighted=True)
         if isinstance(optimizer, tuple):
             check_model("BetaVAE", "model", model, "q_net", "p_net")
             parts = zip(ENCODER_DECODER, (model.q_net, model.p_net), optimizer)
@@ -134,14 +136,15 @@ class BetaVAE(Game):
         z_dim, inner_steps = self.model.z_dim, self.inner.steps if self.inner else 0
         eps = torch.randn(B, self.k, z_dim, **here)
         x, u = with_dtype(batch.x, like), torch.rand(B, int(self.sampled), **here)
-        return NoisyBatch(x, eps, u, torch.randn(B, inner_steps, z_dim, **here))
+        inner = torch.randn(B, inner_steps, z_dim, **here)
+        return NoisyBatch(x, eps, u, inner, getattr(batch, "weights", None))
 
     @torch.no_grad()
     def attach_controller(self) -> None:
         """Write the part of the model that the controller owns, such as a variance."""
         self.beta.attach(self.model)
 
-    def multiplier(self, distortion: Tensor, rate: Tensor) -> Tensor:
+    def multiplier(self, distortion: Tensor, rate: Tensor, weights: Tensor | None = None) -> Tensor:
         """Return the multiplier of the rate, Eq. (beta-controlled).
 
         The first call of a step updates the controller; further calls return the same multiplier.
@@ -149,6 +152,7 @@ class BetaVAE(Game):
         Args:
             distortion: (B,), nats, detached.
             rate: (B, z_dim), nats, detached.
+            weights: (B,) weights of the examples in the means, or None.
 
         Returns:
             The multiplier, 0-dim or (z_dim,).
@@ -156,7 +160,9 @@ class BetaVAE(Game):
         if self.beta_is_due:
             rate_mean, distortion_mean = rate[0], None  # of what is not measured, only the shape
             if self.beta.measured:
-                means = self.average_over_batch([distortion.mean(), rate.mean(0)])
+                means = self.average_over_batch(
+                    [weighted_mean(part, weights) for part in (distortion, rate)]
+                )
                 rate_mean, distortion_mean = means[1], self.beta.distortion(self.model, means[0])
             # Not before the means are there: a micro-batch may have to ask again.
             self.beta_is_due = False
@@ -164,7 +170,7 @@ class BetaVAE(Game):
         return self.beta.kl_weight(self.model)
 
     def loss(self, batch: NoisyBatch) -> Tensor:
-        """Return the mean loss of a batch, Eq. (beta-elbo).
+        """Return the mean loss of a batch, Eq. (beta-elbo), or with weights Eq. (batch-weights).
 
         Args:
             batch: B images with their noise.
@@ -176,10 +182,9 @@ class BetaVAE(Game):
         if self.inner:
             q = self.inner.refine(self.model, batch.x, batch.inner.transpose(0, 1))
         eps, u = batch.eps.transpose(0, 1), batch.u.flatten()
-        losses = bound_loss(
-            self.model, batch.x, eps, self.estimator, self.multiplier, q, self.sampled, u
-        )
-        return losses.mean()
+        beta = partial(self.multiplier, weights=batch.weights)
+        losses = bound_loss(self.model, batch.x, eps, self.estimator, beta, q, self.sampled, u)
+        return weighted_mean(losses, batch.weights)
 
     @property
     def inference(self) -> nn.Module:

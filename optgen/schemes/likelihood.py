@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_choice, check_count
 from ..data.expectations import BatchCheck, expectation_of
-from ..data.images import Batch
+from ..data.images import Batch, weighted_mean
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode, wilson_interval
@@ -270,7 +270,8 @@ class MaximumLikelihood(Game):
         self.n_classes = getattr(model, "n_classes", 0)
         self.conditional = self.n_classes > 0
         expected = expectation_of(model, PREPROCESSING[data], self.conditional)
-        self.batch_check = BatchCheck("MaximumLikelihood", expected, class_counter(self.n_classes))
+        counter = class_counter(self.n_classes)
+        self.batch_check = BatchCheck("MaximumLikelihood", expected, counter, is_weighted=True)
         optimizer = optimizer or Adam(model.parameters(), lr=1e-3)
         super().__init__(self.preprocess_batch, rule, model=Player(model, self.loss, optimizer))
 
@@ -309,7 +310,7 @@ class MaximumLikelihood(Game):
         if not self.begun:
             calibrate(self.model, y, labels)
             self.begun = True
-        return Batch(y, labels)
+        return Batch(y, labels, getattr(batch, "weights", None))
 
     def nats(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of each image, exact or by Eq. (likelihood-bound).
@@ -335,8 +336,11 @@ class MaximumLikelihood(Game):
         return D * math.log(256) * (self.data == "dequantized") - p.log_prob(y, *given)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Return the mean negative log-likelihood, 0-dim, nats an image, Eq. (likelihood)."""
-        return self.nats(batch.x, batch.y).mean()
+        """Return the mean negative log-likelihood, 0-dim, nats an image, Eq. (likelihood).
+
+        A batch with weights has the loss of Eq. (batch-weights).
+        """
+        return weighted_mean(self.nats(batch.x, batch.y), batch.weights)
 
     def checked_pairs(
         self, batches: Iterable[Batch | Tensor | tuple], chunk: int
