@@ -12,6 +12,7 @@ from .distributions import (
     RankWeights,
     Search,
 )
+from .learned import Learned
 
 __all__ = [
     "Boltzmann",
@@ -22,6 +23,7 @@ __all__ = [
     "Found",
     "Gaussian",
     "Ipop",
+    "Learned",
     "Mixture",
     "RandomSearch",
     "RankWeights",
