@@ -568,3 +568,36 @@ def test_the_command_refuses_in_one_line(diffusion_run, few_images, tiny_run, tm
         shown = capsys.readouterr().err.strip().splitlines()[-1]
         assert words in shown, shown
     assert json.loads((diffusion_run / "config.json").read_text())["scheme"] == "ddpm"
+
+
+@pytest.mark.parametrize(
+    "operator",
+    [
+        Blur((1, 8, 12), 1.3),
+        RandomMeasurements((1, 8, 12), 9, generator(1)),
+        Linear(lambda x: x.flatten(1) @ torch.ones(96, 3) / 96, (1, 8, 12)),
+    ],
+    ids=("blur", "sums", "own"),
+)
+def test_autocast_does_not_round_an_observation(operator):
+    x = torch.rand(3, 1, 8, 12, generator=generator(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, back = operator.apply(x), operator.adjoint(operator.apply(x))
+        values, vectors = operator.spectrum(x)
+    A = operator.matrix(x.double()) if operator.__class__ is not Linear else operator.matrix(x)
+    assert torch.allclose(
+        found.flatten(1).double(), x.flatten(1).double() @ A.double().T, atol=1e-5
+    )
+    assert (back.flatten(1) - found.flatten(1) @ A.float()).abs().max() < 1e-4
+    assert (vectors * values @ vectors.T - (A @ A.T).float()).abs().max() < 1e-4
+
+
+def test_the_two_solutions_of_the_pseudo_inverse_agree():
+    operator = Blur((1, 6, 7), 0.8)
+    mixture = GaussianMixture(torch.ones(1), torch.zeros(1, 42), torch.eye(42)[None])
+    seen = observe(torch.rand(2, 1, 6, 7, generator=generator(3)), operator, 0.3, generator(4))
+    y, level = torch.rand(2, 1, 6, 7, generator=generator(5)), torch.tensor([0.3, 2.0])
+    exact, iterated = (
+        Guided(mixture.denoise, seen, PseudoInverse(0.9, 42, most))(y, level) for most in (42, 41)
+    )
+    assert (exact - iterated).abs().max() < 1e-4 and not torch.equal(exact, iterated)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number
-from .operators import Linear, Observation
+from .operators import Observation, full_precision
 from ..models.diffusion import Denoise
 from ..models.schedules import expand_like
 
@@ -116,43 +116,35 @@ def require_observation(rule: GuidanceRule, likelihood: Likelihood) -> Observati
 
 # %% ../../nbs/60_generative_optimizers/62a_guidance.ipynb #228d38f3
 class LinearRule(GuidanceRule):
-    """Eq. (guided-linear), for linear observations.
-
-    Args:
-        steps: products of the conjugate gradients.
-    """
-
-    def __init__(self, steps: int) -> None:
-        check_count(type(self).__name__, steps=steps)
-        self.steps = steps
+    """Eq. (guided-linear), for linear observations."""
 
     def correction(self, clean: Tensor, y: Tensor, sigma: Tensor, likelihood: Likelihood) -> Tensor:
         r"""Return the correction of Eq. (guided-linear)."""
         observation = require_observation(self, likelihood)
-        operator, noise = observation.operator, observation.noise
 
         def pullback(u: Tensor) -> Tensor:
             r"""Return $\sigma^2J^\top A^\top u$, shaped as `y`."""
-            (product,) = torch.autograd.grad(clean, y, operator.adjoint(u), retain_graph=True)
+            cotangent = observation.operator.adjoint(u)
+            (product,) = torch.autograd.grad(clean, y, cotangent, retain_graph=True)
             return sigma**2 * product
 
-        def product(u: Tensor) -> Tensor:
-            r"""Return $(s^2I+ACA^\top)u$."""
-            return noise**2 * u + operator.apply(self.covariance(u, sigma, operator, pullback))
-
         residual = observation.residual(clean.detach())
-        return pullback(conjugate_gradients(product, residual, self.steps))
+        return pullback(self.solve(residual, sigma, observation, pullback))
 
-    def covariance(
-        self, u: Tensor, sigma: Tensor, operator: Linear, pullback: Callable[[Tensor], Tensor]
+    def solve(
+        self,
+        residual: Tensor,
+        sigma: Tensor,
+        observation: Observation,
+        pullback: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        r"""Return $CA^\top u$, shaped as images.
+        r"""Return $(s^2I+ACA^\top)^{-1}(o-AD)$, shaped as the observation.
 
         Args:
-            u: observations (B, ...).
+            residual: $o-AD$, (B, ...).
             sigma: noise levels, shaped to multiply images.
-            operator: $A$.
-            pullback: $u\mapsto\sigma^2J^\top A^\top u$.
+            observation: $A$ and $s$.
+            pullback: $u\mapsto\sigma^2J^\top A^\top u$, from observations to images.
         """
         raise NotImplementedError
 
@@ -160,22 +152,43 @@ class LinearRule(GuidanceRule):
 class PseudoInverse(LinearRule):
     r"""Covariance of Gaussian data of one variance, $C=r^2I$. Song et al. (2023), ΠGDM.
 
+    An observation of up to `exact` numbers is solved by the eigenvectors of $AA^\top$, which are
+    computed once; a larger one by conjugate gradients.
+
     Args:
         std: $s_x>0$, standard deviation of the data.
         steps: products of the conjugate gradients; none of them is a pass of the denoiser.
+        exact: most numbers of an observation that is solved by eigenvectors, at least 0.
     """
 
-    def __init__(self, std: float, steps: int = 30) -> None:
-        super().__init__(steps)
+    def __init__(self, std: float, steps: int = 30, exact: int = 1024) -> None:
         check_number("PseudoInverse", above=0, std=std)
-        self.std = std
+        check_count("PseudoInverse", steps=steps)
+        check_count("PseudoInverse", 0, exact=exact)
+        self.std, self.steps, self.exact = std, steps, exact
 
-    def covariance(
-        self, u: Tensor, sigma: Tensor, operator: Linear, pullback: Callable[[Tensor], Tensor]
+    def solve(
+        self,
+        residual: Tensor,
+        sigma: Tensor,
+        observation: Observation,
+        pullback: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        r"""Return $r^2A^\top u$."""
+        r"""Return $(s^2I+r^2AA^\top)^{-1}(o-AD)$."""
+        operator, noise = observation.operator, observation.noise
         variance = sigma**2 * self.std**2 / (sigma**2 + self.std**2)
-        return variance * operator.adjoint(u)
+        if residual[0].numel() <= self.exact:
+            values, vectors = operator.spectrum(residual)
+            scale = noise**2 + variance.view(-1, 1) * values
+            with full_precision(residual):
+                along = residual.flatten(1) @ vectors / scale
+                return (along @ vectors.T).view_as(residual)
+
+        def product(u: Tensor) -> Tensor:
+            r"""Return $(s^2I+r^2AA^\top)u$."""
+            return noise**2 * u + operator.apply(variance * operator.adjoint(u))
+
+        return conjugate_gradients(product, residual, self.steps)
 
 
 class Moments(LinearRule):
@@ -186,13 +199,23 @@ class Moments(LinearRule):
     """
 
     def __init__(self, steps: int = 5) -> None:
-        super().__init__(steps)
+        check_count("Moments", steps=steps)
+        self.steps = steps
 
-    def covariance(
-        self, u: Tensor, sigma: Tensor, operator: Linear, pullback: Callable[[Tensor], Tensor]
+    def solve(
+        self,
+        residual: Tensor,
+        sigma: Tensor,
+        observation: Observation,
+        pullback: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        r"""Return $\sigma^2J^\top A^\top u$."""
-        return pullback(u)
+        r"""Return $(s^2I+\sigma^2AJ^\top A^\top)^{-1}(o-AD)$, by conjugate gradients."""
+
+        def product(u: Tensor) -> Tensor:
+            r"""Return $(s^2I+\sigma^2AJ^\top A^\top)u$."""
+            return observation.noise**2 * u + observation.operator.apply(pullback(u))
+
+        return conjugate_gradients(product, residual, self.steps)
 
 # %% ../../nbs/60_generative_optimizers/62a_guidance.ipynb #2761c8c9
 class NoisyLikelihood(GuidanceRule):
