@@ -262,9 +262,9 @@ def rank_counts(x: Tensor, samples: Tensor, rng: torch.Generator) -> list[int]:
     Args:
         x: the truth, (B, ...).
         samples: (S, B, ...).
-        rng: of the ties.
+        rng: of the ties, after rounding to multiples of 1/16.
     """
-    truth, levels = (255 * x).round(), (255 * samples).round()
+    truth, levels = (16 * x).round(), (16 * samples).round()
     ties = (levels == truth).sum(0)
     among = (torch.rand(ties.shape, generator=rng) * (ties + 1)).floor()
     ranks = (levels < truth).sum(0) + among
