@@ -1,0 +1,264 @@
+"""Design from examples and values: weights, trust region, rounds and budget, against the papers."""
+
+import copy
+import math
+
+import pytest
+import torch
+from scipy.stats import chi2
+
+from optgen.design import (
+    CbAS,
+    Designed,
+    KnownExamples,
+    LatentSearch,
+    Retraining,
+    count_distinct,
+    design,
+    importance_weights,
+    nearest_distance,
+    retraining_weights,
+    sample_size,
+    train_weighted,
+)
+from optgen.models.vae import VAE
+from optgen.schemes.elbo import BetaVAE
+from optgen.testing import generator, randn
+
+
+def scheme_of(seed=0, x_dim=6, z_dim=3):
+    "Return a small VAE whose weights come from a seed."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BetaVAE(VAE(x_dim, 16, 8, z_dim))
+
+
+def data_of(seed, n=40):
+    "Return examples in [0, 1] and the values of `total`."
+    x = torch.rand(n, 6, generator=generator(seed))
+    return x, total(x)
+
+
+def total(x):
+    "Return minus the sum of the numbers."
+    return -x.flatten(1).sum(1)
+
+
+METHODS = {
+    "latent": LatentSearch(0.4),
+    "retraining": Retraining(rounds=4, steps=3, batch_size=8),
+    "cbas": CbAS(0.3, rounds=4, steps=3, batch_size=8),
+}
+
+
+@pytest.mark.parametrize("k", [1e-3, 0.2, 5.0])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_retraining_weights_are_those_of_the_paper(k, seed):
+    values = torch.randn(9, generator=generator(seed), dtype=torch.float64)
+    found = retraining_weights(values, k)
+    raw = []
+    for value in values.tolist():
+        rank = sum(other < value for other in values.tolist())
+        raw.append(1 / (k * 9 + rank))
+    assert found.tolist() == pytest.approx([w / sum(raw) for w in raw], rel=1e-12)
+    values[4] = math.nan
+    assert retraining_weights(values, k).argmin() == 4
+
+
+def test_the_ratio_of_two_vaes_is_that_of_their_pixels():
+    first, model = scheme_of(1).model.double(), scheme_of(2).model.double()
+    x, z = torch.rand(8, 6, generator=generator(3), dtype=torch.float64), randn(8, 3, seed=4)
+    found, ratios = importance_weights(first, model, x, z), []
+    for row, latent in zip(x, z):
+        p, q = (m.decoder(latent[None])[0] for m in (first, model))
+        nats = row * (p.log() - q.log()) + (1 - row) * ((1 - p).log() - (1 - q).log())
+        ratios.append(nats.sum().exp().item())
+    assert found.tolist() == pytest.approx([r / max(ratios) for r in ratios], rel=1e-9)
+    weights = torch.tensor([1.0, 2.0, 0.0])
+    assert sample_size(weights) == pytest.approx(9 / 5)
+
+
+@pytest.mark.parametrize("quantile", [0.5, 0.95])
+def test_the_latent_search_stays_in_its_ball(quantile, monkeypatch):
+    scheme, seen = scheme_of(), []
+    decoder = scheme.model.decoder
+    monkeypatch.setattr(scheme.model, "decoder", lambda z: seen.append(z) or decoder(z))
+    x, values = data_of(1)
+    found = design(scheme, x, values, total, 200, LatentSearch(2.0, quantile), seed=3)
+    z = torch.cat(seen)
+    radius = chi2.ppf(quantile, 3) ** 0.5
+    assert z.norm(dim=1).max() <= radius * (1 + 1e-5) and z.norm(dim=1).max() > 0.99 * radius
+    assert torch.allclose(found.x, decoder(z)[: len(found.x)].detach(), atol=1e-6)
+    assert found.best[1] == pytest.approx(total(found.x).min().item())
+    start = scheme.model.encoder(x[values.argmin()][None])[0]
+    assert (seen[0] - start).norm(dim=1).mean() < 4 * 2 * 3**0.5
+
+
+@pytest.mark.parametrize("budget", [1, 37, 90])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_evaluation_counts_and_seeds_decide(name, budget):
+    counts, x_values = [], data_of(2)
+    before = torch.random.get_rng_state()
+
+    def counted(x):
+        "Return the values and note their number."
+        counts.append(len(x))
+        return total(x)
+
+    runs = []
+    for seed in (1, 1, 2):
+        counts.clear()
+        runs.append(design(scheme_of(), *x_values, counted, budget, METHODS[name], seed=seed))
+        assert sum(counts) == budget == len(runs[-1].x) == len(runs[-1].values)
+    assert torch.equal(runs[0].x, runs[1].x) and not torch.equal(runs[0].x, runs[2].x)
+    assert torch.allclose(runs[0].values, total(runs[0].x).double())
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_failures_are_kept_and_never_best(name):
+    def fails(x):
+        "Return nan where the first number is small."
+        return total(x).where(x[:, 0] > 0.5, torch.nan)
+
+    x, values = data_of(3)
+    found = design(scheme_of(), x, values, fails, 60, METHODS[name], seed=1)
+    assert found.values.isnan().any()
+    if not found.values.isnan().all():
+        assert found.best[1] == found.values[~found.values.isnan()].min()
+
+
+def test_retraining_trains_on_what_its_weights_say_and_starts_from_the_best(monkeypatch):
+    rounds, starts = [], []
+
+    def spy(scheme, x, weights, steps, batch_size, rng):
+        "Note the examples and weights of a round."
+        rounds.append((x.clone(), weights.clone(), steps, batch_size))
+
+    class Noting(LatentSearch):
+        "A latent search that notes its share of the budget."
+
+        def search(self, model, known, budget, rng):
+            "Note the best example and the budget, and search."
+            starts.append((known.best(), budget))
+            super().search(model, known, budget, rng)
+
+    monkeypatch.setattr("optgen.design.train_weighted", spy)
+    x, values = data_of(4)
+    method = Retraining(0.01, 3, 7, 5, Noting())
+    found = design(scheme_of(), x, values, total, 32, method, seed=1)
+    assert [budget for _, budget in starts] == [10, 11, 11]
+    known, scores = torch.cat([x, found.x]), torch.cat([values.double(), found.values])
+    for (seen, weights, *rest), (best, _), n in zip(rounds, starts, (40, 50, 61)):
+        assert torch.equal(seen, known[:n]) and rest == [7, 5]
+        assert torch.allclose(weights, retraining_weights(scores[:n], 0.01))
+        assert torch.equal(best[0], known[scores[:n].argmin()])
+    assert found.sample_sizes == pytest.approx([sample_size(w) for _, w, *_ in rounds])
+
+
+def test_cbas_weights_a_batch_under_a_threshold_that_never_rises(monkeypatch):
+    rounds = []
+
+    def spy(scheme, x, weights, steps, batch_size, rng):
+        "Note a round, and move the decoder."
+        rounds.append((x, weights))
+        with torch.no_grad():
+            scheme.model.p_net[-1].bias += 0.3 * torch.randn(6, generator=generator(len(rounds)))
+
+    monkeypatch.setattr("optgen.design.train_weighted", spy)
+    x, values = data_of(5)
+    scheme = scheme_of()
+    found = design(scheme, x, values, total, 60, CbAS(0.25, 3, 1, 4), seed=2)
+    assert len(rounds) == 2 and len(found.sample_sizes) == 3  # The last round trains nothing.
+    threshold = math.inf
+    for i, (seen, weights) in enumerate(rounds):
+        batch = found.values[20 * i : 20 * i + 20]
+        assert torch.equal(seen, found.x[20 * i : 20 * i + 20])
+        threshold = min(threshold, batch.sort().values[math.floor(0.25 * 19)].item())
+        assert torch.equal(weights > 0, batch <= threshold)
+        if i == 0:  # The first model is the present one.
+            assert weights.unique().tolist() == [0.0, 1.0]
+    assert 0 < weights[weights > 0].min() < 1
+
+
+def test_cbas_gives_failures_no_weight(monkeypatch):
+    rounds = []
+    monkeypatch.setattr("optgen.design.train_weighted", lambda *given: rounds.append(given[2]))
+
+    def fails(x):
+        "Return nan for all examples, or all but the first."
+        values = torch.full((len(x),), math.nan)
+        if len(rounds) or seen:
+            values[0] = 1.0
+        seen.append(len(x))
+        return values
+
+    seen = []
+    found = design(scheme_of(), *data_of(6), fails, 30, CbAS(0.5, 3, 1, 4), seed=2)
+    assert seen == [10, 10, 10] and found.sample_sizes == [0.0, 1.0, 1.0]
+    assert len(rounds) == 1 and rounds[0].nonzero().flatten().tolist() == [0]
+
+
+def test_examples_are_drawn_by_their_weights(monkeypatch):
+    scheme, seen = scheme_of(), []
+    monkeypatch.setattr(scheme, "step", seen.append)
+    x = torch.arange(4.0)[:, None].expand(4, 6) / 4
+    train_weighted(scheme, x, torch.tensor([1.0, 0.0, 2.0, 5.0]), 50, 400, generator(1))
+    assert {len(batch.x) for batch in seen} == {400} and len(seen) == 50
+    shares = torch.stack(
+        [(torch.cat([b.x for b in seen])[:, 0] == i / 4).float().mean() for i in range(4)]
+    )
+    exact = torch.tensor([1.0, 0, 2, 5]) / 8
+    assert ((shares - exact).abs() <= 4 * (exact * (1 - exact) / 20_000).sqrt()).all()
+
+
+def test_distances_and_distinct_examples():
+    x, data = randn(5, 2, 3, seed=6), randn(7, 2, 3, seed=7)
+    exact = [min(((a - b) ** 2).mean().sqrt().item() for b in data) for a in x]
+    assert nearest_distance(x, data).tolist() == pytest.approx(exact)
+    chain = torch.tensor([0.0, 0.9, 1.8, 5.0, 5.1])[:, None]
+    assert count_distinct(chain, 1.0) == 3  # 0, 1.8 and 5: the second is near the first.
+    assert count_distinct(chain, 0.01) == 5
+
+
+def test_the_given_examples_are_not_changed():
+    x, values = data_of(8)
+    kept = x.clone(), values.clone()
+    design(scheme_of(), x, values, lambda x: x.zero_().sum(1), 20, METHODS["latent"])
+    assert torch.equal(x, kept[0]) and torch.equal(values, kept[1])
+
+
+def test_a_summary_of_an_empty_tail_and_bad_arguments():
+    designed = Designed(torch.rand(3, 2), torch.tensor([1.0, 2.0, 4.0]).double(), [])
+    assert designed.summary(last=1)["mean"] == 4 and designed.summary(last=9)["median"] == 2
+    with pytest.raises(ValueError, match="last"):
+        designed.summary(last=0)
+    x, values = data_of(9)
+    for bad, words in (
+        ({"budget": 0}, "budget"),
+        ({"seed": -1.5}, "seed"),
+        ({"values": values[:3]}, "the values must be 40 real numbers"),
+        ({"values": values * math.nan}, "all values are nan"),
+        ({"data": x.long()}, "floating-point examples"),
+        ({"scheme": torch.nn.Linear(2, 2)}, "scheme.model"),
+    ):
+        given = {"scheme": scheme_of(), "data": x, "values": values, "objective": total} | bad
+        with pytest.raises(ValueError, match=words):
+            design(**given)
+    for make, words in (
+        (lambda: LatentSearch(0.0), "sigma"),
+        (lambda: LatentSearch(quantile=1.0), "quantile"),
+        (lambda: Retraining(k=0.0), "k must"),
+        (lambda: Retraining(rounds=0), "rounds"),
+        (lambda: CbAS(1.0), "share"),
+        (lambda: CbAS(steps=0), "steps"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make()
+
+
+def test_known_examples_know_what_is_left():
+    known = KnownExamples(*data_of(1), total, 10)
+    known.evaluate(torch.rand(4, 6, generator=generator(2)))
+    assert known.remaining == 6 and len(known.designed().x) == 4
+    assert copy.deepcopy(known).best().shape == (1, 6)
