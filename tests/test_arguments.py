@@ -19,6 +19,7 @@ import optgen
 from optgen import (
     averaging,
     controllers,
+    design,
     estimators,
     metrics,
     posthoc,
@@ -51,8 +52,9 @@ from optgen.optim import SGD, Adam, AdamW, Momentum, RMSProp
 from optgen.rules import Clipped, Consensus, Feedback, Lookahead, SymplecticAdjustment
 from optgen.schemes import levels
 from optgen.schemes.denoising import DenoisingDiffusion
-from optgen.schemes.elbo import Aggressive
-from optgen.search import ask_tell, cma, covariances, diffusion_evolution, distributions
+from optgen.schemes.elbo import Aggressive, BetaVAE
+from optgen.schemes.likelihood import MaximumLikelihood
+from optgen.search import ask_tell, cma, covariances, diffusion_evolution, distributions, learned
 from optgen.testing import generator
 
 BAD = {
@@ -194,7 +196,7 @@ def shrink(y, sigma):
 def search_walk(found):
     """Take two steps of a search."""
     for _ in range(2):
-        assert found.step(lambda x: x.square().sum(1)).isfinite().all()
+        assert found.step(lambda x: x.square().flatten(1).sum(1)).isfinite().all()
 
 
 def fitted_once(weights):
@@ -206,6 +208,20 @@ def minimized(**options):
     """Minimize the square of two numbers."""
     square = {"objective": lambda x: x.square().sum(1), "x0": torch.ones(2)}
     return torch.tensor(cma.minimize(**square, **options).value)
+
+
+def designed_by(method, budget=9, seed=0):
+    """Design a few examples."""
+    x = torch.rand(8, 16)
+    scheme = BetaVAE(vae.VAE(16, 8, 8, 2))
+    found = design.design(scheme, x, x.sum(1), lambda x: x.sum(1), budget, method, seed)
+    assert found.values.isfinite().all()
+
+
+def learned_bits(**options):
+    """Return a learned distribution of four bits."""
+    scheme = MaximumLikelihood(pixels.MADE((1, 2, 2), (8,)), "binary")
+    return learned.Learned(scheme, **options)
 
 
 VAE16 = vae.VAE(16, 8, 8, 2)
@@ -596,7 +612,11 @@ CASES = {
         finite,
     ),
     "guidance.rules.NormalizedDPS": (rules.NormalizedDPS, {"step": 1.0}, nothing),
-    "guidance.rules.PseudoInverse": (rules.PseudoInverse, {"std": 1.0, "steps": 3}, nothing),
+    "guidance.rules.PseudoInverse": (
+        rules.PseudoInverse,
+        {"std": 1.0, "steps": 3, "exact": 9},
+        nothing,
+    ),
     "guidance.rules.Moments": (rules.Moments, {"steps": 3}, nothing),
     "guidance.operators.Blur": (lambda **o: operators.Blur((1, 4, 4), **o), {"std": 1.0}, nothing),
     "guidance.operators.Downsample": (
@@ -718,6 +738,27 @@ CASES = {
         lambda **o: distributions.Search(distributions.Gaussian(torch.ones(2)), **o),
         {"population_size": 6, "rate": 1.0, "steps": 1, "seed": 0},
         search_walk,
+    ),
+    "search.learned.Learned": (
+        learned_bits,
+        {"steps": 2, "batch_size": 3, "seed": 0},
+        lambda model: search_walk(distributions.Search(model)),
+    ),
+    "design.LatentSearch": (design.LatentSearch, {"sigma": 0.5, "quantile": 0.9}, designed_by),
+    "design.Retraining": (
+        design.Retraining,
+        {"k": 0.1, "rounds": 2, "steps": 1, "batch_size": 3},
+        designed_by,
+    ),
+    "design.CbAS": (
+        design.CbAS,
+        {"share": 0.3, "rounds": 2, "steps": 1, "batch_size": 3},
+        designed_by,
+    ),
+    "design.design": (
+        lambda **o: designed_by(design.LatentSearch(), **o),
+        {"budget": 9, "seed": 0},
+        nothing,
     ),
     "search.cma.CmaEs": (
         lambda **o: cma.CmaEs(torch.ones(2), **o),

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+import optgen
 from ..data.images import Images, fashion_mnist, mnist
 from ..data.loading import Loader, split_holdout
 from .reproduce import Experiment
@@ -174,14 +175,12 @@ def open_prior(data: str) -> Any:
     Raises:
         FileNotFoundError: if it was not trained; the message has the command.
     """
-    from optgen.cli.runs import load
-
     folder = RUN.format(data)
     if not Path(folder, "config.json").is_file():
         raise FileNotFoundError(
             f"there is no diffusion prior in {folder}: train it by\n{COMMAND.format(data, data)}"
         )
-    return load(folder)
+    return optgen.load(folder)
 
 # %% ../../nbs/90_evidence/98_restoration.ipynb #be377296
 @functools.cache

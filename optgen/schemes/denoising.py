@@ -148,10 +148,8 @@ class DenoisingDiffusion(Game):
         std = self.model.std
         if self.weight == "elbo":
             w = elbo_weight(self.schedule, u)
-        elif callable(self.weight):
-            w = self.weight(sigma, std)
         else:
-            w = WEIGHTS[self.weight](sigma, std)
+            w = WEIGHTS.get(self.weight, self.weight)(sigma, std)
         return w * target_weight(sigma, self.model.target, std)
 
     def prepare(
@@ -199,10 +197,8 @@ class DenoisingDiffusion(Game):
         sigma = self.schedule(u)
         if self.label_dropout and self.model.training:
             labels = drop_labels(labels, self.label_dropout, generator)
-        weight = self.weights_at(sigma, u)
-        return NoisyLevelBatch(
-            x, eps, sigma, weight, u, density, labels, getattr(batch, "weights", None)
-        )
+        w, example_w = self.weights_at(sigma, u), getattr(batch, "weights", None)
+        return NoisyLevelBatch(x, eps, sigma, w, u, density, labels, example_w)
 
     def errors(self, batch: NoisyLevelBatch) -> Tensor:
         """Return the weighted squared error of the target of each example, (B,)."""
@@ -213,10 +209,7 @@ class DenoisingDiffusion(Game):
         return batch.weight * ((out - target) ** 2).flatten(1).mean(1)
 
     def loss(self, batch: NoisyLevelBatch) -> Tensor:
-        """Return the loss, 0-dim, Eq. (denoising-loss) or Eq. (denoising-uncertainty).
-
-        A batch with weights has the loss of Eq. (batch-weights).
-        """
+        """Return the loss, 0-dim, Eq. (denoising-loss) or (denoising-uncertainty), weighted."""
         errors = self.errors(batch)
         q = torch.zeros_like(errors) if self.uncertainty is None else self.uncertainty(batch.sigma)
         errors = errors * (-q).exp()
