@@ -262,3 +262,29 @@ def test_known_examples_know_what_is_left():
     known.evaluate(torch.rand(4, 6, generator=generator(2)))
     assert known.remaining == 6 and len(known.designed().x) == 4
     assert copy.deepcopy(known).best().shape == (1, 6)
+
+
+def test_a_latent_inside_of_the_ball_stays_where_it_is():
+    search, radius = LatentSearch(quantile=0.8), chi2.ppf(0.8, 4) ** 0.5
+    directions = randn(6, 4, seed=11)
+    z = directions / directions.norm(dim=1, keepdim=True)
+    lengths = torch.tensor([0.1, 0.5, 0.999, 1.001, 2.0, 30.0]).double()[:, None] * radius
+    expected = z * lengths.clamp(max=radius)
+    assert torch.allclose(search.project(z * lengths), expected, rtol=1e-12)
+
+
+def test_the_threshold_of_cbas_stays_when_a_batch_is_worse(monkeypatch):
+    rounds, batches = [], []
+    monkeypatch.setattr("optgen.design.train_weighted", lambda *given: rounds.append(given[2]))
+
+    def worse(x):
+        "Return values that rise from batch to batch, but for one of the last batch."
+        batches.append(torch.arange(10.0) + 5 * len(batches))
+        if len(batches) == 3:
+            batches[-1][7] = 1.5
+        return batches[-1]
+
+    found = design(scheme_of(), *data_of(7), worse, 40, CbAS(0.5, 4, 1, 4), seed=2)
+    chosen = [weights.nonzero().flatten().tolist() for weights in rounds]
+    assert chosen == [[0, 1, 2, 3, 4], [], [7]] or chosen == [[0, 1, 2, 3, 4], [7]]
+    assert found.sample_sizes[1] == 0.0

@@ -164,3 +164,15 @@ def test_bad_arguments_are_named():
         bits([0.5], steps=0)
     with pytest.raises(ValueError, match="batch_size"):
         bits([0.5], batch_size=0)
+
+
+def test_each_fit_draws_its_rows_anew(monkeypatch):
+    learned, seen = bits([0.5] * 4, steps=1, batch_size=6), []
+    monkeypatch.setattr(learned.scheme, "step", lambda batch: seen.append(batch.x))
+    x = torch.tensor(list(itertools.product((0.0, 1.0), repeat=4)), dtype=torch.float64)
+    for _ in range(2):
+        learned.fit(x, torch.full((16,), 1 / 16, dtype=torch.float64))
+    assert not torch.equal(*seen) and learned.fits == 2
+    again, learned.fits = seen[0], 0
+    learned.fit(x, torch.full((16,), 1 / 16, dtype=torch.float64))
+    assert torch.equal(again, seen[2])
