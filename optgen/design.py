@@ -20,6 +20,7 @@ from .checks import check_count, check_number, check_seed
 from .data.images import Batch
 from .games import Game
 from .limits import check_model
+from .metrics import eval_mode
 from .search.ask_tell import as_values, evaluate_objective
 from .search.cma import CmaEs
 
@@ -89,7 +90,7 @@ class Designed:
         Returns:
             "evaluations", and the "best" of all; of the last ones "mean", "median" and "distinct";
             with data "distance", the mean to the nearest of them; with a judge "judge", its mean,
-            and "gap", that minus the mean.
+            and "gap", the mean difference of the two values.
         """
         check_count("summary", last=last)
         x, values = self.x[-last:], self.values[-last:]
@@ -103,8 +104,9 @@ class Designed:
         if data is not None:
             found["distance"] = nearest_distance(x, data.to(x)).mean().item()
         if judge is not None:
-            found["judge"] = as_values(judge(x), x).mean().item()
-            found["gap"] = found["judge"] - found["mean"]
+            judged = as_values(judge(x), x)
+            found["judge"] = judged.mean().item()
+            found["gap"] = (judged - values.to(judged.device)).nanmean().item()
         return found
 
 # %% ../nbs/60_generative_optimizers/63_design.ipynb #fae87f9c
@@ -217,23 +219,31 @@ class LatentSearch(DesignMethod):
         Args:
             model: VAE.
             known: examples.
-            budget: evaluations; a last batch that is too large for it is cut.
+            budget: evaluations; a last batch that is too large for it is cut. A search that can
+                improve no more is followed by one from a draw of the prior.
             rng: of the draws.
         """
         shape = known.x.shape[1:]
-        with torch.no_grad():
-            start = self.project(model.encoder(known.best())[0].double())[0]
-        seed = torch.randint(2**62, (), generator=rng).item()
-        search, end = CmaEs(start, self.sigma, seed=seed), known.remaining - budget
-        like = next(model.parameters())
+        like, end = next(model.parameters()), known.remaining - budget
+        with torch.no_grad(), eval_mode(model):
+            start = self.project(model.encoder(known.best().to(like))[0].double().cpu())[0]
+        search = self.new_search(start, rng)
         while known.remaining > end:
+            if search.stop_reason() is not None:
+                drawn = torch.randn(1, len(start), generator=rng, dtype=torch.float64)
+                search = self.new_search(self.project(drawn)[0], rng)
             z = search.ask()
-            with torch.no_grad():
+            with torch.no_grad(), eval_mode(model):
                 x = model.decoder(self.project(z).to(like)).reshape(-1, *shape)
             used = min(len(z), known.remaining - end)
             values = torch.full((len(z),), torch.nan, dtype=torch.float64)
             values[:used] = known.evaluate(x[:used].to(known.x)).cpu()
             search.tell(z, values)
+
+    def new_search(self, start: Tensor, rng: torch.Generator) -> CmaEs:
+        """Return a search from a latent, (d,)."""
+        seed = torch.randint(2**62, (), generator=rng).item()
+        return CmaEs(start, self.sigma, seed=seed)
 
 # %% ../nbs/60_generative_optimizers/63_design.ipynb #b21f2d9a
 def retraining_weights(values: Tensor, k: float) -> Tensor:
@@ -284,6 +294,9 @@ class Retraining(DesignMethod):
 class CbAS(DesignMethod):
     """Conditioning by adaptive sampling. Brookes, Park & Listgarten (2019).
 
+    It draws from the model alone; the given examples count by what the model has learned of them.
+    A draw has the noise of $p(x|z)$, by the model's `draw(z, generator)`.
+
     Args:
         share: quantile of a batch that becomes the threshold, above 0 and below 1.
         rounds: of sampling and training, at least 1.
@@ -303,20 +316,23 @@ class CbAS(DesignMethod):
         first, threshold = copy.deepcopy(scheme.model), torch.inf
         for left in range(min(self.rounds, known.remaining), 0, -1):
             like = next(scheme.model.parameters())
-            z = torch.randn(known.remaining // left, first.z_dim, generator=rng).to(like)
-            with torch.no_grad():
-                x = scheme.model.decoder(z).reshape(-1, *known.x.shape[1:])
-            values = known.evaluate(x.to(known.x)).nan_to_num(nan=torch.inf)
+            count = known.remaining // left
+            z = torch.randn(count, first.z_dim, generator=rng).to(like)
+            with torch.no_grad(), eval_mode(scheme.model):
+                x = scheme.model.draw(z, rng).reshape(-1, *known.x.shape[1:])
+            values = known.evaluate(x.to(known.x)).nan_to_num(nan=torch.inf, posinf=torch.inf)
             threshold = min(threshold, values.quantile(self.share, interpolation="lower").item())
-            chosen = (values <= threshold) & values.isfinite()
-            weights = importance_weights(first, scheme.model, x, z) * chosen
-            known.sample_sizes.append(sample_size(weights) if weights.any() else 0.0)
-            if weights.any() and left > 1:
+            chosen = ((values <= threshold) & values.isfinite()).to(x.device)
+            weights = importance_weights(first, scheme.model, x, z, chosen)
+            known.sample_sizes.append(sample_size(weights) if chosen.any() else 0.0)
+            if chosen.any() and left > 1:
                 train_weighted(scheme, x, weights, self.steps, self.batch_size, rng)
 
 
 @torch.no_grad()
-def importance_weights(first: nn.Module, model: nn.Module, x: Tensor, z: Tensor) -> Tensor:
+def importance_weights(
+    first: nn.Module, model: nn.Module, x: Tensor, z: Tensor, chosen: Tensor
+) -> Tensor:
     """Return $p_0(x|z)/p_t(x|z)$ divided by its largest value, float64, (n,).
 
     Args:
@@ -324,9 +340,13 @@ def importance_weights(first: nn.Module, model: nn.Module, x: Tensor, z: Tensor)
         model: VAE of $p_t$.
         x: examples (n, ...).
         z: latents from which they were drawn, (n, d).
+        chosen: (n,) bool, examples that count; the others have the weight 0.
     """
-    log_ratio = (first.log_likelihood(x, z) - model.log_likelihood(x, z)).double()
-    return (log_ratio - log_ratio.max()).exp()
+    with eval_mode(first, model):
+        log_ratio = (first.log_likelihood(x, z) - model.log_likelihood(x, z)).double()
+    log_ratio = log_ratio.where(chosen, -torch.inf)
+    most = log_ratio.max() if chosen.any() else 0.0
+    return (log_ratio - most).exp()
 
 # %% ../nbs/60_generative_optimizers/63_design.ipynb #a62f4874
 def design(
@@ -341,8 +361,8 @@ def design(
     """Propose examples with low values, by a VAE that has learned others.
 
     Args:
-        scheme: game whose `model` is a VAE with `encoder`, `decoder`, `log_likelihood` and `z_dim`,
-            trained on the data.
+        scheme: game whose `model` is a VAE with `encoder`, `decoder`, `draw`, `log_likelihood`
+            and `z_dim`, trained on the data.
         data: examples (N, ...), floats as the VAE takes them.
         values: (N,), of the objective; lower is better.
         objective: function of examples (n, ...) that returns (n,) numbers; nan for a failure.
@@ -355,10 +375,14 @@ def design(
     """
     check_count("design", budget=budget)
     check_seed("design", seed=seed)
-    parts = ("encoder", "decoder", "log_likelihood", "z_dim")
+    parts = ("encoder", "decoder", "draw", "log_likelihood", "z_dim")
     check_model("design", "scheme.model", getattr(scheme, "model", None), *parts)
-    if not isinstance(data, Tensor) or not data.is_floating_point() or not len(data):
+    if not isinstance(data, Tensor) or not data.is_floating_point() or data.numel() == 0:
         raise ValueError(f"design: data must be floating-point examples (N, ...); got {data!r}")
+    if data.dim() < 2 or not data.isfinite().all():
+        raise ValueError(
+            f"design: data must be finite and of the shape (N, ...); got {tuple(data.shape)}"
+        )
     known = KnownExamples(data, as_values(values, data), objective, budget)
     if known.values.isnan().all():
         raise ValueError("design: all values are nan: there is no example to start from")

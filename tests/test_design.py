@@ -68,12 +68,18 @@ def test_retraining_weights_are_those_of_the_paper(k, seed):
 def test_the_ratio_of_two_vaes_is_that_of_their_pixels():
     first, model = scheme_of(1).model.double(), scheme_of(2).model.double()
     x, z = torch.rand(8, 6, generator=generator(3), dtype=torch.float64), randn(8, 3, seed=4)
-    found, ratios = importance_weights(first, model, x, z), []
+    every = torch.ones(8, dtype=torch.bool)
+    found, ratios = importance_weights(first, model, x, z, every), []
     for row, latent in zip(x, z):
         p, q = (m.decoder(latent[None])[0] for m in (first, model))
         nats = row * (p.log() - q.log()) + (1 - row) * ((1 - p).log() - (1 - q).log())
         ratios.append(nats.sum().exp().item())
     assert found.tolist() == pytest.approx([r / max(ratios) for r in ratios], rel=1e-9)
+    chosen = found < found.max()
+    kept = importance_weights(first, model, x, z, chosen)
+    assert (kept[~chosen] == 0).all() and kept.max() == 1
+    assert torch.allclose(kept[chosen] / kept[chosen].sum(), found[chosen] / found[chosen].sum())
+    assert not importance_weights(first, model, x, z, ~every).any()
     weights = torch.tensor([1.0, 2.0, 0.0])
     assert sample_size(weights) == pytest.approx(9 / 5)
 
@@ -113,6 +119,40 @@ def test_every_evaluation_counts_and_seeds_decide(name, budget):
     assert torch.equal(runs[0].x, runs[1].x) and not torch.equal(runs[0].x, runs[2].x)
     assert torch.allclose(runs[0].values, total(runs[0].x).double())
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("name", METHODS)
+def test_data_may_have_another_dtype_and_the_model_dropout(name, dtype):
+    def dropped(seed):
+        "Return a VAE whose encoder and decoder drop units in training."
+        scheme = scheme_of(seed)
+        for net in (scheme.model.q_net, scheme.model.p_net):
+            net.insert(2, torch.nn.Dropout(0.5))
+        return scheme
+
+    x, values = data_of(10)
+    one, two = (
+        design(dropped(1), x.to(dtype), values, total, 30, METHODS[name], seed=4) for _ in range(2)
+    )
+    assert one.x.dtype == dtype and torch.equal(one.x, two.x)
+
+
+def test_a_search_that_can_improve_no_more_begins_anew():
+    x, values = data_of(11)
+
+    def flat(x):
+        "Return the same value for all."
+        return torch.zeros(len(x))
+
+    found = design(scheme_of(z_dim=2), x, values, flat, 3000, LatentSearch(1e-9), seed=1)
+    assert count_distinct(found.x[-2000:], 1e-4) > 1
+
+
+def test_cbas_draws_with_the_noise_of_the_pixels():
+    x, values = data_of(12)
+    found = design(scheme_of(), x, values, total, 30, METHODS["cbas"], seed=1)
+    assert set(found.x.unique().tolist()) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -188,6 +228,7 @@ def test_cbas_gives_failures_no_weight(monkeypatch):
     def fails(x):
         "Return nan for all examples, or all but the first."
         values = torch.full((len(x),), math.nan)
+        values[5] = math.inf
         if len(rounds) or seen:
             values[0] = 1.0
         seen.append(len(x))
@@ -240,6 +281,9 @@ def test_a_summary_of_an_empty_tail_and_bad_arguments():
         ({"values": values[:3]}, "the values must be 40 real numbers"),
         ({"values": values * math.nan}, "all values are nan"),
         ({"data": x.long()}, "floating-point examples"),
+        ({"data": x[:0]}, "floating-point examples"),
+        ({"data": torch.tensor(1.0), "values": torch.tensor(1.0)}, "of the shape"),
+        ({"data": x * math.nan}, "must be finite"),
         ({"scheme": torch.nn.Linear(2, 2)}, "scheme.model"),
     ):
         given = {"scheme": scheme_of(), "data": x, "values": values, "objective": total} | bad

@@ -601,3 +601,22 @@ def test_the_two_solutions_of_the_pseudo_inverse_agree():
         Guided(mixture.denoise, seen, PseudoInverse(0.9, 42, most))(y, level) for most in (42, 41)
     )
     assert (exact - iterated).abs().max() < 1e-4 and not torch.equal(exact, iterated)
+
+
+def test_a_few_pixels_of_a_large_image_need_no_large_matrix():
+    mask = torch.zeros(3, 256, 256, dtype=torch.bool)
+    mask[:, 3, 5:8] = True
+    values, vectors = Mask(mask).spectrum(torch.zeros(1))
+    assert torch.allclose(values, torch.ones(9)) and vectors.shape == (9, 9)
+
+
+@pytest.mark.parametrize("bent", [torch.abs, torch.relu, lambda x: x.amax(-1), lambda x: x + 1])
+def test_what_is_not_linear_is_refused(bent):
+    with pytest.raises(ValueError, match="not linear"):
+        Linear(bent, (1, 4, 4))
+
+
+def test_one_observation_of_all_images_stays_one():
+    seen = Observation(Blur((1, 4, 4), 1.0), torch.rand(1, 1, 4, 4, generator=generator(1)), 0.1)
+    x = torch.rand(6, 1, 4, 4, generator=generator(2))
+    assert torch.equal(seen.repeat(2)(x), seen(x))

@@ -157,6 +157,19 @@ def test_a_learned_flow_has_a_density_and_a_vae_has_none():
         make(vae, 1).distribution.log_prob(x)
 
 
+def test_a_conditional_scheme_and_a_broken_state_are_refused():
+    model = Denoiser(PerceptronDenoiser(2, 8, classes=3), (2,), "v", 1.0)
+    with pytest.raises(ValueError, match="conditioned on classes"):
+        Learned(DenoisingDiffusion(model, conditional=True, pixels=False))
+    learned = make(flow, 1).distribution
+    state = learned.state_dict()
+    del state["fits"]
+    with pytest.raises(ValueError, match="lacks the fits"):
+        learned.load_state_dict(state)
+    x = torch.randn(3, 2, dtype=torch.float64, generator=generator(2))
+    assert torch.allclose(learned.log_prob(x), learned.log_prob(x.float()))
+
+
 def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="has no sample"):
         Learned(object())

@@ -6,7 +6,7 @@ from torch import nn
 
 from optgen.controllers import Geco
 from optgen.data.batches import as_batch
-from optgen.data.images import Batch, DataError, weighted_mean
+from optgen.data.images import DataError, WeightedBatch, weighted_mean
 from optgen.models.diffusion import Denoiser, PerceptronDenoiser
 from optgen.models.flow import realnvp
 from optgen.models.vae import VAE
@@ -68,7 +68,7 @@ def test_a_weighted_loss_is_that_of_copies(name, seed):
     loss = next(iter(scheme.players.values())).loss
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        noisy = scheme.draw(Batch(pixels(seed), None, COPIES.double()))
+        noisy = scheme.draw(WeightedBatch(pixels(seed), None, COPIES.double()))
     found, expected = loss(noisy), loss(copied_rows(noisy, COPIES)) * COPIES.sum() / N
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
     params = [p for player in scheme.players.values() for p in player.params.values()]
@@ -85,7 +85,7 @@ def test_equal_weights_are_none_and_micro_batches_change_nothing(name):
         with torch.random.fork_rng():
             torch.manual_seed(4)
             for k in range(2):
-                scheme.step(Batch(pixels(k), None, weights))
+                scheme.step(WeightedBatch(pixels(k), None, weights))
         model = next(iter(scheme.players.values()))
         return torch.cat([p.detach().flatten() for p in model.params.values()])
 
@@ -112,9 +112,9 @@ def test_a_controller_sees_weighted_means():
         return NoisyBatch(x, z, z[:, 0, :0], z[:, :0], weights)
 
     x = pixels(6)
-    copies = COPIES * N / COPIES.sum()
-    found = controlled(x, copies.double())
-    assert torch.allclose(found, controlled(x.repeat_interleave(COPIES, 0), None))
+    for scale in (1, 10):
+        found = controlled(x, scale * COPIES.double())
+        assert torch.allclose(found, controlled(x.repeat_interleave(COPIES, 0), None))
     assert not torch.allclose(found, controlled(x, None))
 
 
@@ -143,9 +143,9 @@ def test_weights_reach_a_run_of_fit():
     scheme = MaximumLikelihood(model, "continuous", SGD(model.parameters(), lr=0.5))
     rows = list(zip(x, weights))
     loader = torch.utils.data.DataLoader(rows, batch_size=16, shuffle=True)
-    fit(scheme, loader, epochs=30, batch=lambda b: Batch(b[0], None, b[1]), progress="none")
+    fit(scheme, loader, epochs=30, batch=lambda b: WeightedBatch(b[0], None, b[1]), progress="none")
     assert torch.allclose(model.mean, torch.tensor([1.0, 0.0]), atol=1e-4)
-    assert as_batch(Batch(x, None, weights)).weights is weights
+    assert as_batch(WeightedBatch(x, None, weights)).weights is weights
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,16 @@ def test_weights_reach_a_run_of_fit():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_bad_weights_are_named(name, weights, words):
     with pytest.raises(DataError, match=words):
-        seeded(name, 1).step(Batch(pixels(1), None, weights))
+        seeded(name, 1).step(WeightedBatch(pixels(1), None, weights))
+
+
+def test_a_batch_without_weights_is_still_a_pair():
+    x, y = as_batch((pixels(1), torch.zeros(N, dtype=torch.int64)))
+    assert x.shape == (N, D) and y.shape == (N,)
 
 
 def test_schemes_without_weights_refuse_them():
     G, D_net = nn.Linear(3, D), nn.Linear(D, 1)
     G.z_dim = 3
     with pytest.raises(DataError, match="this scheme's loss has none"):
-        FeedbackGAN(G, D_net).step(Batch(pixels(1).float(), None, torch.ones(N)))
+        FeedbackGAN(G, D_net).step(WeightedBatch(pixels(1).float(), None, torch.ones(N)))

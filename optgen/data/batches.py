@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .images import Batch, DataError, describe_data
+from .images import Batch, DataError, WeightedBatch, describe_data
 
 # %% ../../nbs/00_foundations/06b_batches.ipynb #06b00006
 class BatchLoader:
@@ -277,12 +277,12 @@ def pair_of(raw: Any) -> tuple[Any, Any]:
     return raw[key], None if label is None else raw[label]
 
 
-def as_batch(raw: Any, function: Callable[[Any], Any] | None = None) -> Batch:
+def as_batch(raw: Any, function: Callable[[Any], Any] | None = None) -> Batch | WeightedBatch:
     """Return what a loader gave as a `Batch`. Arrays become tensors of the same numbers.
 
     Args:
         raw: as in `pair_of`; anything with `function`.
-        function: of `raw`, which returns x, (x, y) or a `Batch`. The x of a `Batch` may be a
+        function: of `raw`, which returns x, (x, y), a `Batch` or a `WeightedBatch`. The x of a `Batch` may be a
             dictionary or a tuple of tensors, for losses of your own.
 
     Raises:
@@ -297,7 +297,8 @@ def as_batch(raw: Any, function: Callable[[Any], Any] | None = None) -> Batch:
     if count_examples(x) is None:
         problem = f"the examples of a batch are {describe_data(x)}, expected tensors (B, ...)"
         raise DataError.with_fix("batch", problem, ASK_FOR_FUNCTION)
-    return Batch(x, y, tensors_of_arrays(getattr(raw, "weights", None)))
+    weights = tensors_of_arrays(getattr(raw, "weights", None))
+    return Batch(x, y) if weights is None else WeightedBatch(x, y, weights)
 
 # %% ../../nbs/00_foundations/06b_batches.ipynb #06b00010
 def map_nested(function: Callable[[Any], Any], value: Any) -> Any:

@@ -29,7 +29,7 @@ from optgen.data.batches import (
     move_nested,
     refuse_state,
 )
-from .images import Batch, DataError, DataWarning
+from .images import Batch, DataError, DataWarning, WeightedBatch
 from .loading import explained_reading
 from optgen.data.reproducible import (
     RandomStream,
@@ -189,12 +189,12 @@ class BatchMaker:
     def __init__(self, device: torch.device, function: Callable[[Any], Any] | None = None) -> None:
         self.device, self.function, self.watcher = device, function, None
 
-    def __call__(self, raw: Any) -> Batch:
+    def __call__(self, raw: Any) -> Batch | WeightedBatch:
         """Return the batch of what a loader gave."""
         batch = as_batch(raw, self.function)
         if self.watcher is not None:
             self.watcher(batch.x)
-        return Batch(*(move_nested(part, self.device) for part in batch))
+        return type(batch)(*(move_nested(part, self.device) for part in batch))
 
 
 class DatasetSource:

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'RENUMBER', 'ASSETS', 'DATASETS', 'DataWarning', 'DataError', 'check_split', 'stable_hash',
-           'seeded_generator', 'Batch', 'weighted_mean', 'ImageSet', 'describe_data', 'how_to_get_tensor',
-           'is_channels_last', 'likely_scale', 'how_to_get_bytes', 'how_to_get_labels', 'check_labels', 'Images',
-           'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'read_asset', 'digits']
+           'seeded_generator', 'Batch', 'WeightedBatch', 'weighted_mean', 'ImageSet', 'describe_data',
+           'how_to_get_tensor', 'is_channels_last', 'likely_scale', 'how_to_get_bytes', 'how_to_get_labels',
+           'check_labels', 'Images', 'read_idx', 'data_folders', 'mnist', 'fashion_mnist', 'read_asset', 'digits']
 
 # %% ../../nbs/00_foundations/01_images.ipynb #d1900004
 import gzip
@@ -100,12 +100,24 @@ class Batch(NamedTuple):
     Attributes:
         x: (B, C, H, W) floats in [0, 1], or (B, T) int64 tokens.
         y: (B,) int64 labels, or None.
-        weights: (B,) weights of the examples in a loss, at least 0; None for equal ones.
     """
 
     x: Tensor
     y: Tensor | None = None
-    weights: Tensor | None = None
+
+
+class WeightedBatch(NamedTuple):
+    """Batch whose examples have weights in a loss.
+
+    Attributes:
+        x: as in `Batch`.
+        y: as in `Batch`.
+        weights: (B,) floats, at least 0; None for equal ones.
+    """
+
+    x: Tensor
+    y: Tensor | None
+    weights: Tensor | None
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:

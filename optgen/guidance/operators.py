@@ -39,10 +39,11 @@ class Linear:
 
     def __init__(self, apply: Callable[[Tensor], Tensor], shape: Sequence[int]) -> None:
         self.function, self.shape = apply, tuple(shape)
-        x = torch.ones(1, *self.shape)
-        if not torch.allclose(apply(x * 3) - apply(x * 0), 3 * apply(x), atol=1e-4):
+        x, y = torch.randn(2, 1, *self.shape, generator=torch.Generator().manual_seed(0))
+        sums = self.apply(2 * x - 3 * y), 2 * self.apply(x) - 3 * self.apply(y)
+        if not torch.allclose(*sums, rtol=1e-4, atol=1e-4):
             raise ValueError(
-                "Linear: the function is not linear, f(3x) - f(0) differs from 3 f(x); "
+                "Linear: the function is not linear, f(2x - 3y) differs from 2 f(x) - 3 f(y); "
                 "subtract its constant, or guide by a differentiable log-likelihood"
             )
 
@@ -79,7 +80,10 @@ class Linear:
         key = like.dtype, like.device
         if key not in kept:
             with full_precision(like):
-                A = self.matrix(like.to(torch.promote_types(like.dtype, torch.float32)))
+                wide = like.to(torch.promote_types(like.dtype, torch.float32))
+                shape = self.apply(wide.new_zeros(1, *self.shape)).shape[1:]
+                eye = torch.eye(math.prod(shape), dtype=wide.dtype, device=wide.device)
+                A = self.adjoint(eye.view(-1, *shape)).flatten(1)
                 values, vectors = torch.linalg.eigh(A @ A.T)
             kept[key] = values.clamp(min=0).to(like.dtype), vectors.to(like.dtype)
         return kept[key]
@@ -230,7 +234,12 @@ class Observation(NamedTuple):
         return -(self.residual(x) ** 2).flatten(1).sum(1) / (2 * self.noise**2)
 
     def repeat(self, n: int) -> "Observation":
-        """Return the observation n times, for n batches of images in a row."""
+        """Return the observation n times, for n batches of images in a row.
+
+        One observation of all images stays one.
+        """
+        if len(self.observed) == 1:
+            return self
         return self._replace(observed=torch.cat([self.observed] * n))
 
 

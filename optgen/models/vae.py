@@ -135,6 +135,15 @@ class BernoulliVAE(LatentModel):
         """
         return self.logits(z).sigmoid()
 
+    def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw pixels from $p(x\mid z)$: each is 0 or 1.
+
+        Args:
+            z: latents (..., z_dim).
+            generator: random numbers, on the device of z; torch's own if None.
+        """
+        return torch.bernoulli(self.decoder(z), generator=generator)
+
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         r"""Return $\log p(x\mid z)$, Eq. (vae-bernoulli).
 
@@ -240,6 +249,17 @@ class GaussianVAE(VAE):
             z: latents (..., z_dim).
         """
         return self.mean(self.logits(z))
+
+    def draw(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        r"""Draw numbers from $p(x\mid z)$, Eq. (vae-gaussian).
+
+        Args:
+            z: latents (..., z_dim).
+            generator: random numbers, on the device of z; torch's own if None.
+        """
+        mean = self.decoder(z)
+        like = {"dtype": mean.dtype, "device": mean.device}
+        return mean + self.variance.sqrt() * torch.randn(mean.shape, generator=generator, **like)
 
     def mean(self, logits: Tensor) -> Tensor:
         """Return the mean that belongs to an output of the network."""

@@ -149,7 +149,7 @@ class DenoisingDiffusion(Game):
         if self.weight == "elbo":
             w = elbo_weight(self.schedule, u)
         else:
-            w = WEIGHTS.get(self.weight, self.weight)(sigma, std)
+            w = (self.weight if callable(self.weight) else WEIGHTS[self.weight])(sigma, std)
         return w * target_weight(sigma, self.model.target, std)
 
     def prepare(

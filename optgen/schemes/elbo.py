@@ -160,9 +160,12 @@ class BetaVAE(Game):
         if self.beta_is_due:
             rate_mean, distortion_mean = rate[0], None  # of what is not measured, only the shape
             if self.beta.measured:
-                means = self.average_over_batch(
-                    [weighted_mean(part, weights) for part in (distortion, rate)]
-                )
+                parts = [weighted_mean(part, weights) for part in (distortion, rate)]
+                if weights is not None:
+                    parts.append(weights.to(rate.dtype).mean())
+                means = self.average_over_batch(parts)
+                if weights is not None:
+                    means = [part / means[2] for part in means[:2]]
                 rate_mean, distortion_mean = means[1], self.beta.distortion(self.model, means[0])
             # Not before the means are there: a micro-batch may have to ask again.
             self.beta_is_due = False

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from ..checks import check_choice, check_count
 from ..data.expectations import BatchCheck, expectation_of
-from ..data.images import Batch, weighted_mean
+from ..data.images import Batch, WeightedBatch, weighted_mean
 from ..games import Game, Player, Rule
 from ..limits import check_model, explains_torch_limits
 from ..metrics import bits_per_dim, eval_mode, wilson_interval
@@ -303,14 +303,14 @@ class MaximumLikelihood(Game):
         noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
         return dequantize(x, noise)
 
-    def preprocess_batch(self, batch: Batch) -> Batch:
+    def preprocess_batch(self, batch: Batch | WeightedBatch) -> WeightedBatch:
         """Return a batch as the model takes it; the first one initializes the model."""
         self.batch_check.step(batch, next(self.model.parameters()))
         y, labels = self.preprocess(batch.x), batch.y if self.conditional else None
         if not self.begun:
             calibrate(self.model, y, labels)
             self.begun = True
-        return Batch(y, labels, getattr(batch, "weights", None))
+        return WeightedBatch(y, labels, getattr(batch, "weights", None))
 
     def nats(self, y: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the negative log-likelihood of each image, exact or by Eq. (likelihood-bound).
@@ -335,7 +335,7 @@ class MaximumLikelihood(Game):
         given = () if labels is None else (labels,)
         return D * math.log(256) * (self.data == "dequantized") - p.log_prob(y, *given)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def loss(self, batch: WeightedBatch) -> Tensor:
         """Return the mean negative log-likelihood, 0-dim, nats an image, Eq. (likelihood).
 
         A batch with weights has the loss of Eq. (batch-weights).

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_seed
-from ..data.images import Batch, seeded_generator
+from ..data.images import WeightedBatch, seeded_generator
 from ..games import Game
 from .distributions import Distribution
 
@@ -24,7 +24,7 @@ class Learned(Distribution):
 
     Args:
         scheme: game with `sample(n)`, whose loss takes weights of examples: a `BetaVAE`, a
-            `DenoisingDiffusion` or a `MaximumLikelihood`, which sees points as they are drawn.
+            `DenoisingDiffusion` or a `MaximumLikelihood`, without classes.
         steps: of its optimizer in a fit, at least 1.
         batch_size: most points in a step, at least 1; they are drawn anew for each.
         draw: function n -> points (n, ...), by default the scheme's `sample`. A VAE's `sample` is
@@ -51,6 +51,11 @@ class Learned(Distribution):
             raise ValueError(
                 f"Learned: {type(scheme).__name__} has no sample(n): take a scheme that draws "
                 "points, or pass draw="
+            )
+        if getattr(scheme, "conditional", False):
+            raise ValueError(
+                "Learned: the scheme is conditioned on classes, and points have none: take an "
+                "unconditional one"
             )
         self.scheme, self.steps, self.batch_size = scheme, steps, batch_size
         self.draw, self.seed, self.fits = draw or scheme.sample, seed, 0
@@ -86,7 +91,7 @@ class Learned(Distribution):
                 f"{type(self.scheme).__name__} has no exact density: take a MaximumLikelihood"
             )
         with torch.no_grad():
-            return -self.scheme.nats(x)
+            return -self.scheme.nats(x.to(next(self.scheme.model.parameters())))
 
     def fit(self, x: Tensor, weights: Tensor, rate: float = 1.0) -> None:
         """Take some steps on weighted points, Eq. (learned-loss) or Eq. (learned-kept)."""
@@ -104,7 +109,7 @@ class Learned(Distribution):
             torch.manual_seed(torch.randint(2**62, (), generator=rng).item())
             for _ in range(self.steps):
                 rows = torch.randperm(len(x), generator=rng)[: self.batch_size].to(x.device)
-                self.scheme.step(Batch(x[rows], None, weights[rows].float()))
+                self.scheme.step(WeightedBatch(x[rows], None, weights[rows].float()))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state: that of the scheme, and the number of fits."""
@@ -119,6 +124,8 @@ class Learned(Distribution):
         Raises:
             ValueError: if it is not.
         """
+        if "fits" not in state or "scheme" not in state:
+            raise ValueError("the state is not one of a Learned distribution: it lacks the fits")
         own = copy.deepcopy(self.scheme.state_dict())
         try:
             self.scheme.load_state_dict(copy.deepcopy(state["scheme"]))
