@@ -60,11 +60,11 @@ def test_the_error_of_the_mean_is_unbiased():
     mean = torch.randn(n, 6, generator=rng, dtype=torch.float64)
     samples = mean + 2 * torch.randn(3, n, 6, generator=rng, dtype=torch.float64)
     exact = (x - mean).square().mean(1)
-    found = page.mean_square_errors(x, page.Estimate(samples=samples))
+    found = page.mean_square_errors(x, page.RestoredImages(samples=samples))
     excess = found - exact
     assert excess.mean().abs() < 4 * excess.std() / n**0.5
     assert ((x - samples.mean(0)).square().mean(1) - exact).mean() > 1  # The naive one is not.
-    direct = page.mean_square_errors(x, page.Estimate(mean, samples))
+    direct = page.mean_square_errors(x, page.RestoredImages(mean, samples))
     assert torch.allclose(direct, exact)
 
 
@@ -86,7 +86,7 @@ def test_measures_are_those_of_the_samples():
     x = torch.rand(3, 1, 28, 28, generator=rng)
     seen = Observation(operator, torch.rand(3, 1, 7, 7, generator=rng), 0.2)
     samples = 2 * torch.rand(2, 3, 1, 28, 28, generator=rng) - 0.5
-    found = page.measure(x, seen, page.Estimate(samples.mean(0).clamp(0, 1), samples), 1)
+    found = page.measure(x, seen, page.RestoredImages(samples.mean(0).clamp(0, 1), samples), 1)
     inside = samples.clamp(0, 1)
     assert found["single"] == pytest.approx((inside - x).square().mean().item(), abs=1e-6)
     squares = (operator.apply(samples.flatten(0, 1)) - seen.observed.repeat(2, 1, 1, 1)).square()
@@ -94,7 +94,7 @@ def test_measures_are_those_of_the_samples():
     assert sum(found["ranks"]) == 3 * 784
     exact = (samples.mean(0).clamp(0, 1) - x).square().mean((1, 2, 3))
     assert found["errors"] == pytest.approx(exact.tolist(), abs=1e-6)
-    assert page.measure(x, seen, page.Estimate(x), 1) == {"errors": [0.0, 0.0, 0.0]}
+    assert page.measure(x, seen, page.RestoredImages(x), 1) == {"errors": [0.0, 0.0, 0.0]}
 
 
 def test_an_exact_posterior_is_that_of_the_gaussian():
@@ -137,7 +137,7 @@ def test_a_run_restores_its_images_and_notes_what_it_should(monkeypatch):
         calls.append((task, observation))
         x = page.held_out_images("mnist", seed, 4)
         noisy = x + 0.1 * torch.randn(3, *x.shape, generator=generator(1))
-        return page.Estimate(samples=noisy), {"note": 1}
+        return page.RestoredImages(samples=noisy), {"note": 1}
 
     monkeypatch.setattr(page, "estimate", estimate)
     config = {"data": "mnist", "images": 4, "samples": 3, "prior": "x", "tasks": ["half", "sums50"]}

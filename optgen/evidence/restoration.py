@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'SEEDS', 'DATA', 'SUMS', 'TASKS', 'EXACT', 'PRIORS', 'WEIGHTS', 'STAGES', 'SHAPE', 'RUN', 'COMMAND',
-           'build_task', 'as_pixels', 'held_out_images', 'Estimate', 'restore_exactly', 'train_vae', 'best_weight',
-           'open_prior', 'fit_exact', 'estimate', 'mean_square_errors', 'rank_counts', 'measure', 'judge', 'same_class',
-           'run_restoration', 'experiment']
+           'build_task', 'as_pixels', 'held_out_images', 'RestoredImages', 'restore_exactly', 'train_vae',
+           'best_weight', 'open_prior', 'fit_exact', 'estimate', 'mean_square_errors', 'rank_counts', 'measure',
+           'judge', 'same_class', 'run_restoration', 'experiment']
 
 # %% ../../nbs/90_evidence/98_restoration.ipynb #1c8072dd
 import functools
@@ -97,7 +97,7 @@ def held_out_images(data: str, seed: int, count: int) -> Tensor:
     return as_pixels(DATA[data]("test"), order[count * (seed - 1) : count * seed])
 
 # %% ../../nbs/90_evidence/98_restoration.ipynb #e2648c48
-class Estimate(NamedTuple):
+class RestoredImages(NamedTuple):
     """Restored images.
 
     Attributes:
@@ -111,7 +111,7 @@ class Estimate(NamedTuple):
 
 def restore_exactly(
     prior: GaussianMixture, observation: Observation, samples: int, rng: torch.Generator
-) -> Estimate:
+) -> RestoredImages:
     """Return the mean and samples of the posterior of a mixture of Gaussians.
 
     Args:
@@ -124,7 +124,7 @@ def restore_exactly(
     posterior = prior.condition(operator.matrix(observed), observed.flatten(1), noise)
     drawn = posterior.sample(samples, rng)
     mean, drawn = (x.view(*x.shape[:-1], *SHAPE) for x in (posterior.mean, drawn))
-    return Estimate(mean.clamp(0, 1), drawn)
+    return RestoredImages(mean.clamp(0, 1), drawn)
 
 
 @functools.cache
@@ -200,7 +200,7 @@ def fit_exact(data: str, prior: str, seed: int) -> GaussianMixture:
 
 def estimate(
     config: dict[str, Any], task: str, observation: Observation, seed: int
-) -> tuple[Estimate, dict[str, Any]]:
+) -> tuple[RestoredImages, dict[str, Any]]:
     """Return what a prior makes of an observation, and what there is to note about it.
 
     Args:
@@ -218,7 +218,7 @@ def estimate(
     if prior == "vae":
         model = train_vae(data, seed)
         weight = best_weight(model, data, task, seed, config["images"])
-        return Estimate(latent_search(model, observation, weight, generator=rng)), {
+        return RestoredImages(latent_search(model, observation, weight, generator=rng)), {
             "weight": weight
         }
     run = open_prior(data)
@@ -238,10 +238,10 @@ def estimate(
         "loss": round(run.records[-1]["valid"]["loss"], 5),
         "hours": round(sum(record["seconds"] for record in run.records) / 3600, 2),
     }
-    return Estimate(samples=found.samples), {"trained": trained}
+    return RestoredImages(samples=found.samples), {"trained": trained}
 
 # %% ../../nbs/90_evidence/98_restoration.ipynb #45d8265a
-def mean_square_errors(x: Tensor, found: Estimate) -> Tensor:
+def mean_square_errors(x: Tensor, found: RestoredImages) -> Tensor:
     """Return the square error of the mean, per pixel, Eq. (restoration-error), (B,).
 
     Args:
@@ -271,7 +271,9 @@ def rank_counts(x: Tensor, samples: Tensor, rng: torch.Generator) -> list[int]:
     return ranks.flatten().long().bincount(minlength=len(samples) + 1).tolist()
 
 
-def measure(x: Tensor, observation: Observation, found: Estimate, seed: int) -> dict[str, Any]:
+def measure(
+    x: Tensor, observation: Observation, found: RestoredImages, seed: int
+) -> dict[str, Any]:
     """Return the measures of restored images.
 
     The residual is that of the samples as they are, the rest that of their values in [0, 1].
