@@ -282,8 +282,8 @@ def as_batch(raw: Any, function: Callable[[Any], Any] | None = None) -> Batch | 
 
     Args:
         raw: as in `pair_of`; anything with `function`.
-        function: of `raw`, which returns x, (x, y), a `Batch` or a `WeightedBatch`. The x of a `Batch` may be a
-            dictionary or a tuple of tensors, for losses of your own.
+        function: of `raw`, which returns x, (x, y), a `Batch` or a `WeightedBatch`. The x of a
+            `Batch` may be a dictionary or a tuple of tensors, for losses of your own.
 
     Raises:
         DataError: for what is no batch.
