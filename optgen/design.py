@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['nearest_distance', 'count_distinct', 'Designed', 'KnownExamples', 'sample_size', 'train_weighted', 'DesignMethod',
-           'LatentSearch', 'retraining_weights', 'Retraining', 'CbAS', 'importance_weights', 'design']
+           'LatentSearch', 'retraining_weights', 'Retraining', 'CbAS', 'importance_weights', 'design', 'bin_values',
+           'design_offline']
 
 # %% ../nbs/60_generative_optimizers/63_design.ipynb #cd876f7a
 import copy
@@ -17,7 +18,7 @@ from scipy.special import chdtri
 from torch import Tensor, nn
 
 from .checks import check_count, check_number, check_seed
-from .data.images import Batch
+from .data.images import Batch, WeightedBatch
 from .games import Game
 from .limits import check_model
 from .metrics import eval_mode
@@ -388,3 +389,79 @@ def design(
         raise ValueError("design: all values are nan: there is no example to start from")
     (method or Retraining()).run(scheme, known, torch.Generator().manual_seed(int(seed)))
     return known.designed()
+
+# %% ../nbs/60_generative_optimizers/63_design.ipynb #7e6be2de
+def bin_values(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    r"""Return the bins of values and the weights of Eq. (design-bins), each (N,).
+
+    Args:
+        values: finite, (N,); lower is better.
+        bins: number of bins of equal width, 2 to 10,000.
+
+    Returns:
+        Bins, int64, 0 for the lowest values; weights, float64.
+    """
+    check_count("bin_values", 2, 10_000, bins=bins)
+    values = values.double()
+    low, width = values.min(), (values.max() - values.min()).clamp(min=1e-12) / bins
+    label = ((values - low) / width).long().clamp(max=bins - 1)
+    share = label.bincount(minlength=bins).double() / len(values)
+    tau = (values.quantile(0.1) - low).clamp(min=width)
+    weight = (-width * torch.arange(bins, device=values.device) / tau).exp() / (share + 1e-3)
+    weights = weight[label]
+    return label, (weights / weights.mean()).clamp(max=5)
+
+
+def design_offline(
+    scheme: Game,
+    data: Tensor,
+    values: Tensor,
+    designs: int = 128,
+    steps: int = 1000,
+    batch_size: int = 128,
+    guidance: float = 3.0,
+    seed: int = 0,
+) -> Tensor:
+    """Propose examples with low values without evaluating any. Krishnamoorthy et al. (2023), DDOM.
+
+    The scheme is trained here, on the bins of the values as classes, 0 the best.
+
+    Args:
+        scheme: conditional `DenoisingDiffusion`, whose number of classes is that of the bins;
+            with `label_dropout` for guidance other than 1.
+        data: examples (N, ...), floats as the scheme takes them.
+        values: (N,), finite; lower is better.
+        designs: number of proposals, at least 1.
+        steps: of training, at least 0; a scheme that is trained already needs none.
+        batch_size: examples in a step, at least 1.
+        guidance: weight of the class in the draws.
+        seed: of all draws.
+
+    Returns:
+        Examples, (designs, ...).
+
+    Raises:
+        ValueError: if the scheme has no classes, an argument is out of range, or a value is not
+            finite.
+    """
+    check_count("design_offline", designs=designs, batch_size=batch_size)
+    check_count("design_offline", 0, steps=steps)
+    check_seed("design_offline", seed=seed)
+    bins = getattr(scheme, "n_classes", None) or 0
+    values = as_values(values, data)
+    if bins < 2 or not values.isfinite().all():
+        raise ValueError(
+            "design_offline: a conditional scheme of two classes at least and finite values are "
+            f"expected; got {bins} classes, and {int((~values.isfinite()).sum())} values that are "
+            "not finite"
+        )
+    labels, weights = bin_values(values, bins)
+    rng = torch.Generator().manual_seed(int(seed))
+    with torch.random.fork_rng(), torch.enable_grad():
+        torch.manual_seed(torch.randint(2**62, (), generator=rng).item())
+        for _ in range(steps):
+            rows = torch.randint(len(data), (batch_size,), generator=rng).to(data.device)
+            batch = WeightedBatch(data[rows], labels[rows], weights[rows].float())
+            scheme.step(batch)
+        best = torch.zeros(designs, dtype=torch.int64, device=data.device)
+        return scheme.sample(designs, labels=best, guidance=guidance)

@@ -755,6 +755,11 @@ CASES = {
         {"share": 0.3, "rounds": 2, "steps": 1, "batch_size": 3},
         designed_by,
     ),
+    "design.bin_values": (
+        lambda **o: design.bin_values(torch.rand(9), **o),
+        {"bins": 3},
+        lambda found: finite(found[1]),
+    ),
     "design.design": (
         lambda **o: designed_by(design.LatentSearch(), **o),
         {"budget": 9, "seed": 0},

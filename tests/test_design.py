@@ -13,15 +13,19 @@ from optgen.design import (
     KnownExamples,
     LatentSearch,
     Retraining,
+    bin_values,
     count_distinct,
     design,
+    design_offline,
     importance_weights,
     nearest_distance,
     retraining_weights,
     sample_size,
     train_weighted,
 )
+from optgen.models.diffusion import Denoiser, PerceptronDenoiser
 from optgen.models.vae import VAE
+from optgen.schemes.denoising import DenoisingDiffusion
 from optgen.schemes.elbo import BetaVAE
 from optgen.testing import generator, randn
 
@@ -332,3 +336,74 @@ def test_the_threshold_of_cbas_stays_when_a_batch_is_worse(monkeypatch):
     chosen = [weights.nonzero().flatten().tolist() for weights in rounds]
     assert chosen == [[0, 1, 2, 3, 4], [], [7]] or chosen == [[0, 1, 2, 3, 4], [7]]
     assert found.sample_sizes[1] == 0.0
+
+
+@pytest.mark.parametrize("bins", [2, 7])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_bins_are_of_equal_width_and_good_ones_weigh_more(seed, bins):
+    values = torch.randn(300, generator=generator(seed), dtype=torch.float64)
+    label, weights = bin_values(values, bins)
+    low, high = values.min().item(), values.max().item()
+    width = (high - low) / bins
+    tau = max(values.quantile(0.1).item() - low, width)
+    expected = [min(int((v - low) / width), bins - 1) for v in values.tolist()]
+    assert label.tolist() == expected
+    raw = []
+    for b in expected:
+        center, best = low + (b + 0.5) * width, low + 0.5 * width
+        raw.append(math.exp(-(center - best) / tau) / (expected.count(b) / 300 + 1e-3))
+    mean = sum(raw) / 300
+    assert weights.tolist() == pytest.approx([min(w / mean, 5) for w in raw], rel=1e-9)
+    same = bin_values(torch.ones(4), 3)
+    assert same[0].tolist() == [0] * 4 and same[1].tolist() == [1.0] * 4
+
+
+def conditional(seed=0, classes=5):
+    "Return a conditional diffusion of two numbers."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Denoiser(PerceptronDenoiser(2, 16, classes=classes), (2,), "v", 0.6)
+        return DenoisingDiffusion(model, conditional=True, pixels=False, label_dropout=0.1)
+
+
+def test_offline_design_trains_on_bins_and_draws_the_best(monkeypatch):
+    scheme, seen, asked = conditional(), [], []
+    monkeypatch.setattr(scheme, "step", seen.append)
+    sample = scheme.sample
+
+    def noted(n, **options):
+        "Note how draws are asked for."
+        asked.append((n, options))
+        return sample(n, **options)
+
+    monkeypatch.setattr(scheme, "sample", noted)
+    x = torch.rand(50, 2, generator=generator(1))
+    values = x.norm(dim=1)
+    found = design_offline(scheme, x, values, 9, steps=6, batch_size=20, guidance=1.5, seed=3)
+    assert found.shape == (9, 2) and len(seen) == 6
+    label, weights = bin_values(values, 5)
+    for batch in seen:
+        rows = [(x == row).all(1).nonzero().item() for row in batch.x]
+        assert torch.equal(batch.y, label[rows]) and len(rows) == 20
+        assert torch.allclose(batch.weights.double(), weights[rows])
+    assert not torch.equal(seen[0].x, seen[1].x)
+    ((n, options),) = asked
+    assert n == 9 and options["labels"].tolist() == [0] * 9 and options["guidance"] == 1.5
+
+
+def test_offline_design_repeats_itself_and_names_bad_input():
+    x = torch.rand(40, 2, generator=generator(2))
+    before = torch.random.get_rng_state()
+    one, two, other = (
+        design_offline(conditional(), x, x.sum(1), 5, steps=3, seed=s) for s in (1, 1, 2)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
+    assert torch.equal(before, torch.random.get_rng_state())
+    with pytest.raises(ValueError, match="two classes at least"):
+        design_offline(scheme_of(), x, x.sum(1))
+    with pytest.raises(ValueError, match="40 values that are not finite"):
+        design_offline(conditional(), x, x.sum(1) * math.nan)
+    with pytest.raises(ValueError, match="designs"):
+        design_offline(conditional(), x, x.sum(1), 0)
+    with pytest.raises(ValueError, match="the values must be 40 real numbers"):
+        design_offline(conditional(), x, x.sum(1)[:3])
