@@ -319,8 +319,11 @@ class CbAS(DesignMethod):
             like = next(scheme.model.parameters())
             count = known.remaining // left
             z = torch.randn(count, first.z_dim, generator=rng).to(like)
+            # The generator of the draws is where the model is, and `rng` seeds it.
+            seed = torch.randint(2**62, (), generator=rng).item()
+            noise = torch.Generator(z.device).manual_seed(seed)
             with torch.no_grad(), eval_mode(scheme.model):
-                x = scheme.model.draw(z, rng).reshape(-1, *known.x.shape[1:])
+                x = scheme.model.draw(z, noise).reshape(-1, *known.x.shape[1:])
             values = known.evaluate(x.to(known.x)).nan_to_num(nan=torch.inf, posinf=torch.inf)
             threshold = min(threshold, values.quantile(self.share, interpolation="lower").item())
             chosen = ((values <= threshold) & values.isfinite()).to(x.device)
