@@ -70,7 +70,7 @@ class NoisyLevelBatch(NamedTuple):
     u: Tensor
     density: Tensor
     labels: Tensor | None
-    example_weights: Tensor | None
+    example_weights: Tensor | None = None
 
 # %% ../../nbs/30_schemes/34_denoising.ipynb #a632ae4d
 class DenoisingDiffusion(Game):

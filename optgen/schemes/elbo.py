@@ -57,7 +57,7 @@ class NoisyBatch(NamedTuple):
     eps: Tensor
     u: Tensor
     inner: Tensor
-    weights: Tensor | None
+    weights: Tensor | None = None
 
 # %% ../../nbs/30_schemes/30_elbo.ipynb #23a2fcf4-3
 ENCODER_DECODER = ("encoder", "decoder")
