@@ -1,5 +1,7 @@
 """The evidence of restoration: tasks, measures and wiring, against formulas written here."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,8 @@ from optgen.data.loading import split_holdout
 from optgen.evidence import restoration as page
 from optgen.evidence.reproduce import tasks_of
 from optgen.guidance.operators import Downsample, Observation
+from optgen.guidance.restoration import Restored
+from optgen.guidance.rules import Moments
 from optgen.models.mixture import GaussianMixture
 from optgen.models.vae import VAE
 from optgen.testing import generator
@@ -168,3 +172,62 @@ def test_a_missing_prior_is_named_with_its_command(monkeypatch, tmp_path):
     page.open_prior.cache_clear()
     with pytest.raises(FileNotFoundError, match="optgen train ddpm --data mnist"):
         page.open_prior("mnist")
+
+
+def test_each_prior_restores_as_the_plan_says(monkeypatch):
+    operator, noise = page.build_task("half", 1)
+    seen = Observation(operator, torch.rand(2, 392, generator=generator(7)), noise)
+    calls = {}
+
+    def restored(scheme, observed, operator, noise, **options):
+        "Note the call of `restore`, and whether it is under autocast."
+        calls["restore"] = (scheme, observed, operator, noise, options)
+        calls["autocast"] = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        return Restored(torch.ones(3, 2, 1, 28, 28))
+
+    def searched(model, observation, weight, generator):
+        "Note the call of `latent_search`."
+        calls["search"] = (model, observation, weight)
+        return torch.zeros(2, 1, 28, 28)
+
+    records = [
+        {"valid": {"loss": 0.5}, "seconds": 1800.0},
+        {"valid": {"loss": 0.25}, "seconds": 1800.0},
+    ]
+    run = SimpleNamespace(scheme="scheme", records=records)
+    monkeypatch.setattr(page, "open_prior", lambda data: run)
+    monkeypatch.setattr(page, "restore", restored)
+    monkeypatch.setattr(page, "latent_search", searched)
+    monkeypatch.setattr(page, "train_vae", lambda data, seed: (data, seed))
+    monkeypatch.setattr(
+        page, "best_weight", lambda model, data, task, seed, count: (task, seed, count)
+    )
+    variants = page.experiment("mnist", ".").variants
+    found, notes = page.estimate(variants["diffusion-half"], "half", seen, 2)
+    scheme, observed, used, deviation, options = calls["restore"]
+    assert (scheme, used, deviation) == ("scheme", operator, noise)
+    assert torch.equal(observed, seen.observed) and calls["autocast"] == (True, torch.bfloat16)
+    assert options["sampler"] == "ancestral" and options["steps"] == 30
+    assert options["samples"] == 3 and type(options["rule"]) is Moments
+    assert options["rule"].steps == 3 and found.mean is None and len(found.samples) == 3
+    assert notes == {"trained": {"epochs": 2, "loss": 0.25, "hours": 1.0}}
+    found, notes = page.estimate(variants["vae"], "half", seen, 3)
+    assert calls["search"] == (("mnist", 3), seen, ("half", 3, 100))
+    assert notes == {"weight": ("half", 3, 100)} and found.samples is None
+    exact = []
+    monkeypatch.setattr(page, "fit_exact", lambda *given: exact.append(given) or "prior")
+    monkeypatch.setattr(page, "restore_exactly", lambda *given: given[:3])
+    assert page.estimate(variants["mixture"], "half", seen, 2)[0] == ("prior", seen, 3)
+    assert exact == [("mnist", "mixture", 2)]
+
+
+def test_exact_priors_learn_from_training_images_alone(monkeypatch):
+    fits = []
+    monkeypatch.setattr(page, "fit_mixture", lambda x, k, seed: fits.append((x, k, seed)))
+    page.fit_exact.__wrapped__("mnist", "mixture", 2)
+    page.fit_exact.__wrapped__("mnist", "gaussian", 3)
+    (x, k, seed), (other, one, _) = fits
+    assert (k, one, seed) == (30, 1, 2) and x.shape == (20_000, 1, 28, 28)
+    assert not torch.equal(x, other)
+    valid = page.as_pixels(split_holdout(page.mnist("train"))[1], torch.arange(200)).flatten(1)
+    assert torch.cdist(valid, x[:4000].flatten(1)).min() > 0

@@ -135,16 +135,8 @@ class Learned(Distribution):
             self.scheme.load_state_dict(own)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a state that passes `check_state`.
-
-        Args:
-            state: from `state_dict`.
-
-        Raises:
-            ValueError: if it does not fit; then nothing is loaded.
-        """
-        self.check_state(state)
-        self.fits = state["fits"]
+        """Load a state that passes `check_state`, that of the scheme with it."""
+        super().load_state_dict(state)
         self.scheme.load_state_dict(copy.deepcopy(state["scheme"]))
 
     def to(self, device: torch.device | str) -> None:
