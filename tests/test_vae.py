@@ -293,3 +293,20 @@ def test_a_convolutional_vae_has_the_width_that_is_asked_for(shape):
     ]
     expected = torch.stack(one_by_one).view(4, 2)
     torch.testing.assert_close(model.log_likelihood(x, z), expected)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_draws_have_the_noise_of_the_decoder(seed):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        bernoulli, gaussian = VAE(5, 8, 8, 2), GaussianVAE(5, 8, 8, 2, out="linear")
+    gaussian.variance.fill_(0.25)
+    z, n = torch.randn(1, 2, generator=generator(seed)).expand(20_000, 2), 20_000
+    for model in (bernoulli, gaussian):
+        mean = model.decoder(z[:1])[0].detach()
+        variance = mean * (1 - mean) if model is bernoulli else torch.full_like(mean, 0.25)
+        x = model.draw(z, generator(seed + 10)).detach()
+        assert ((x.mean(0) - mean).abs() < 4.5 * (variance / n).sqrt()).all()
+        assert torch.allclose(x.var(0), variance, atol=0.02)
+        assert torch.equal(x, model.draw(z, generator(seed + 10)))
+    assert set(bernoulli.draw(z, generator(3)).unique().tolist()) == {0.0, 1.0}
