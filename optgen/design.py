@@ -263,7 +263,7 @@ class Retraining(DesignMethod):
     """Weighted retraining. Tripp et al. (2020), with CMA-ES in the latent space.
 
     Args:
-        k: of Eq. (design-rank), above 0.
+        k: of Eq. (design-rank), above 0; infinity for equal weights.
         rounds: of training and search, at least 1.
         steps: of training in a round, at least 1.
         batch_size: examples in a step, at least 1.
@@ -278,7 +278,8 @@ class Retraining(DesignMethod):
         batch_size: int = 128,
         search: LatentSearch | None = None,
     ) -> None:
-        check_number("Retraining", above=0, k=k)
+        if k != torch.inf:
+            check_number("Retraining", above=0, k=k)
         check_count("Retraining", rounds=rounds, steps=steps, batch_size=batch_size)
         self.k, self.rounds, self.steps, self.batch_size = k, rounds, steps, batch_size
         self.latent_search = search or LatentSearch()
