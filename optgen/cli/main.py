@@ -27,6 +27,7 @@ from .pictures import interpolate, reconstruct, traverse
 from .restore import restore
 from .runs import load_claims, load_commands
 from .train import train
+from .tune import tune
 from ..console import lasting_streams, progress_shown, warnings_in_one_line
 from ..options import WholeNumber, is_memory_error, requested_memory
 
@@ -54,6 +55,7 @@ for command in (
     traverse,
     restore,
     export,
+    tune,
     optimize,
 ):
     cli.add_command(command)
@@ -247,7 +249,7 @@ def only_first_rank_prints() -> Iterator[None]:
         yield
 
 
-LONG_COMMANDS = ("train", "bench", "reproduce")
+LONG_COMMANDS = ("train", "tune", "bench", "reproduce")
 
 
 def report_lost_output(command: str, error: Exception) -> None:

@@ -13,6 +13,7 @@ from .distributions import (
     Search,
 )
 from .learned import Learned
+from .tuning import Interval, Trial, best_trial, tune
 
 __all__ = [
     "Boltzmann",
@@ -22,11 +23,15 @@ __all__ = [
     "Elites",
     "Found",
     "Gaussian",
+    "Interval",
     "Ipop",
     "Learned",
     "Mixture",
     "RandomSearch",
     "RankWeights",
     "Search",
+    "Trial",
+    "best_trial",
     "minimize",
+    "tune",
 ]
