@@ -278,7 +278,7 @@ class Retraining(DesignMethod):
         batch_size: int = 128,
         search: LatentSearch | None = None,
     ) -> None:
-        if k != torch.inf:
+        if not (isinstance(k, float) and k == torch.inf):
             check_number("Retraining", above=0, k=k)
         check_count("Retraining", rounds=rounds, steps=steps, batch_size=batch_size)
         self.k, self.rounds, self.steps, self.batch_size = k, rounds, steps, batch_size

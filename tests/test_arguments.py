@@ -54,7 +54,15 @@ from optgen.schemes import levels
 from optgen.schemes.denoising import DenoisingDiffusion
 from optgen.schemes.elbo import Aggressive, BetaVAE
 from optgen.schemes.likelihood import MaximumLikelihood
-from optgen.search import ask_tell, cma, covariances, diffusion_evolution, distributions, learned
+from optgen.search import (
+    ask_tell,
+    cma,
+    covariances,
+    diffusion_evolution,
+    distributions,
+    learned,
+    tuning,
+)
 from optgen.testing import generator
 
 BAD = {
@@ -744,6 +752,16 @@ CASES = {
         {"steps": 2, "batch_size": 3, "seed": 0},
         lambda model: search_walk(distributions.Search(model)),
     ),
+    "search.tuning.Interval": (
+        tuning.Interval,
+        {"lowest": 0.5, "highest": 2.0},
+        lambda found: finite([found.at(0.5)]),
+    ),
+    "search.tuning.tune": (
+        lambda **o: tuning.tune(lambda s: s["a"], {"a": tuning.Interval(0, 1)}, **o),
+        {"budget": 5, "seed": 0},
+        lambda trials: finite([trial.value for trial in trials]),
+    ),
     "design.LatentSearch": (design.LatentSearch, {"sigma": 0.5, "quantile": 0.9}, designed_by),
     "design.Retraining": (
         design.Retraining,
@@ -842,6 +860,7 @@ def test_an_argument_is_refused_by_name_or_works(case):
 ELSEWHERE = {
     "search.ask_tell.AskTell": "a base class",
     "search.ask_tell.Found": "a result",
+    "search.tuning.Trial": "a result",
     "search.ask_tell.as_point": "a check of vectors",
     "search.covariances.CmaConstants": "a result",
     "search.diffusion_evolution.denoise_by_population": "a step of DiffusionEvolution",

@@ -29,7 +29,11 @@ DEPENDENCIES |= {"filelock", "safetensors", "numpy"}  # numpy is torchvision's a
 OPTIONAL = {"torchdata", "tensorboard", "trackio", "wandb", "mlflow", "huggingface_hub"}
 OPTIONAL |= {"torchdiffeq"}
 # What a benchmark compares with is imported where it is measured, and left out where it is absent.
-MEASURED = {"bench.trainers": {"pythae"}, "evidence.search": {"cma", "ioh"}}
+MEASURED = {
+    "bench.trainers": {"pythae"},
+    "evidence.search": {"cma", "ioh"},
+    "evidence.tuning": {"optuna"},
+}
 ALLOWED = DEPENDENCIES | {"optgen", "PIL"}  # PIL is torchvision's
 MODULES = sorted(
     m.name.removeprefix("optgen.")

@@ -168,7 +168,7 @@ class TuningFolder:
             settings = [trial.settings[name] for trial in trials]
             points = ax.scatter(settings, [t.value for t in trials], c=order, s=14)
             scale = "log" if interval.log else "linear"
-            ends = (interval.low, interval.high)
+            ends = (interval.lowest, interval.highest)
             ax.set(xlabel=name.replace("_", "-"), xscale=scale, xlim=ends, xticks=ends)
             ax.xaxis.set_major_formatter("{x:g}")
             ax.xaxis.set_minor_formatter("")

@@ -28,7 +28,7 @@ from ..training.trainer import fit
 
 # %% ../../nbs/90_evidence/99a_tuning.ipynb #a61d0c64
 CLAIM = "tuning four settings of a VAE by thirty trainings"
-SEEDS = tuple(range(1, 11))
+SEEDS = tuple(range(1, 10 + 1))
 METHODS = ("cma", "random", "tpe", "default")
 OVER = {
     "lr": Interval(1e-5, 1e-1),
@@ -93,7 +93,7 @@ def search_tpe(objective: Callable[[dict], float], budget: int, seed: int) -> li
         settings = {}
         for name, interval in OVER.items():
             suggest = trial.suggest_int if interval.whole else trial.suggest_float
-            settings[name] = suggest(name, interval.low, interval.high, log=True)
+            settings[name] = suggest(name, interval.lowest, interval.highest, log=True)
         trials.append(Trial(settings, objective(settings)))
         return trials[-1].value
 

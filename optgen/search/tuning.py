@@ -22,10 +22,10 @@ class Interval:
     """Range of a setting, and its scale.
 
     Args:
-        low: lowest value.
-        high: highest value, above `low`.
-        log: whether the scale is logarithmic; by default where `low` is above 0 and `high` is ten
-            times as large or more.
+        lowest: first value.
+        highest: last value, above `lowest`.
+        log: whether the scale is logarithmic; by default where `lowest` is above 0 and `highest`
+            is ten times as large or more.
         whole: whether the setting is an integer; the ends must be, too.
 
     Raises:
@@ -33,17 +33,18 @@ class Interval:
     """
 
     def __init__(
-        self, low: float, high: float, log: bool | None = None, whole: bool = False
+        self, lowest: float, highest: float, log: bool | None = None, whole: bool = False
     ) -> None:
-        check_number("Interval", low=low, high=high)
-        if not low < high:
-            raise ValueError(f"Interval: low must be below high; got {low:g} and {high:g}")
-        self.log = low > 0 and high / low >= 10 if log is None else log
-        if self.log and low <= 0:
-            raise ValueError(f"Interval: low must be above 0 on a logarithmic scale; got {low:g}")
-        if whole and not (float(low).is_integer() and float(high).is_integer()):
-            raise ValueError(f"Interval: the ends must be whole; got {low:g} and {high:g}")
-        self.low, self.high, self.whole = low, high, whole
+        check_number("Interval", lowest=lowest, highest=highest)
+        got = f"got {lowest:g} and {highest:g}"
+        if not lowest < highest:
+            raise ValueError(f"Interval: lowest must be below highest; {got}")
+        self.log = lowest > 0 and highest / lowest >= 10 if log is None else log
+        if self.log and lowest <= 0:
+            raise ValueError(f"Interval: lowest must be above 0 on a logarithmic scale; {got}")
+        if whole and not (float(lowest).is_integer() and float(highest).is_integer()):
+            raise ValueError(f"Interval: lowest and highest must be whole; {got}")
+        self.lowest, self.highest, self.whole = lowest, highest, whole
 
     @classmethod
     def parse(cls, text: str, whole: bool = False) -> "Interval":
@@ -70,9 +71,9 @@ class Interval:
     def at(self, u: float) -> float | int:
         """Return the setting at a point of [0, 1], Eq. (tuning-scale)."""
         if not self.whole:
-            return self.between(self.low, self.high, u)
-        number = self.between(self.low - 0.5, self.high + 0.5, u)
-        return int(min(max(round(number), self.low), self.high))
+            return self.between(self.lowest, self.highest, u)
+        number = self.between(self.lowest - 0.5, self.highest + 0.5, u)
+        return int(min(max(round(number), self.lowest), self.highest))
 
     def between(self, low: float, high: float, u: float) -> float:
         """Return the number at a point of [0, 1] between two ends."""
@@ -80,7 +81,7 @@ class Interval:
         return min(max(found, low), high)
 
     def __str__(self) -> str:
-        return f"{self.low:g}..{self.high:g}" + (" (log)" if self.log else "")
+        return f"{self.lowest:g}..{self.highest:g}" + (" (log)" if self.log else "")
 
 # %% ../../nbs/60_generative_optimizers/61d_tuning.ipynb #444f6d95
 class Trial(NamedTuple):

@@ -1,0 +1,214 @@
+"""Tuning: intervals, trials, and the command, against trainings and searches written here."""
+
+import json
+import math
+import signal
+
+import pytest
+import torch
+
+from cli_helpers import run
+from optgen.cli import tune as command
+from optgen.search import CmaEs, Interval, RandomSearch, Trial, best_trial, tune
+from optgen.training.guards import Interrupted, NonFinite
+
+FAST = "--epochs 2 --holdout 0.9 --hidden 16,8 --data digits"
+
+
+def lines(path):
+    "Return the trials of a folder."
+    return [json.loads(line) for line in (path / "trials.jsonl").read_text().splitlines()]
+
+
+def records(path):
+    "Return the validation of each epoch of a run."
+    return [json.loads(line)["valid"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_settings_are_powers_on_a_logarithmic_scale_and_shares_of_whole_numbers(seed):
+    rng = torch.Generator().manual_seed(seed)
+    low, high = sorted(torch.rand(2, generator=rng).double().add(0.1).mul(50).tolist())
+    u = torch.rand(20, generator=rng, dtype=torch.float64).tolist()
+    log, linear = Interval(low, high, log=True), Interval(-low, high)
+    assert [log.at(x) for x in u] == pytest.approx([low ** (1 - x) * high**x for x in u])
+    assert [linear.at(x) for x in u] == pytest.approx([(1 - x) * -low + x * high for x in u])
+    grid = [(i + 0.5) / 9000 for i in range(9000)]
+    counts = torch.tensor([Interval(-1, 7, whole=True).at(x) + 1 for x in grid]).bincount()
+    assert counts.tolist() == [1000] * 9
+    found = torch.tensor([Interval(1, 20, log=True, whole=True).at(x) for x in grid]).bincount()
+    edges = torch.arange(0.5, 21).log()
+    share = (edges[1:] - edges[:-1]) / (edges[-1] - edges[0])
+    assert torch.allclose(found[1:] / 9000, share, atol=3 / 9000)
+
+
+@pytest.mark.parametrize("text, log", [("1..9", False), ("1..10", True), ("-1..10", False)])
+def test_the_scale_follows_from_the_ends(text, log):
+    assert Interval.parse(text).log is log
+    assert Interval.parse(text + ":linear").log is False
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_tune_finds_the_minimum_and_goes_on_from_any_trial(seed):
+    over = {"lr": Interval(1e-5, 1.0), "momentum": Interval(0, 0.99)}
+
+    def loss(settings):
+        "Return a loss with its minimum at 1e-3 and 0.4."
+        return math.log10(settings["lr"] / 1e-3) ** 2 + 4 * (settings["momentum"] - 0.4) ** 2
+
+    whole = tune(loss, over, 120, seed=seed)
+    best = best_trial(whole)
+    assert best.value == min(trial.value for trial in whole) < 0.01
+    assert best.settings["lr"] == pytest.approx(1e-3, rel=0.3)
+    for known in (1, 6, 17):
+        assert tune(loss, over, 40, seed=seed, known=whole[:known]) == whole[:40]
+    search = CmaEs([0.5, 0.5], 0.2, bounds=(0, 1), seed=seed)
+    first = search.ask()
+    assert [t.settings["momentum"] for t in whole[:6]] == pytest.approx(
+        (0.99 * first[:, 1]).tolist()
+    )
+    search = RandomSearch([0.5, 0.5], population_size=4, bounds=(0, 1), seed=seed)
+    exact = RandomSearch([0.5, 0.5], population_size=4, bounds=(0, 1), seed=seed).ask()
+    random = tune(loss, over, 3, search)
+    assert [t.settings["lr"] for t in random] == pytest.approx(
+        [1e-5 ** (1 - u) for u in exact[:3, 0].tolist()]
+    )
+
+
+def test_a_trial_is_a_run_and_its_value_that_of_the_validation(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    over = "--over lr=1e-3..1e-1 --over z-dim=2..9 --over beta=0.5..2"
+    assert run("tune beta-vae", over, FAST, "--budget 3 --seed 4 --out a") == 0
+    assert (
+        run("tune beta-vae", over, FAST, "--budget 3 --seed 4 --metric elbo --maximize --out b")
+        == 0
+    )
+    for i, (one, other) in enumerate(zip(lines(tmp_path / "a"), lines(tmp_path / "b"))):
+        path = tmp_path / "a" / f"trial-{i:03d}"
+        options = json.loads((path / "config.json").read_text())["options"]
+        assert {name: options[name] for name in ("lr", "z_dim")} == {
+            name: one["settings"][name] for name in ("lr", "z_dim")
+        }
+        assert float(options["beta"]) == one["settings"]["beta"] and options["seed"] == 4
+        last = records(path)[-1]
+        assert one["value"] == last["loss"] and len(records(path)) == 2
+        assert one["settings"] == other["settings"] and other["value"] == -last["elbo"]
+        assert last["loss"] == pytest.approx(
+            last["distortion"] + one["settings"]["beta"] * last["rate"], rel=1e-5
+        )
+    assert (tmp_path / "a" / "tune.png").exists()
+
+
+def test_with_patience_the_best_epoch_counts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--epochs 4 --holdout 0.9 --hidden 16,8 --patience 3 --over lr=0.05..0.3 --budget 3"
+    assert run("tune beta-vae", options, "--out a") == 0
+    for i, line in enumerate(lines(tmp_path / "a")):
+        found = records(tmp_path / "a" / f"trial-{i:03d}")
+        assert line["value"] == min(record["loss"] for record in found)
+
+
+def test_epochs_can_be_tuned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--holdout 0.9 --hidden 16,8 --over epochs=1..3 --budget 3 --method random --out a"
+    assert run("tune beta-vae", options) == 0
+    for i, line in enumerate(lines(tmp_path / "a")):
+        assert len(records(tmp_path / "a" / f"trial-{i:03d}")) == line["settings"]["epochs"]
+
+
+def test_an_interrupted_tuning_goes_on_to_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    options = f"--over lr=1e-4..1e-2 {FAST} --seed 2"
+    assert run("tune beta-vae", options, "--budget 6 --out whole") == 0
+    fit_run, calls = command.fit_run, []
+
+    def interrupted(*args, **kwargs):
+        "Stop the third training."
+        calls.append(args)
+        if len(calls) == 3:
+            raise Interrupted("stopped", signal.SIGINT)
+        return fit_run(*args, **kwargs)
+
+    monkeypatch.setattr(command, "fit_run", interrupted)
+    assert run("tune beta-vae", options, "--budget 6 --out parts") == 130
+    assert "go on with optgen tune --resume parts" in capsys.readouterr().out
+    assert len(lines(tmp_path / "parts")) == 2
+    assert run("tune --resume parts") == 0
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert run("tune --resume parts --budget 8") == 0
+    assert lines(tmp_path / "parts")[:6] == lines(tmp_path / "whole")
+    assert len(lines(tmp_path / "parts")) == 8
+
+
+def test_divergence_is_a_failed_trial(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fit_run = command.fit_run
+
+    def diverging(run, *args, **kwargs):
+        "Diverge above a rate."
+        if run["options"]["lr"] > 1e-3:
+            raise NonFinite("a loss is not finite")
+        return fit_run(run, *args, **kwargs)
+
+    monkeypatch.setattr(command, "fit_run", diverging)
+    assert run("tune beta-vae --over lr=1e-4..1e-2", FAST, "--budget 6 --out a") == 0
+    for line in lines(tmp_path / "a"):
+        assert (line["value"] is None) == (line["settings"]["lr"] > 1e-3)
+    assert "diverged" in capsys.readouterr().out
+    assert run("tune --resume a --budget 8") == 0
+    assert run("tune beta-vae --over lr=1e-2..1e-1", FAST, "--budget 2 --out b") == 0
+    assert "all 2 trainings diverged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--over lr=1..2..3 --budget 2", "expected LOW..HIGH"),
+        ("--over model=1..2 --budget 2", "no option 'model' that takes a number"),
+        ("--over data=1..2 --budget 2", "no option 'data'"),
+        ("--over seed=1..2 --budget 2", "no option 'seed'"),
+        ("--over holdout=0.5..2 --budget 2", "--over holdout"),
+        ("--over z-dim=0..4 --budget 2", "--over z-dim"),
+        ("--over lr=1e-3..1e-2:square --budget 2", "log or linear"),
+        ("--over lr=nan..1 --budget 2", "finite"),
+        ("--over lr=1e-3..1e-2", "--budget"),
+        ("--budget 2", "--over"),
+    ],
+)
+def test_mistakes_end_with_one_line(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune beta-vae", words, "--out a") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_metric_that_does_not_exist_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune beta-vae --over lr=1e-3..1e-2", FAST, "--budget 2 --metric f1 --out a") == 2
+    assert "the validation has loss" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"scheme": "beta-vae"}', "{"])
+def test_a_broken_folder_is_one_error(content, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tune.json").write_text(content)
+    assert run("tune --resume a") == 2
+    assert "no tuning can be read" in capsys.readouterr().err
+
+
+def test_trials_of_another_search_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune beta-vae --over lr=1e-3..1e-2", FAST, "--budget 2 --out a") == 0
+    line = {"settings": {"lr": 0.5}, "value": 1.0}
+    (tmp_path / "a" / "trials.jsonl").write_text(json.dumps(line) + "\n")
+    assert run("tune --resume a") == 2
+    assert "must be of this search" in capsys.readouterr().err
+
+
+def test_the_best_of_failures_is_none():
+    assert best_trial([Trial({}, math.nan)]) is None
+    assert best_trial([Trial({}, math.nan), Trial({"a": 1}, 2.0), Trial({}, 2.0)]).settings == {
+        "a": 1
+    }
