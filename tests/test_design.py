@@ -407,3 +407,12 @@ def test_offline_design_repeats_itself_and_names_bad_input():
         design_offline(conditional(), x, x.sum(1), 0)
     with pytest.raises(ValueError, match="the values must be 40 real numbers"):
         design_offline(conditional(), x, x.sum(1)[:3])
+
+
+def test_retraining_with_infinite_k_has_equal_weights():
+    x = torch.rand(12, 16, generator=generator(1))
+    scheme = BetaVAE(VAE(16, 8, 8, 2))
+    found = design(scheme, x, x.sum(1), lambda x: x.sum(1), 20, Retraining(torch.inf, 2, 1, 4))
+    assert found.sample_sizes == [12.0, 22.0]
+    with pytest.raises(ValueError, match="k must be"):
+        Retraining(k=-torch.inf)
