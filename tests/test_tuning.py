@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,13 +100,17 @@ def test_a_trial_is_a_run_and_its_value_that_of_the_validation(tmp_path, monkeyp
     assert (tmp_path / "a" / "tune.png").exists()
 
 
-def test_with_patience_the_best_epoch_counts(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options, value",
+    [("", 2.0), ("--patience 2", 1.0), ("--metric elbo", 7.0), ("--patience 2 --metric elbo", 9.0)],
+)
+def test_the_last_epoch_counts_and_with_patience_the_best(options, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--epochs 4 --holdout 0.9 --hidden 16,8 --patience 3 --over lr=0.05..0.3 --budget 3"
-    assert run("tune beta-vae", options, "--out a") == 0
-    for i, line in enumerate(lines(tmp_path / "a")):
-        found = records(tmp_path / "a" / f"trial-{i:03d}")
-        assert line["value"] == min(record["loss"] for record in found)
+    found = [{"loss": 3.0, "elbo": 8.0}, {"loss": 1.0, "elbo": 9.0}, {"loss": 2.0, "elbo": 7.0}]
+    fitted = (SimpleNamespace(criterion="loss"), [{"valid": valid} for valid in found])
+    monkeypatch.setattr(command, "fit_run", lambda *args: fitted)
+    assert run("tune beta-vae --over lr=0.05..0.3 --budget 2 --out a", options) == 0
+    assert [line["value"] for line in lines(tmp_path / "a")] == [value] * 2
 
 
 def test_epochs_can_be_tuned(tmp_path, monkeypatch):

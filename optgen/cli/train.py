@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TrainGroup', 'train', 'set_average', 'new_config', 'start_run', 'resume_run', 'build_scheme', 'fit_arguments',
-           'recorded_classes', 'choose_trackers', 'fit_run', 'train_run', 'BegunRun', 'announce', 'announce_muon',
-           'report']
+           'recorded_classes', 'choose_trackers', 'fit_run', 'train_run', 'train_command', 'BegunRun', 'announce',
+           'announce_muon', 'report']
 
 # %% ../../nbs/40_training/43b_train.ipynb #4e081d02
 import functools
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -386,6 +387,29 @@ def train_run(
             "for more: --epochs N"
         )
     report(records, scheme.criterion, bool(config["options"]["patience"]), out)
+
+# %% ../../nbs/40_training/43b_train.ipynb #8ab87c0b
+def train_command(config: Mapping[str, Any]) -> str:
+    """Return the command that trains by a configuration, as a shell takes it.
+
+    Args:
+        config: "scheme", "options" and "epochs"; defaults are left out.
+    """
+    params = {param.name: param for param in train_params(find_command(config["scheme"]))}
+    command = click.Command("train", params=[*params.values()])
+    defaults = command.make_context("", []).params
+    words = ["optgen", "train", config["scheme"]]
+    for name, value in (config["options"] | {"epochs": config["epochs"]}).items():
+        if name not in params or value == defaults[name]:
+            continue
+        flag = params[name].opts[0]
+        if params[name].is_flag:
+            words.append(flag if value else params[name].secondary_opts[0])
+        elif params[name].multiple:
+            words += [word for one in value for word in (flag, str(one))]
+        else:
+            words += [flag, str(value)]
+    return shlex.join(words)
 
 # %% ../../nbs/40_training/43b_train.ipynb #43b00001
 class BegunRun:

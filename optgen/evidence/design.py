@@ -374,8 +374,8 @@ def search_locally(values: Tensor, budget: int, start: int | None, rng: torch.Ge
         start: first sequence, which is known and costs nothing; or None for a random one.
         rng: of the starts and the order of the changes.
     """
-    seen: dict[int, None] = {}
-    current = start
+    seen = {} if start is None else {start: None}
+    budget, current = budget + len(seen), start
     while len(seen) < budget:
         if current is None:
             current = int(torch.randint(len(values), (), generator=rng))
@@ -392,7 +392,7 @@ def search_locally(values: Tensor, budget: int, start: int | None, rng: torch.Ge
                 better = near
                 break
         current = better
-    return torch.tensor(list(seen)[:budget])
+    return torch.tensor(list(seen)[start is not None :])
 
 
 def design_sequences(values: Tensor, method: DesignMethod, proposals: int, seed: int) -> Tensor:

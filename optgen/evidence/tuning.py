@@ -91,9 +91,9 @@ def search_tpe(objective: Callable[[dict], float], budget: int, seed: int) -> li
     def one(trial: Any) -> float:
         """Return the value of a trial of optuna."""
         settings = {}
-        for name, interval in OVER.items():
-            suggest = trial.suggest_int if interval.whole else trial.suggest_float
-            settings[name] = suggest(name, interval.lowest, interval.highest, log=True)
+        for name, over in OVER.items():
+            suggest = trial.suggest_int if over.whole else trial.suggest_float
+            settings[name] = suggest(name, over.lowest, over.highest, log=True)
         trials.append(Trial(settings, objective(settings)))
         return trials[-1].value
 
