@@ -861,6 +861,7 @@ ELSEWHERE = {
     "search.ask_tell.AskTell": "a base class",
     "search.ask_tell.Found": "a result",
     "search.tuning.Trial": "a result",
+    "search.tuning.default_search": "the search of tune",
     "search.ask_tell.as_point": "a check of vectors",
     "search.covariances.CmaConstants": "a result",
     "search.diffusion_evolution.denoise_by_population": "a step of DiffusionEvolution",

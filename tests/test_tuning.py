@@ -2,14 +2,20 @@
 
 import json
 import math
+import shlex
 import signal
 from types import SimpleNamespace
 
+import click
 import pytest
 import torch
 
 from cli_helpers import run
+from optgen import viz
 from optgen.cli import tune as command
+from optgen.cli.options import train_params
+from optgen.cli.runs import find_command
+from optgen.cli.train import train_command
 from optgen.search import CmaEs, Interval, RandomSearch, Trial, best_trial, tune
 from optgen.training.guards import Interrupted, NonFinite
 
@@ -93,7 +99,7 @@ def test_a_trial_is_a_run_and_its_value_that_of_the_validation(tmp_path, monkeyp
         assert float(options["beta"]) == one["settings"]["beta"] and options["seed"] == 4
         last = records(path)[-1]
         assert one["value"] == last["loss"] and len(records(path)) == 2
-        assert one["settings"] == other["settings"] and other["value"] == -last["elbo"]
+        assert one["settings"] == other["settings"] and other["value"] == last["elbo"]
         assert last["loss"] == pytest.approx(
             last["distortion"] + one["settings"]["beta"] * last["rate"], rel=1e-5
         )
@@ -107,8 +113,14 @@ def test_a_trial_is_a_run_and_its_value_that_of_the_validation(tmp_path, monkeyp
 def test_the_last_epoch_counts_and_with_patience_the_best(options, value, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = [{"loss": 3.0, "elbo": 8.0}, {"loss": 1.0, "elbo": 9.0}, {"loss": 2.0, "elbo": 7.0}]
-    fitted = (SimpleNamespace(criterion="loss"), [{"valid": valid} for valid in found])
-    monkeypatch.setattr(command, "fit_run", lambda *args: fitted)
+    scheme = SimpleNamespace(criterion="loss")
+
+    def fitted(run, out, device, progress, resume, callbacks, on_built):
+        "Return these validations."
+        on_built(scheme, None)
+        return scheme, [{"valid": valid} for valid in found]
+
+    monkeypatch.setattr(command, "fit_run", fitted)
     assert run("tune beta-vae --over lr=0.05..0.3 --budget 2 --out a", options) == 0
     assert [line["value"] for line in lines(tmp_path / "a")] == [value] * 2
 
@@ -152,6 +164,7 @@ def test_divergence_is_a_failed_trial(tmp_path, monkeypatch, capsys):
     def diverging(run, *args, **kwargs):
         "Diverge above a rate."
         if run["options"]["lr"] > 1e-3:
+            args[-1](SimpleNamespace(criterion="loss"), None)
             raise NonFinite("a loss is not finite")
         return fit_run(run, *args, **kwargs)
 
@@ -172,10 +185,14 @@ def test_divergence_is_a_failed_trial(tmp_path, monkeypatch, capsys):
         ("--over model=1..2 --budget 2", "no option 'model' that takes a number"),
         ("--over data=1..2 --budget 2", "no option 'data'"),
         ("--over seed=1..2 --budget 2", "no option 'seed'"),
-        ("--over holdout=0.5..2 --budget 2", "--over holdout"),
+        ("--over holdout=0.1..0.2 --budget 2", "no option 'holdout'"),
+        ("--over ema=0.5..2 --budget 2", "--over ema"),
         ("--over z-dim=0..4 --budget 2", "--over z-dim"),
         ("--over lr=1e-3..1e-2:square --budget 2", "log or linear"),
         ("--over lr=nan..1 --budget 2", "finite"),
+        ("--over hidden=8..32 --budget 2", "no option 'hidden'"),
+        ("--over lr=1e-3..1e-2 --lr 0.1 --budget 2", "fixed and tuned"),
+        ("--over lr=1e-3..1e-2 --budget 2 --likelihood gaussian", "gaussian"),
         ("--over lr=1e-3..1e-2", "--budget"),
         ("--budget 2", "--over"),
     ],
@@ -210,6 +227,99 @@ def test_trials_of_another_search_are_refused(tmp_path, monkeypatch, capsys):
     (tmp_path / "a" / "trials.jsonl").write_text(json.dumps(line) + "\n")
     assert run("tune --resume a") == 2
     assert "must be of this search" in capsys.readouterr().err
+
+
+def test_a_folder_of_other_trials_is_not_taken(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("tune beta-vae", FAST, "--budget 2 --out a")
+    assert run(*words, "--over lr=1e-3..1e-2") == 0
+    assert run(*words, "--over lr=1e-2..1e-1") == 2
+    assert "holds a tuning" in capsys.readouterr().err
+    (tmp_path / "a" / "tune.json").unlink()
+    assert run(*words, "--over lr=1e-2..1e-1") == 2
+    (tmp_path / "a" / "trials.jsonl").unlink()
+    assert run(*words, "--over lr=1e-2..1e-1") == 2
+    assert "a run with other options" in capsys.readouterr().err
+    assert run(*words, "--over lr=1e-3..1e-2") == 0
+
+
+def test_a_wrong_metric_can_be_corrected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("tune beta-vae --over lr=1e-3..1e-2", FAST, "--budget 2 --out a")
+    assert run(*words, "--metric elboo --maximize") == 2
+    assert run(*words, "--metric elbo --maximize") == 0
+    assert lines(tmp_path / "a")[0]["value"] == records(tmp_path / "a" / "trial-000")[-1]["elbo"]
+
+
+def test_a_resumed_tuning_keeps_its_budget_and_metric(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run("tune beta-vae --over lr=1e-3..1e-2", FAST, "--budget 2 --out a") == 0
+    fit_run = command.fit_run
+
+    def interrupted(*args, **kwargs):
+        "Stop before a training."
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "fit_run", interrupted)
+    assert run("tune --resume a --budget 4") == 130
+    assert "go on with optgen tune --resume a" in capsys.readouterr().out
+    monkeypatch.setattr(command, "fit_run", fit_run)
+    assert run("tune --resume a") == 0 and len(lines(tmp_path / "a")) == 4
+    assert run("tune --resume a --budget 3") == 2
+    capsys.readouterr()
+    assert run("tune --resume a") == 0
+    assert "  loss " in capsys.readouterr().out
+
+
+def test_the_picture_shows_the_numbers_as_they_were_measured(tmp_path, monkeypatch):
+    figures, new_figure = [], viz.new_figure
+
+    def noted(*size):
+        "Return a new figure, and keep it."
+        figures.append(new_figure(*size))
+        return figures[-1]
+
+    monkeypatch.setattr(viz, "new_figure", noted)
+    trials = [Trial({"lr": 0.1, "k": 2}, -3.0), Trial({"lr": 0.01, "k": 4}, math.nan)]
+    intervals = {"lr": Interval(1e-3, 1.0), "k": Interval(1, 4, whole=True)}
+    config = {"maximize": True, "metric": "elbo"}
+    command.draw_trials(tmp_path / "a.png", intervals, trials, config)
+    axes = figures[0].axes[:2]
+    found = [ax.collections[0].get_offsets().filled(math.nan).tolist() for ax in axes]
+    assert found[0][0] == [0.1, 3.0] and found[1][0] == [2, 3.0]
+    assert axes[0].get_ylabel() == "elbo" and axes[0].get_xscale() == "log"
+    assert axes[0].get_xlim() == (1e-3, 1.0) and axes[1].get_xscale() == "linear"
+
+
+def test_the_best_so_far_is_marked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    numbers = iter([3.0, 4.0, 2.0])
+    scheme = SimpleNamespace(criterion="loss")
+
+    def fitted(run, out, device, progress, resume, callbacks, on_built):
+        "Return the next number."
+        assert device == "meta"
+        on_built(scheme, None)
+        return scheme, [{"valid": {"loss": next(numbers)}}]
+
+    monkeypatch.setattr(command, "fit_run", fitted)
+    assert run("tune beta-vae --over lr=0.1..0.3 --budget 3 --device meta --out a") == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if "/3 " in line]
+    assert ["best so far" in line for line in shown] == [True, False, True]
+    numbers = iter([1.0])
+    assert run("tune --resume a --budget 4 --device meta") == 0
+    assert json.loads((tmp_path / "a" / "tune.json").read_text())["budget"] == 4
+
+
+def test_the_command_of_a_configuration_is_read_back_as_it_was():
+    words = "--no-direct --hidden 30,20 --lr 0.5 --track wandb --track mlflow --data 'a b' --seed 3"
+    params = train_params(find_command("made"))
+    options = click.Command("made", params=params).make_context("", shlex.split(words)).params
+    config = {"scheme": "made", "epochs": options["epochs"], "options": options}
+    printed = train_command(config)
+    assert shlex.split(printed)[:3] == ["optgen", "train", "made"]
+    again = click.Command("made", params=params).make_context("", shlex.split(printed)[3:]).params
+    assert again == options and len(printed) < 130
 
 
 def test_the_best_of_failures_is_none():

@@ -290,9 +290,9 @@ def check_same_run(path: Path, run: dict[str, Any]) -> None:
         click.UsageError: if it is of another.
     """
     there = read_config(path)
-    wanted = json.loads(json.dumps(run["options"]))
-    options = {name: there["options"].get(name) for name in wanted}
-    if (there["scheme"], there["epochs"], options) != (run["scheme"], run["epochs"], wanted):
+    options = {name: there["options"].get(name) for name in run["options"]}
+    recorded = {"scheme": there["scheme"], "options": options, "epochs": there["epochs"]}
+    if json.dumps(recorded) != json.dumps(run):
         raise click.UsageError(f"{path} holds a run with other options: choose another folder")
 
 # %% ../../nbs/40_training/43k_tune.ipynb #8f01b52c
