@@ -658,6 +658,11 @@ def test_a_word_that_may_be_meant_otherwise_is_no_link(tmp_path, symbols):
     assert site.find("distance", here["lib.model"]).full == "lib.metrics.distance"
     assert site.find("sample", here["lib.cli.tools"]).full == "lib.cli.tools.sample"
     assert site.find("Model.sample", here["lib.metrics"]).full == "lib.model.Model.sample"
+    prose = importlib.import_module("prose").Prose(site, here["lib.metrics"])
+    assert prose("`distance.json` of `distance`") == (
+        "`distance.json` of {py:obj}`distance <lib.metrics.distance>`"
+    )
+    assert prose("`Model.weights`") == "{py:obj}`Model.weights <lib.model.Model>`"
 
 
 # The checks above, shown to see what they look for.

@@ -52,7 +52,9 @@ class Prose:
         text, words = found.string, found[0].strip("`")
         name = re.sub(r"\(\w*\)$", "", words)
         symbol = self.site.find(name, self.page)
-        symbol = symbol or self.site.find(name.rpartition(".")[0], self.page)
+        if symbol is None:  # An attribute of a class; `tune.json` is none of the function `tune`.
+            owner = self.site.find(name.rpartition(".")[0], self.page)
+            symbol = owner if owner and owner.is_class else None
         line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
         in_link = re.match(r"[^\[\]\n]*\]\(", text[found.end() :])
         if not symbol or line.startswith("#") or in_link:
