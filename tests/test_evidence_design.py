@@ -184,7 +184,7 @@ def test_ridge_is_that_of_scikit_learn(binding, pairs):
 @pytest.mark.parametrize("method", ["random", "first-order", "ridge", "categorical", "surrogate"])
 def test_offline_proposals_are_looked_up(binding, method):
     values = page.read_binding()
-    proposed = page.propose_offline(method, page.FACTOR, 5)
+    proposed = page.OFFLINE[method](page.FACTOR, 5)
     found = page.run_offline({"method": method, "factor": page.FACTOR}, 5)
     own = values[proposed].numpy()
     assert len(own) == 128 and found["largest"] == pytest.approx(own.max(), abs=1e-5)
@@ -217,7 +217,7 @@ def test_offline_diffusion_is_trained_on_the_lower_half_alone(binding, monkeypat
 
     monkeypatch.setattr(page, "design_offline", proposals)
     values = page.read_binding()
-    found = page.propose_offline("diffusion", page.FACTOR, 1)
+    found = page.OFFLINE["diffusion"](page.FACTOR, 1)
     known = page.lower_half(values)
     assert torch.equal(found, known[:128]) and seen["n"] == 32768
     assert torch.equal(seen["values"], -values[known])

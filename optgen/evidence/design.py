@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['CLAIM', 'SEEDS', 'OBJECTIVES', 'KNOWN', 'DIGIT_BUDGET', 'STAGES', 'METHODS', 'FACTOR', 'SEQUENCE_SEEDS', 'BASES',
-           'BUDGETS', 'SEQUENCE_METHODS', 'OFFLINE', 'ONLINE', 'ink', 'slant', 'margin', 'judge', 'confidence',
+           'BUDGETS', 'OFFLINE', 'PROPOSALS', 'RETRAINING', 'ONLINE', 'ink', 'slant', 'margin', 'judge', 'confidence',
            'find_objective', 'DecoderDraws', 'PixelSearch', 'known_digits', 'train_vae', 'rounded', 'run_digits',
            'read_binding', 'as_bases', 'as_number', 'lower_half', 'features', 'ridge_prediction', 'search_categorical',
-           'propose_offline', 'run_offline', 'search_locally', 'design_sequences', 'run_online', 'experiment']
+           'propose_any', 'propose_predicted', 'propose_searched', 'propose_weighted', 'propose_conditioned',
+           'run_offline', 'search_locally', 'design_sequences', 'search_any', 'search_online', 'search_near',
+           'search_by_design', 'run_online', 'experiment']
 
 # %% ../../nbs/90_evidence/99_design.ipynb #2287f8e3
 import copy
@@ -305,39 +307,85 @@ def search_categorical(objective: Callable[[Tensor], Tensor], proposals: int, se
     return torch.cat(seen)
 
 
-def propose_offline(method: str, factor: str, seed: int) -> Tensor:
-    """Return 128 sequences, (128,), different ones but for "categorical" and "diffusion".
+def propose_any(factor: str, seed: int) -> Tensor:
+    """Return 128 different sequences, any, (128,).
 
     Args:
-        method: a name of the plan.
         factor: name of the protein.
         seed: of the draws.
     """
-    values, rng = read_binding(factor), torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(read_binding(factor)), generator=rng)[:128]
+
+
+def propose_predicted(factor: str, seed: int, pairs: bool) -> Tensor:
+    """Return the 128 sequences with the largest prediction of ridge regression, (128,).
+
+    Args:
+        factor: name of the protein.
+        seed: has no effect.
+        pairs: see `features`.
+    """
+    return ridge_prediction(factor, pairs).topk(128).indices
+
+
+def propose_searched(factor: str, seed: int) -> Tensor:
+    """Return the 128 sequences of largest prediction that twenty searches of it saw, (128,).
+
+    Args:
+        factor: name of the protein.
+        seed: of the draws.
+    """
+    predicted = ridge_prediction(factor, True)
+
+    def objective(x: Tensor) -> Tensor:
+        """Return minus the predictions of sequences (n,)."""
+        return -predicted[x]
+
+    seen = torch.cat([search_categorical(objective, 2000, 100 * seed + i) for i in range(20)])
+    different = seen.unique()
+    return different[predicted[different].topk(128).indices]
+
+
+def propose_weighted(factor: str, seed: int) -> Tensor:
+    """Return 128 draws of independent bases, fitted to the lower half by retraining's weights.
+
+    Args:
+        factor: name of the protein.
+        seed: of the draws.
+    """
+    values, distribution = read_binding(factor), Categorical.uniform(8, 4)
     known = lower_half(values)
-    if method == "random":
-        return torch.randperm(len(values), generator=rng)[:128]
-    if method in ("ridge", "first-order"):
-        return ridge_prediction(factor, method == "ridge").topk(128).indices
-    if method == "surrogate":
-        predicted = ridge_prediction(factor, True)
-        runs = [
-            search_categorical(lambda x: -predicted[x], 2000, 100 * seed + i) for i in range(20)
-        ]
-        seen = torch.cat(runs).unique()
-        return seen[predicted[seen].topk(128).indices]
-    if method == "categorical":
-        distribution = Categorical.uniform(8, 4)
-        distribution.fit(as_bases(known), retraining_weights(-values[known], 1e-3))
-        return as_number(distribution.sample(128, rng))
+    distribution.fit(as_bases(known), retraining_weights(-values[known], 1e-3))
+    return as_number(distribution.sample(128, torch.Generator().manual_seed(seed)))
+
+
+def propose_conditioned(factor: str, seed: int) -> Tensor:
+    """Return 128 draws of a diffusion model that is conditioned on the best values, (128,).
+
+    Args:
+        factor: name of the protein.
+        seed: of the weights, the training and the draws.
+    """
+    values = read_binding(factor)
+    known = lower_half(values)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = PerceptronDenoiser(32, 256, classes=20)
-        denoiser = Denoiser(network, (32,), "v", 0.5)
+        denoiser = Denoiser(PerceptronDenoiser(32, 256, classes=20), (32,), "v", 0.5)
         scheme = DenoisingDiffusion(denoiser, conditional=True, pixels=False, label_dropout=0.15)
     hot = F.one_hot(as_bases(known), 4).float().flatten(1)
     drawn = design_offline(scheme, hot, -values[known], steps=3000, seed=seed)
     return as_number(drawn.view(-1, 8, 4).argmax(2))
+
+
+OFFLINE = {
+    "random": propose_any,
+    "first-order": functools.partial(propose_predicted, pairs=False),
+    "ridge": functools.partial(propose_predicted, pairs=True),
+    "categorical": propose_weighted,
+    "surrogate": propose_searched,
+    "diffusion": propose_conditioned,
+}
 
 
 def run_offline(config: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -352,7 +400,7 @@ def run_offline(config: dict[str, Any], seed: int) -> dict[str, Any]:
         "changes": the mean number of bases in which they differ from the nearest known sequence.
     """
     values = read_binding(config["factor"])
-    found = propose_offline(config["method"], config["factor"], seed)
+    found = OFFLINE[config["method"]](config["factor"], seed)
     own, hot = values[found], F.one_hot(as_bases(found), 4).double().flatten(1)
     known = F.one_hot(as_bases(lower_half(values)), 4).double().flatten(1)
     measured = {
@@ -423,9 +471,53 @@ def design_sequences(values: Tensor, method: DesignMethod, proposals: int, seed:
     return sequences(design(scheme, hot, -values[known], objective, proposals, method, seed).x)
 
 
-SEQUENCE_METHODS = {
-    "retraining+known": Retraining(rounds=20, search=LatentSearch(sigma=2.0)),
-    "cbas+known": CbAS(rounds=20, steps=30),
+def search_any(values: Tensor, seed: int) -> Tensor:
+    """Return different sequences, any, (2000,); arguments as `search_online`'s."""
+    return torch.randperm(len(values), generator=torch.Generator().manual_seed(seed))[: BUDGETS[-1]]
+
+
+def search_online(values: Tensor, seed: int) -> Tensor:
+    """Return the sequences that the cross-entropy method proposes, (8000,).
+
+    Args:
+        values: of all sequences; larger is better.
+        seed: of the draws.
+    """
+    return search_categorical(lambda x: -values[x], PROPOSALS, seed)
+
+
+def search_near(values: Tensor, seed: int, known: bool) -> Tensor:
+    """Return the sequences of a restarted local search, (2000,).
+
+    Args:
+        values: of all sequences; larger is better.
+        seed: of the starts and the order of the changes.
+        known: whether it starts from the best of the lower half.
+    """
+    start = int(lower_half(values)[-1]) if known else None
+    return search_locally(values, BUDGETS[-1], start, torch.Generator().manual_seed(seed))
+
+
+def search_by_design(values: Tensor, seed: int, method: DesignMethod) -> Tensor:
+    """Return the sequences that a method of design proposes, (8000,).
+
+    Args:
+        values: of all sequences; larger is better.
+        seed: of the VAE and the draws.
+        method: of design.
+    """
+    return design_sequences(values, method, PROPOSALS, seed)
+
+
+PROPOSALS = 8000  # most proposals of a method that repeats itself
+RETRAINING = Retraining(rounds=20, search=LatentSearch(sigma=2.0))
+ONLINE = {
+    "random": search_any,
+    "local": functools.partial(search_near, known=False),
+    "categorical": search_online,
+    "local+known": functools.partial(search_near, known=True),
+    "retraining+known": functools.partial(search_by_design, method=RETRAINING),
+    "cbas+known": functools.partial(search_by_design, method=CbAS(rounds=20, steps=30)),
 }
 
 
@@ -440,24 +532,11 @@ def run_online(config: dict[str, Any], seed: int) -> dict[str, Any]:
         "best": the largest value after each number of evaluations in `BUDGETS`, or after all of
         them; and the number of "evaluations", of different sequences.
     """
-    values, method = read_binding(config["factor"]), config["method"]
-    rng, budget, proposals = torch.Generator().manual_seed(seed), BUDGETS[-1], 8000
-    if method == "random":
-        seen = torch.randperm(len(values), generator=rng)[:budget]
-    elif method == "categorical":
-        seen = search_categorical(lambda x: -values[x], proposals, seed)
-    elif method in SEQUENCE_METHODS:
-        seen = design_sequences(values, SEQUENCE_METHODS[method], proposals, seed)
-    else:
-        start = int(lower_half(values)[-1]) if method == "local+known" else None
-        seen = search_locally(values, budget, start, rng)
+    values, budget = read_binding(config["factor"]), BUDGETS[-1]
+    seen = ONLINE[config["method"]](values, seed)
     different = torch.tensor(list(dict.fromkeys(seen.tolist())))[:budget]
     best = [round(values[different[:n]].max().item(), 5) for n in BUDGETS]
     return {"best": best, "evaluations": len(different)}
-
-
-OFFLINE = ("random", "first-order", "ridge", "categorical", "surrogate", "diffusion")
-ONLINE = ("random", "local", "categorical", "local+known", *SEQUENCE_METHODS)
 
 
 def experiment(name: str, out: str | Path) -> Experiment:
