@@ -183,7 +183,7 @@ def test_each_prior_restores_as_the_plan_says(monkeypatch):
         "Note the call of `restore`, and whether it is under autocast."
         calls["restore"] = (scheme, observed, operator, noise, options)
         calls["autocast"] = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
-        return Restored(torch.ones(3, 2, 1, 28, 28))
+        return Restored(torch.ones(3, 2, 1, 28, 28), torch.ones(3, 2))
 
     def searched(model, observation, weight, generator):
         "Note the call of `latent_search`."

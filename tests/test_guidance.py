@@ -338,7 +338,10 @@ def test_restore_is_wired_as_the_formulas_say(pixels, chunk):
         steps=7,
         generator=generator(3),
         chunk=chunk,
-    ).samples
+    )
+    missed = observed - torch.stack([x.flatten(1) for x in found.samples]) @ A.T
+    assert torch.allclose(found.residuals, missed.square().mean(-1).sqrt() / noise)
+    found = found.samples
     # gray level n / 255 of x, and 2 (n + 1/2) / 256 - 1 as the model sees it on average
     scale, center = (255 / 128, 0.5) if pixels else (1.0, 0.0)
     o, s = (observed - center * A.sum(1)) * scale, noise * scale
@@ -371,7 +374,7 @@ def test_restore_is_wired_as_the_formulas_say(pixels, chunk):
 
 def test_restored_numbers():
     samples = randn(9, 3, 2, seed=60)
-    restored = Restored(samples)
+    restored = Restored(samples, torch.ones(9, 3))
     assert torch.equal(restored.mean, samples.mean(0))
     assert torch.allclose(restored.std, samples.var(0).sqrt())
     low, high = restored.interval(0.8)  # ranks 1 and 9 of 9: each tail is 1 / 10
@@ -517,7 +520,7 @@ def diffusion_run(tmp_path_factory, few_images):
     return out
 
 
-def test_the_command_restores(diffusion_run, few_images, tmp_path):
+def test_the_command_restores(diffusion_run, few_images, tmp_path, capsys):
     picture = sorted(few_images.glob("*.png"))[0]
     known = np.zeros((8, 8), np.uint8)
     known[:4] = 255
@@ -536,6 +539,13 @@ def test_the_command_restores(diffusion_run, few_images, tmp_path):
     assert a.shape == (3, 1, 8, 8) and np.array_equal(a, b) and not np.array_equal(a, c)
     assert np.allclose(files[0]["mean"], a.mean(0), atol=1e-6)
     assert np.allclose(files[0]["std"], a.std(0, ddof=1), atol=1e-6)
+    upper = read_picture(str(picture), 1).numpy()[:, 0, :4] - a[:, 0, :4]
+    expected = (upper**2).mean((1, 2)) ** 0.5 / 0.05
+    assert np.allclose(files[0]["residuals"], expected, rtol=1e-4)
+    shown = capsys.readouterr().out
+    assert ("samples miss the observation" in shown) == bool((expected > 3).any())
+    assert run("restore", diffusion_run, picture, "--blur 1 --noise 1e-4", few) == 0
+    assert "3 of 3 samples miss the observation" in capsys.readouterr().out
     assert run("restore", diffusion_run, picture, "--blur 1 --degrade", few) == 0
     opened, whole = optgen.load(diffusion_run, device="cpu"), Linear(lambda x: x, (1, 8, 8))
     exact = read_picture(str(picture), 1)

@@ -233,8 +233,15 @@ def restore(
             run.scheme, observed, operator, noise, samples, steps=steps, labels=labels, **arguments
         )
     shown = observed if observed.shape[1:] == shape else operator.adjoint(observed)
-    write_restored(path, restored.samples[:, 0].cpu(), shown, operator)
+    residuals = restored.residuals[:, 0].cpu()
+    write_restored(path, restored.samples[:, 0].cpu(), residuals, shown, operator)
     click.echo(f"{samples} samples, their mean and deviation in {path}")
+    missed = [str(i + 1) for i, residual in enumerate(residuals.tolist()) if residual > 3]
+    if missed:
+        click.echo(
+            f"{len(missed)} of {samples} samples miss the observation by more than 3 deviations of "
+            f"the noise: {', '.join(missed)}; leave them out, or take more --steps"
+        )
 
 
 def class_labels(run: OpenRun, name: str | None) -> "Tensor | None":
@@ -258,12 +265,15 @@ def class_labels(run: OpenRun, name: str | None) -> "Tensor | None":
     return cycle
 
 
-def write_restored(path: Path, samples: "Tensor", shown: "Tensor", operator: "Linear") -> None:
+def write_restored(
+    path: Path, samples: "Tensor", residuals: "Tensor", shown: "Tensor", operator: "Linear"
+) -> None:
     """Write a picture of the samples, or their numbers.
 
     Args:
         path: of a .png or an .npz file.
         samples: (S, C, H, W).
+        residuals: (S,), see `optgen.guidance.restoration.Restored`.
         shown: what was observed, as an image (1, C, H, W).
         operator: that it was observed by.
     """
@@ -277,6 +287,7 @@ def write_restored(path: Path, samples: "Tensor", shown: "Tensor", operator: "Li
     if path.suffix.lower() == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
         arrays: dict[str, Any] = {"mean": mean, "std": std, "samples": samples}
+        arrays["residuals"] = residuals
         with path.open("wb") as file:
             np.savez(file, **{name: array.numpy() for name, array in arrays.items()})
         return
