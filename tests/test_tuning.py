@@ -13,9 +13,10 @@ import torch
 from cli_helpers import run
 from optgen import viz
 from optgen.cli import tune as command
-from optgen.cli.options import train_params
-from optgen.cli.runs import find_command
+from optgen.cli.options import image_options, train_params
+from optgen.cli.runs import find_command, load_commands
 from optgen.cli.train import train_command
+from optgen.data.loading import load
 from optgen.search import CmaEs, Interval, RandomSearch, Trial, best_trial, tune
 from optgen.training.guards import Interrupted, NonFinite
 
@@ -125,9 +126,68 @@ def test_the_last_epoch_counts_and_with_patience_the_best(options, value, tmp_pa
     assert [line["value"] for line in lines(tmp_path / "a")] == [value] * 2
 
 
+SCHEMES = {
+    "made": "--hidden 16 --no-direct --over dropout=0..0.5",
+    "assisted": "--method reconstruction --over weight=0.1..10",
+    "maf": "--hidden 16 --over layers=1..2",
+    "pixelcnn": "--channels 4 --over layers=1..2",
+    "realnvp": "--model flat --hidden 16,16 --over couplings=2..3",
+    "ddpm": "--multiples 1,2 --over channels=4..6",
+    "flow-matching": "--multiples 1,2 --channels 4 --over lr=1e-3..1e-2",
+    "feedback-gan": "--rule consensus --model mlp --hidden 16,16 --over weight=0.01..1",
+    "lstm": "--hidden 8 --over dropout=0..0.5",
+}
+
+
+def test_no_scheme_is_forgotten():
+    assert {*load_commands()} == {*SCHEMES, "beta-vae"}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_options_of_every_scheme_reach_its_runs(scheme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    fitted = SimpleNamespace(criterion="loss")
+
+    def noted(run, out, device, progress, resume, callbacks, on_built):
+        "Note the configuration, and build the scheme of it on few images."
+        command_of = find_command(run["scheme"])
+        options = run["options"] | {"epoch_steps": 1, "steps": 1}
+        split = command_of.split(options, load(options["data"], "train", **image_options(options)))
+        assert command_of.build(options, split.train.shape, **split.extra).players
+        seen.append(run)
+        on_built(fitted, split)
+        return fitted, [{"valid": {"loss": 1.0}}]
+
+    monkeypatch.setattr(command, "fit_run", noted)
+    words = SCHEMES[scheme].split()
+    assert run(f"tune {scheme} --budget 2 --seed 5 --out a", *words) == 0
+    plain = [word for i, word in enumerate(words) if "--over" not in words[max(0, i - 1) : i + 1]]
+    params = train_params(find_command(scheme))
+    given = click.Command(scheme, params=params).make_context("", [*plain, "--seed", "5"]).params
+    tuned = {w.partition("=")[0].replace("-", "_") for w in words if ".." in w}
+    for one, trial in zip(seen, lines(tmp_path / "a"), strict=True):
+        assert {*trial["settings"]} == tuned
+        for name, value in one["options"].items():
+            if name in tuned:
+                assert float(value) == trial["settings"][name]
+            elif f"--{name.replace('_', '-')}" in plain:
+                assert value == given[name]
+
+
+def test_a_scheme_with_the_options_of_a_tuning_is_refused():
+    made = find_command("made")
+    other = SimpleNamespace(
+        name="mine", ema=0.0, epochs=1, train_options=lambda: [click.Option(["--budget"])]
+    )
+    assert command.tuning_params(made)
+    with pytest.raises(click.UsageError, match="mine has options budget of its own"):
+        command.tuning_params(other)
+
+
 def test_epochs_can_be_tuned(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--holdout 0.9 --hidden 16,8 --over epochs=1..3 --budget 3 --method random --out a"
+    options = "--holdout 0.9 --hidden 16,8 --over epochs=1..3 --budget 3 --search random --out a"
     assert run("tune beta-vae", options) == 0
     for i, line in enumerate(lines(tmp_path / "a")):
         assert len(records(tmp_path / "a" / f"trial-{i:03d}")) == line["settings"]["epochs"]

@@ -98,7 +98,7 @@ def read_intervals(command: "SchemeCommand", over: Sequence[str]) -> "dict[str, 
     return found
 
 # %% ../../nbs/40_training/43k_tune.ipynb #a6525358
-TUNING_KEYS = ("scheme", "over", "budget", "method", "metric", "maximize", "epochs", "options")
+TUNING_KEYS = ("scheme", "over", "budget", "search", "metric", "maximize", "epochs", "options")
 
 
 class TuningFolder:
@@ -301,6 +301,9 @@ def tuning_params(command: "SchemeCommand") -> list[click.Option]:
 
     Args:
         command: of the scheme.
+
+    Raises:
+        click.UsageError: if the scheme has an option of the same name as one of the tuning.
     """
     from optgen.schemes.command import choice_option, option
 
@@ -314,7 +317,7 @@ def tuning_params(command: "SchemeCommand") -> list[click.Option]:
             "the scale; the default is log where HIGH is ten times LOW or more, and LOW above 0.",
         ),
         option("--budget", type=WholeNumber(1), required=True, help="Trainings in all."),
-        choice_option("--method", ["cma", "random"], "cma", "The search."),
+        choice_option("--search", ["cma", "random"], "cma", "The search."),
         option(
             "--metric",
             metavar="NAME",
@@ -328,7 +331,14 @@ def tuning_params(command: "SchemeCommand") -> list[click.Option]:
         ),
     ]
     left_out = ("out", "progress")
-    return own + [param for param in train_params(command) if param.name not in left_out]
+    others = [param for param in train_params(command) if param.name not in left_out]
+    clashes = {param.name for param in own} & {param.name for param in others}
+    if clashes:
+        raise click.UsageError(
+            f"{command.name} has options {', '.join(sorted(clashes))} of its own, which those of "
+            "optgen tune would hide: tune it by optgen.search.tune"
+        )
+    return own + others
 
 # %% ../../nbs/40_training/43k_tune.ipynb #85df1dcb
 class TuneGroup(click.Group):
@@ -395,7 +405,7 @@ def start_tuning(
     scheme: str,
     over: tuple[str, ...],
     budget: int,
-    method: str,
+    search: str,
     metric: str | None,
     maximize: bool,
     out: str | None,
@@ -408,7 +418,7 @@ def start_tuning(
         scheme: name of the scheme.
         over: texts NAME=LOW..HIGH.
         budget: number of trainings.
-        method: "cma" or "random".
+        search: "cma" or "random".
         metric: number of the validation, or None for the scheme's own.
         maximize: whether a large number is wanted.
         out: folder; by default one that is not taken.
@@ -417,18 +427,18 @@ def start_tuning(
     """
     config = new_config(scheme, options)
     read_intervals(find_command(scheme), over)
-    config |= {"over": list(over), "budget": budget, "method": method}
+    config |= {"over": list(over), "budget": budget, "search": search}
     config |= {"metric": metric, "maximize": maximize}
     folder = TuningFolder(out or free_folder(f"runs/tune-{scheme}-{Path(options['data']).name}"))
     folder.check_free()
     run_tuning(config, folder, device, [])
 
 # %% ../../nbs/40_training/43k_tune.ipynb #d3544ae3
-def build_search(method: str, dim: int, seed: int) -> "AskTell":
+def build_search(name: str, dim: int, seed: int) -> "AskTell":
     """Return a search of the unit cube.
 
     Args:
-        method: "cma" or "random".
+        name: "cma" or "random".
         dim: number of settings.
         seed: of the draws.
     """
@@ -437,7 +447,7 @@ def build_search(method: str, dim: int, seed: int) -> "AskTell":
     from optgen.search.ask_tell import RandomSearch
     from optgen.search.tuning import default_search
 
-    if method == "cma":
+    if name == "cma":
         return default_search(dim, seed)
     return RandomSearch(torch.full((dim,), 0.5, dtype=torch.float64), bounds=(0, 1), seed=seed)
 
@@ -541,7 +551,7 @@ def run_tuning(
     objective = TrainingObjective(config, folder, device, len(known))
     progress = TrialPrinter(config, folder, intervals, known)
     search = functools.partial(
-        build_search, config["method"], len(intervals), config["options"]["seed"]
+        build_search, config["search"], len(intervals), config["options"]["seed"]
     )
     check_known(intervals, known, search())
     click.echo(progress.title())
