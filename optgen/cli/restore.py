@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'read_picture', 'build_operator', 'check_size', 'build_rule', 'observe_picture', 'restore', 'class_labels',
-           'write_restored']
+           'report_missed', 'write_restored']
 
 # %% ../../nbs/40_training/43i_restore.ipynb #62e820ba
 import math
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from optgen.guidance.operators import Linear
+    from optgen.guidance.restoration import Restored
     from optgen.guidance.rules import GuidanceRule
 
 # %% ../../nbs/40_training/43i_restore.ipynb #309faf2c
@@ -233,15 +234,9 @@ def restore(
             run.scheme, observed, operator, noise, samples, steps=steps, labels=labels, **arguments
         )
     shown = observed if observed.shape[1:] == shape else operator.adjoint(observed)
-    residuals = restored.residuals[:, 0].cpu()
-    write_restored(path, restored.samples[:, 0].cpu(), residuals, shown, operator)
+    write_restored(path, restored, shown, operator)
     click.echo(f"{samples} samples, their mean and deviation in {path}")
-    missed = [str(i + 1) for i, residual in enumerate(residuals.tolist()) if residual > 3]
-    if missed:
-        click.echo(
-            f"{len(missed)} of {samples} samples miss the observation by more than 3 deviations of "
-            f"the noise: {', '.join(missed)}; leave them out, or take more --steps"
-        )
+    report_missed(restored.residuals[:, 0])
 
 
 def class_labels(run: OpenRun, name: str | None) -> "Tensor | None":
@@ -265,15 +260,26 @@ def class_labels(run: OpenRun, name: str | None) -> "Tensor | None":
     return cycle
 
 
-def write_restored(
-    path: Path, samples: "Tensor", residuals: "Tensor", shown: "Tensor", operator: "Linear"
-) -> None:
+def report_missed(residuals: "Tensor") -> None:
+    """Print which samples miss the observation.
+
+    Args:
+        residuals: (S,), see `optgen.guidance.restoration.Restored`.
+    """
+    missed = [str(i + 1) for i, residual in enumerate(residuals.tolist()) if residual > 3]
+    if missed:
+        click.echo(
+            f"{len(missed)} of {len(residuals)} samples miss the observation by more than 3 "
+            f"deviations of the noise: {', '.join(missed)}; leave them out, or take more --steps"
+        )
+
+
+def write_restored(path: Path, restored: "Restored", shown: "Tensor", operator: "Linear") -> None:
     """Write a picture of the samples, or their numbers.
 
     Args:
         path: of a .png or an .npz file.
-        samples: (S, C, H, W).
-        residuals: (S,), see `optgen.guidance.restoration.Restored`.
+        restored: of one picture; samples (S, 1, C, H, W).
         shown: what was observed, as an image (1, C, H, W).
         operator: that it was observed by.
     """
@@ -283,6 +289,7 @@ def write_restored(
     from optgen.guidance.operators import Downsample
     from optgen.viz import new_figure
 
+    samples, residuals = (part[:, 0].cpu() for part in restored)
     mean, std = samples.mean(0), samples.std(0, correction=min(1, len(samples) - 1))
     if path.suffix.lower() == ".npz":
         path.parent.mkdir(parents=True, exist_ok=True)
