@@ -175,14 +175,34 @@ def test_the_options_of_every_scheme_reach_its_runs(scheme, tmp_path, monkeypatc
                 assert value == given[name]
 
 
-def test_a_scheme_with_the_options_of_a_tuning_is_refused():
-    made = find_command("made")
+def test_a_scheme_with_an_option_of_the_tuning_is_refused_and_spoils_no_help(monkeypatch, capsys):
+    known = load_commands()
     other = SimpleNamespace(
-        name="mine", ema=0.0, epochs=1, train_options=lambda: [click.Option(["--budget"])]
+        name="mine",
+        summary="mine",
+        ema=0.0,
+        epochs=1,
+        train_options=lambda: [click.Option(["--budget"])],
     )
-    assert command.tuning_params(made)
-    with pytest.raises(click.UsageError, match="mine has options budget of its own"):
-        command.tuning_params(other)
+    for module in ("cli.train", "cli.runs"):
+        monkeypatch.setattr(f"optgen.{module}.load_commands", lambda: {**known, "mine": other})
+    assert run("tune --help") == 0 and "mine" in capsys.readouterr().out
+    assert run("tune mine --over lr=0.1..0.2 --budget 2") == 2
+    assert "mine has options budget of its own" in capsys.readouterr().err
+    for scheme in known.values():
+        command.check_no_clash(scheme)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--over lr=1..2 beta-vae", "options follow the scheme: optgen tune SCHEME --over"),
+        ("--resume . --lr 1", "--lr can't be changed in a resumed tuning"),
+    ],
+)
+def test_options_before_the_scheme_are_explained(words, message, capsys):
+    assert run("tune", words) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_epochs_can_be_tuned(tmp_path, monkeypatch):

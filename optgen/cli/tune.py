@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TUNING_KEYS', 'tunable', 'read_setting', 'read_intervals', 'TuningFolder', 'draw_trials', 'TrainingObjective',
-           'check_same_run', 'tuning_params', 'TuneGroup', 'tune', 'start_tuning', 'build_search', 'TrialPrinter',
-           'run_tuning', 'check_known']
+           'check_same_run', 'tuning_params', 'check_no_clash', 'TuneGroup', 'tune', 'start_tuning', 'build_search',
+           'TrialPrinter', 'run_tuning', 'check_known']
 
 # %% ../../nbs/40_training/43k_tune.ipynb #6dc595fc
 import functools
@@ -21,8 +21,8 @@ import click
 from click.core import ParameterSource
 
 from .options import train_params
-from .runs import find_command, free_folder, load_commands, read_config
-from .train import fit_run, new_config, train_command
+from .runs import find_command, free_folder, read_config
+from .train import SchemeGroup, fit_run, new_config, train_command
 from ..options import RealNumber, WholeNumber, memory_errors_named
 
 if TYPE_CHECKING:
@@ -301,9 +301,6 @@ def tuning_params(command: "SchemeCommand") -> list[click.Option]:
 
     Args:
         command: of the scheme.
-
-    Raises:
-        click.UsageError: if the scheme has an option of the same name as one of the tuning.
     """
     from optgen.schemes.command import choice_option, option
 
@@ -330,40 +327,39 @@ def tuning_params(command: "SchemeCommand") -> list[click.Option]:
             help="Folder.  [default: runs/tune-SCHEME-DATA, numbered if taken]",
         ),
     ]
-    left_out = ("out", "progress")
-    others = [param for param in train_params(command) if param.name not in left_out]
-    clashes = {param.name for param in own} & {param.name for param in others}
-    if clashes:
+    left_out = {"progress", *(param.name for param in own)}
+    return own + [param for param in train_params(command) if param.name not in left_out]
+
+
+def check_no_clash(command: "SchemeCommand") -> None:
+    """Raise if a scheme has an option that one of the tuning hides; help is shown all the same.
+
+    Args:
+        command: of the scheme.
+
+    Raises:
+        click.UsageError: if it has one.
+    """
+    own = {"over", "budget", "search", "metric", "maximize"}
+    hidden = own & {param.name for param in command.train_options()}
+    if hidden:
         raise click.UsageError(
-            f"{command.name} has options {', '.join(sorted(clashes))} of its own, which those of "
+            f"{command.name} has options {', '.join(sorted(hidden))} of its own, which those of "
             "optgen tune would hide: tune it by optgen.search.tune"
         )
-    return own + others
 
 # %% ../../nbs/40_training/43k_tune.ipynb #85df1dcb
-class TuneGroup(click.Group):
-    """A group with a subcommand for each scheme; its own options are those of a resumed tuning."""
+class TuneGroup(SchemeGroup):
+    """The group of `optgen tune`."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of the schemes."""
-        return list(load_commands())
+    resumed, record = "tuning", "tune.json"
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return the command that tunes a scheme, None for an unknown one."""
-        command = load_commands().get(cmd_name)
-        if command is None:
-            return None
-        start = functools.partial(start_tuning, cmd_name)
-        summary = f"Tune options of {cmd_name}: {command.summary}."
-        return click.Command(cmd_name, params=tuning_params(command), callback=start, help=summary)
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the options; one that belongs after the name of a scheme is explained."""
-        try:
-            return super().parse_args(ctx, list(args))
-        except click.NoSuchOption as error:
-            message = f"options follow the scheme: optgen tune SCHEME {error.option_name} …"
-            raise click.UsageError(message, ctx) from None
+    def scheme_command(self, command: "SchemeCommand") -> click.Command:
+        """Return the command that tunes a scheme."""
+        start = functools.partial(start_tuning, command.name)
+        summary = f"Tune options of {command.name}: {command.summary}."
+        settings = {"params": tuning_params(command), "callback": start, "help": summary}
+        return click.Command(command.name, **settings)
 
 
 @click.group(cls=TuneGroup, invoke_without_command=True, subcommand_metavar="[SCHEME [OPTIONS]]")
@@ -425,6 +421,7 @@ def start_tuning(
         device: as in `pick_device`.
         **options: of every run.
     """
+    check_no_clash(find_command(scheme))
     config = new_config(scheme, options)
     read_intervals(find_command(scheme), over)
     config |= {"over": list(over), "budget": budget, "search": search}
