@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRIM_THRESHOLD', 'MMAP_THRESHOLD', 'generator', 'randn', 'raises', 'flat_weights', 'use_one_core',
            'finite_difference', 'check_gradient', 'assert_mean', 'jacobian', 'spectral_radius', 'decay_rate',
-           'optimizer_path', 'optimizer_parity', 'LinearGaussian', 'Optimum', 'water_filling']
+           'optimizer_path', 'optimizer_parity', 'LinearGaussian', 'Optimum', 'water_filling', 'LinearVAE']
 
 # %% ../nbs/00_foundations/04_testing.ipynb #23a2fcf4
 import contextlib
@@ -426,3 +426,34 @@ def water_filling(
         )
     rates = (a / beta).log().clamp(min=0) / 2
     return Optimum(beta, rates, floor + torch.minimum(a, beta).sum() / 2)
+
+# %% ../nbs/00_foundations/04_testing.ipynb #816e1cfd
+class LinearVAE(nn.Module):
+    r"""Linear VAE of decoder variance 1, with exact means over Gaussian data, Eq. (linear-vae).
+
+    The covariance of the data is rotated, so that no eigenvector lies along an axis.
+
+    Args:
+        variances: eigenvalues of the data's covariance, (x_dim,), float64.
+        z_dim: number of latents.
+        seed: of the rotation and of the first weights.
+        scale: standard deviation of the first weights.
+    """
+
+    def __init__(self, variances: Tensor, z_dim: int, seed: int = 0, scale: float = 0.3) -> None:
+        super().__init__()
+        rng, n = generator(seed), len(variances)
+        Q = torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=torch.float64)).Q
+        W = torch.randn(n, z_dim, generator=rng, dtype=torch.float64)
+        V = torch.randn(z_dim, n, generator=rng, dtype=torch.float64)
+        self.S, self.eye = Q * variances @ Q.T, torch.eye(n, dtype=torch.float64)
+        self.W, self.V = nn.Parameter(scale * W), nn.Parameter(scale * V)
+        self.log_t = nn.Parameter(torch.zeros(z_dim, dtype=torch.float64))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Return the distortion, 0-dim, and the rate of each latent, (z_dim,), in nats."""
+        W, V, t = self.W, self.V, self.log_t.exp()
+        E = self.eye - W @ V
+        error = (E @ self.S * E).sum() + (t * W.square().sum(0)).sum()
+        D = (error + len(W) * math.log(2 * math.pi)) / 2
+        return D, ((V @ self.S * V).sum(1) + t - 1 - self.log_t) / 2

@@ -22,6 +22,8 @@ from optgen import (
     design,
     estimators,
     metrics,
+    multipliers,
+    named_controllers,
     posthoc,
     sample_quality,
 )
@@ -284,6 +286,16 @@ CASES = {
         update,
     ),
     "controllers.SigmaVAE": (controllers.SigmaVAE, {"dim": 6}, update),
+    "multipliers.NuPI": (
+        multipliers.NuPI,
+        {"target": 2.0, "ki": 0.1, "kp": 0.1, "smoothing": 0.5, "low": 0.0, "high": 9.0},
+        update,
+    ),
+    "multipliers.AugmentedLagrangian": (
+        multipliers.AugmentedLagrangian,
+        {"target": 2.0, "step": 0.1, "penalty": 0.1, "low": 0.0, "high": 9.0},
+        update,
+    ),
     "controllers.linear_ramp": (
         lambda **o: controllers.linear_ramp(torch.tensor(2), **o),
         {"steps": 5, "start": 0.0, "end": 1.0},
@@ -294,13 +306,13 @@ CASES = {
         {"dim": 5},
         finite,
     ),
-    "controllers.steps_of_epochs": (
-        lambda **o: controllers.steps_of_epochs("warmup", **o),
+    "named_controllers.steps_of_epochs": (
+        lambda **o: named_controllers.steps_of_epochs("warmup", **o),
         {"epochs": 2.0, "steps": 100, "epoch_steps": 10},
         nothing,
     ),
-    "controllers.build_controller": (
-        lambda **o: controllers.build_controller("warmup", **o),
+    "named_controllers.build_controller": (
+        lambda **o: named_controllers.build_controller("warmup", **o),
         {"steps": 100, "epoch_steps": 10},
         update,
     ),
@@ -917,6 +929,8 @@ MODULES = (
     "guidance",
     "metrics",
     "models",
+    "multipliers",
+    "named_controllers",
     "posthoc",
     "sample_quality",
     "schemes.levels",

@@ -18,10 +18,11 @@ from cli_helpers import (
     train_args,
 )
 from optgen.cli.runs import open_run
-from optgen.controllers import CONTROLLERS, Controller
+from optgen.controllers import Controller
 from optgen.data.images import Images
 from optgen.data.loading import load
 from optgen.models.gan import GAN_LOSSES, GANLoss
+from optgen.named_controllers import CONTROLLERS
 from optgen.registry import Entry
 from optgen.rules import RULES
 from optgen.schemes.assisted_command import split_labeled
@@ -147,6 +148,8 @@ VAE_WAYS = {
     "free bits of a group": "--beta free-bits:minimum=0.5,groups=1",
     "geco": "--beta geco:target=40",
     "control": "--beta control:kl=1",
+    "nu-pi": "--beta nu-pi:target=1,smoothing=0.5",
+    "augmented": "--beta augmented:target=1",
     "sigma": f"--beta sigma {GRAY}",
     "gaussian": GRAY,
     "elbo 2": "--estimator elbo --k 2",
@@ -248,7 +251,10 @@ def test_another_controller_in_the_config_is_refused(few_images, tmp_path, capsy
 @pytest.mark.parametrize(
     "args, word",
     [
-        ("--beta dance", "warmup, cyclical, capacity, free-bits, geco, control, sigma"),
+        (
+            "--beta dance",
+            "warmup, cyclical, capacity, free-bits, geco, control, nu-pi, augmented, sigma",
+        ),
         ("--beta geco", "needs target"),
         ("--beta control", "needs target"),
         ("--beta nan", "finite"),

@@ -14,7 +14,6 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optgen.controllers import (
-    CONTROLLERS,
     Capacity,
     Constant,
     Controller,
@@ -24,12 +23,13 @@ from optgen.controllers import (
     Geco,
     LinearWarmup,
     SigmaVAE,
-    build_controller,
     calibrated_nll,
     linear_ramp,
 )
 from optgen.games import Game, Player
 from optgen.models.vae import VAE, GaussianVAE, gaussian_kl
+from optgen.multipliers import AugmentedLagrangian, NuPI
+from optgen.named_controllers import CONTROLLERS, build_controller
 from optgen.optim import SGD
 from optgen.rules import Alternating
 from optgen.schemes.assisted import Assisted
@@ -50,6 +50,8 @@ EVERYONE = {
     "free-bits-groups": lambda: FreeBits(1.0, groups=2),
     "geco": lambda: Geco(8.0, rate=0.03, smoothing=0.8, clip=0.04, low=0.7, high=1.2),
     "control": lambda: ControlVAE(2.0, kp=0.3, ki=0.05, low=0.1, high=0.4),
+    "nu-pi": lambda: NuPI(2.0, ki=0.05, kp=0.3, smoothing=0.4, low=0.1, high=0.4),
+    "augmented": lambda: AugmentedLagrangian(2.0, step=0.05, penalty=0.3, low=0.1, high=0.4),
     "sigma": lambda: SigmaVAE(7),
 }
 everyone = pytest.mark.parametrize("name", EVERYONE)
@@ -122,17 +124,44 @@ def control(t, R, D, m):
     return beta
 
 
+def box(x):
+    """Return a number within [0.1, 0.4]."""
+    return max(0.1, min(0.4, x))
+
+
+def nu_pi(t, R, D, m):
+    """Return β of Eq. (nu-pi)."""
+    g, before = sum(R) - 2.0, m.get("mean", 0.0)
+    m["mean"] = 0.4 * before + 0.6 * g
+    m["beta"] = box(m.get("beta", 0.1) + 0.05 * g + 0.3 * (m["mean"] - before))
+    return m["beta"]
+
+
+def augmented(t, R, D, m):
+    """Return β of Eq. (augmented)."""
+    g = sum(R) - 2.0
+    m["lambda"] = box(m.get("lambda", 0.1) + 0.05 * g)
+    return box(m["lambda"] + 0.3 * g)
+
+
 def sigma(t, R, D, m):
     """Return β of Eq. (sigma-nll)."""
     return 2 * D / 7
 
 
-EQUATIONS = dict(
-    zip(
-        EVERYONE,
-        (constant, warmup, cyclical, capacity, free_bits, free_groups, geco, control, sigma),
-    )
-)
+EQUATIONS = {
+    "constant": constant,
+    "warmup": warmup,
+    "cyclical": cyclical,
+    "capacity": capacity,
+    "free-bits": free_bits,
+    "free-bits-groups": free_groups,
+    "geco": geco,
+    "control": control,
+    "nu-pi": nu_pi,
+    "augmented": augmented,
+    "sigma": sigma,
+}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -299,6 +328,14 @@ SET_POINTS = {
     # The set-point is out of reach within the box: a β-VAE at an end of the box.
     "control-bound": (
         lambda: ControlVAE(2.0, kp=0.1, ki=0.03, high=0.4),
+        dict(beta=0.4),
+        1e-4,
+        1e-6,
+    ),
+    "nu-pi": (lambda: NuPI(2.0, ki=0.03, kp=0.1, smoothing=0.5), dict(rate=2.0), 1e-4, 1e-4),
+    "augmented": (lambda: AugmentedLagrangian(2.0, 0.03, 0.1), dict(rate=2.0), 1e-4, 1e-4),
+    "augmented-bound": (
+        lambda: AugmentedLagrangian(2.0, 0.03, 0.1, high=0.4),
         dict(beta=0.4),
         1e-4,
         1e-6,
@@ -490,7 +527,9 @@ BAD = (math.inf, -math.inf, math.nan)
 # Which measurement each controller uses.
 USES = {
     **dict.fromkeys(("constant", "warmup", "cyclical"), ()),
-    **dict.fromkeys(("capacity", "free-bits", "free-bits-groups", "control"), ("rate",)),
+    **dict.fromkeys(
+        ("capacity", "free-bits", "free-bits-groups", "control", "nu-pi", "augmented"), ("rate",)
+    ),
     **dict.fromkeys(("geco", "sigma"), ("distortion",)),
 }
 
@@ -951,6 +990,8 @@ SPECS = {
         {"target": 90, "rate": 2e-3, "smoothing": 0.9, "clip": 0.02, "low": 0.01, "high": 1e4},
     ),
     "control:target=3": (ControlVAE, {"target": 3, "kp": 0.01, "ki": 1e-3}),
+    "nu-pi:target=3,smoothing=0.5": (NuPI, {"target": 3, "ki": 1e-3, "kp": 0.01, "smoothing": 0.5}),
+    "augmented:target=3": (AugmentedLagrangian, {"target": 3, "step": 1e-3, "penalty": 0.01}),
     "sigma:dim=784": (SigmaVAE, {"dim": 784}),
     "warmup:beta=0.5,epochs=2": (LinearWarmup, {"steps": 20, "beta": 0.5}),
     "warmup:epochs=0.01": (LinearWarmup, {"steps": 1}),

@@ -21,6 +21,7 @@ from optgen.models.gan import MLPDiscriminator, MLPGenerator
 from optgen.models.pixels import MADE
 from optgen.models.synthetic import SyntheticSequences
 from optgen.models.vae import VAE
+from optgen.multipliers import AugmentedLagrangian, NuPI
 from optgen.posthoc import posthoc_coefficients
 from optgen.sample_quality import feature_stats
 from optgen.schemes.assisted import Assisted
@@ -182,6 +183,8 @@ CONTROLLERS = {
     "free bits": lambda: FreeBits(0.1),
     "geco": lambda: Geco(40.0),
     "control": lambda: ControlVAE(3.0),
+    "nu-pi": lambda: NuPI(3.0),
+    "augmented": lambda: AugmentedLagrangian(3.0),
     "sigma": lambda: SigmaVAE(64),
 }
 

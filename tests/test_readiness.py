@@ -12,8 +12,8 @@ import torch
 from test_options import SMALL, build
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optgen.controllers import CONTROLLERS
 from optgen.data.images import Batch, Images
+from optgen.named_controllers import CONTROLLERS
 from optgen.rules import RULES
 from optgen.schemes.command import OPTIMIZERS
 
@@ -31,6 +31,8 @@ BETAS = {
     "free-bits": "free-bits:minimum=0.1",
     "geco": "geco:target=40",
     "control": "control:target=3",
+    "nu-pi": "nu-pi:target=3",
+    "augmented": "augmented:target=3",
     "sigma": "sigma --likelihood gaussian --binarize none",
 }
 CASES += [("beta-vae", f"--beta {text}") for text in BETAS.values()]

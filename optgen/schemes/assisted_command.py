@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice
-from ..controllers import CONTROLLERS, build_controller
 from ..data.images import Batch, Images, ImageSet
 from ..data.loading import balanced_indices
 from ..models.classifier import Classifier
+from ..named_controllers import CONTROLLERS, build_controller
 from ..options import InputError, RealNumber
 from ..registry import Entry, parse_spec, read_json
 from .assisted import Assisted, Balanced

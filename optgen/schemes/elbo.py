@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checks import check_count
-from ..controllers import CONTROLLERS, Constant, Controller, build_controller
+from ..controllers import Constant, Controller
 from ..data.expectations import BatchCheck, check_examples, expectation_of, with_dtype
 from ..data.images import Batch, weighted_mean
 from ..estimators import ESTIMATORS, bound_loss, check_estimator
@@ -28,6 +28,7 @@ from ..limits import check_model, explains_torch_limits
 from ..metrics import evaluate_vae, mutual_information
 from ..models.autoregressive import AutoregressiveVAE
 from ..models.vae import VAE, ConvVAE, GaussianVAE
+from ..named_controllers import CONTROLLERS, build_controller
 from ..optim import Adam
 from ..registry import Registry, parse_spec, read_json
 from optgen.schemes.command import (
@@ -430,7 +431,7 @@ def complete_beta_arguments(
     """Complete, in place, the arguments of a controller by what only a VAE knows.
 
     Args:
-        name: a name of `optgen.controllers.CONTROLLERS`.
+        name: a name of `CONTROLLERS`.
         given: arguments of the controller.
         likelihood: of the decoder, "bernoulli" or "gaussian"; None in a run of optgen 0.2.
         pixels: numbers in an image.
@@ -457,7 +458,7 @@ def build_beta(text: str | float, options: Mapping[str, Any], shape: Sequence[in
     """Return the controller of β that a specification names.
 
     Args:
-        text: a number, NAME or NAME:KEY=VALUE,... with a name of `optgen.controllers.CONTROLLERS`.
+        text: a number, NAME or NAME:KEY=VALUE,... with a name of `CONTROLLERS`.
         options: of the command.
         shape: (C, H, W) of an image.
 
