@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from itertools import chain, repeat
+from itertools import chain, product, repeat
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -34,6 +34,7 @@ import torch
 import optgen
 from ..averaging import Average
 from ..checks import check_count
+from .saved import Spent, spent_before
 from ..games import Game
 from ..training.callbacks import choose_progress, tqdm, watch_training
 from ..training.checkpoint import write_atomically
@@ -53,12 +54,14 @@ class Experiment(NamedTuple):
             another process finds it.
         variants: name to configuration, a dict that JSON can hold.
         seeds: of every variant.
+        resumable: whether `run` takes the path of a `SavedRun` too.
     """
 
     name: str
-    run: Callable[[dict, int], dict]
+    run: Callable[..., dict]
     variants: dict
     seeds: tuple
+    resumable: bool = False
 
 
 class Task(NamedTuple):
@@ -71,14 +74,16 @@ class Task(NamedTuple):
         config: configuration of the variant.
         seed: its seed.
         path: its file.
+        state: file of its state while it is under way, or None if it is not resumable.
     """
 
     experiment: str
-    run: Callable[[dict, int], dict]
+    run: Callable[..., dict]
     variant: str
     config: dict
     seed: int
     path: Path
+    state: Path | None
 
     def file_content(self, about: dict, outcome: dict) -> dict:
         """Return what the task's file holds.
@@ -106,13 +111,14 @@ def tasks_of(experiment: Experiment, out: str | Path) -> list[Task]:
         experiment: its variants and seeds.
         out: folder of the results.
     """
-    name, run, variants, seeds = experiment
+    name, run, variants, seeds, resumable = experiment
     folder = Path(out) / name
-    return [
-        Task(name, run, variant, config, seed, folder / f"{variant}-{seed}.json")
-        for seed in seeds
-        for variant, config in variants.items()
-    ]
+    tasks = []
+    for seed, (variant, config) in product(seeds, variants.items()):
+        stem = f"{variant}-{seed}"
+        state = folder / f".{stem}.state.pt" if resumable else None
+        tasks.append(Task(name, run, variant, config, seed, folder / f"{stem}.json", state))
+    return tasks
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-3
 def write_json(path: Path, content: dict) -> None:
@@ -179,27 +185,31 @@ def source_state() -> dict:
     }
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-4
-def perform(run: Callable[[dict, int], dict], config: dict, seed: int) -> dict:
+def perform(run: Callable[..., dict], config: dict, seed: int, state: Path | None = None) -> dict:
     """Perform one run and measure its time; an exception becomes a record.
 
     Args:
         run: the experiment's function.
         config: its configuration.
         seed: its seed.
+        state: file of the state of a resumable run.
 
     Returns:
-        "result" or "error", with "cpu_seconds" and "wall_seconds".
+        "result" or "error", with "cpu_seconds" and "wall_seconds", those of interrupted processes
+        among them, and "parts", the number of processes.
     """
-    cpu, wall = time.process_time(), time.perf_counter()
+    cpu, wall, before = time.process_time(), time.perf_counter(), Spent()
     try:
-        outcome = {"result": run(config, seed)}
+        before = spent_before(state)
+        outcome = {"result": run(config, seed, *([] if state is None else [state]))}
         json.dumps(outcome, allow_nan=False)
     except Exception as e:
         error = {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}
         outcome = {"error": error}
     return outcome | {
-        "cpu_seconds": round(time.process_time() - cpu, 3),
-        "wall_seconds": round(time.perf_counter() - wall, 3),
+        "cpu_seconds": round(before.cpu + time.process_time() - cpu, 3),
+        "wall_seconds": round(before.wall + time.perf_counter() - wall, 3),
+        "parts": before.parts + 1,
     }
 
 
@@ -252,7 +262,9 @@ class Worker:
     def send(self, task: Task) -> None:
         """Start a run."""
         self.task, self.start = task, time.perf_counter()
-        self.pipe.send((task.run, task.config, task.seed))
+        if task.state is not None:
+            task.state.parent.mkdir(parents=True, exist_ok=True)
+        self.pipe.send((task.run, task.config, task.seed, task.state))
 
     def receive(self) -> dict:
         """Return what `perform` returned, or the error that the process died."""
@@ -385,6 +397,8 @@ def reproduce(
     ):
         for task, outcome in outcomes:
             write_json(task.path, task.file_content(about, outcome))
+            if task.state is not None and "error" not in outcome:
+                task.state.unlink(missing_ok=True)
             name = f"{task.experiment}/{task.path.stem} {outcome['wall_seconds']:.0f} s"
             bar.set_postfix_str(f"{name}, {len(failed)} failed" if failed else name)
             bar.update()

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +254,7 @@ class Looks:
     Args:
         look: number of steps taken to a dict of numbers, or to None to stop the training.
         every: steps between two looks, at least 1.
-        last: a step that is looked at too.
+        last: the last step; it is looked at too, and none follows. None if the batches end.
 
     Attributes:
         records: dicts with "step", "cpu", "wall" and what `look` returned.
@@ -272,13 +272,29 @@ class Looks:
         self.stopped_at = None
         self.clock = Stopwatch()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the records and the seconds so far."""
+        with self.clock.paused():
+            return {"records": self.records, "cpu": self.clock.cpu, "wall": self.clock.wall}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue with the records and the seconds of a state.
+
+        Args:
+            state: what `state_dict` returned.
+        """
+        self.records = list(state["records"])
+        self.clock.cpu, self.clock.wall = state["cpu"], state["wall"]
+
     def on_train_begin(self, run: TrainingLoop) -> None:
         """Start the clock."""
         self.clock.start()
 
     def on_step(self, run: TrainingLoop, batch: Any, losses: dict) -> None:
-        """Look, if it is time to."""
-        if run.step % self.every and run.step != self.last:
+        """Look, if it is time to, and stop after the last step."""
+        if run.step == self.last:
+            run.stop()
+        elif run.step % self.every:
             return
         with self.clock.paused():
             cpu, wall = round(self.clock.cpu, 2), round(self.clock.wall, 2)
@@ -301,6 +317,7 @@ def watch_training(
     lr_factor: Callable[[int], float] | None = None,
     averages: Iterable[Average] = (),
     time_batches: bool = True,
+    callbacks: Iterable[Any] = (),
 ) -> Looks:
     """Train for some steps and look at the scheme on the way.
 
@@ -313,12 +330,13 @@ def watch_training(
         lr_factor: index of a step (0, 1, ...) to the factor on every learning rate, or None.
         averages: averages of weights to update beside `scheme.averages`.
         time_batches: whether drawing a batch counts as training time.
+        callbacks: further callbacks, called after the look.
 
     Returns:
         The looks, with their records.
     """
     looks = Looks(look, every, last=steps)
-    loop = TrainingLoop(scheme, callbacks=[looks], lr_factor=lr_factor, averages=averages)
-    first = (batch for _, batch in zip(range(steps), batches))
-    loop.run(first if time_batches else looks.clock.untimed(first))
+    watched = [looks, *callbacks]
+    loop = TrainingLoop(scheme, callbacks=watched, lr_factor=lr_factor, averages=averages)
+    loop.run(batches if time_batches else looks.clock.untimed(batches))
     return looks
