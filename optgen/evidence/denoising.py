@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DATA', 'OPTIMIZERS', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'ALWAYS', 'TRIAL', 'FASHION', 'TRIED', 'PARTS', 'VARIANTS',
            'STAGES', 'halve_images', 'features', 'make_adam', 'make_muon', 'make_schedule_free', 'make_scheme',
-           'first_images', 'sample_distance', 'measure_likelihoods', 'measure', 'run_denoising', 'best_trial',
-           'tuning_runs', 'compared_runs', 'experiment']
+           'first_images', 'sample_distance', 'measure_likelihoods', 'measure', 'run_denoising', 'EmpiricalDenoiser',
+           'run_sampler_floor', 'best_trial', 'tuning_runs', 'compared_runs', 'experiment']
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00003
 import functools
@@ -31,7 +31,7 @@ from optgen.evidence.reproduce import (
     train_watched,
 )
 from ..models.classifier import mnist_classifier
-from ..models.diffusion import Denoiser, UNet
+from ..models.diffusion import Denoiser, UNet, ddim, heun
 from ..models.schedules import PowerSchedule
 from ..muon import Muon, muon_groups
 from ..optim import Adam
@@ -214,6 +214,54 @@ def run_denoising(config: dict[str, Any], seed: int) -> dict[str, Any]:
         with evaluating(scheme):
             return {"curve": curve, "end": measure_both(config["final"], config["exact"])}
 
+# %% ../../nbs/90_evidence/95_denoising.ipynb #1947273c
+class EmpiricalDenoiser:
+    """The best denoiser of a set of images, Eq. (empirical).
+
+    Args:
+        images: (n, ...), the only images that there are.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        self.shape, self.flat = images.shape[1:], images.flatten(1)
+        self.squares = self.flat.square().sum(1)
+
+    def __call__(self, y: Tensor, sigma: Tensor) -> Tensor:
+        """Return the mean of the images given noisy ones, (B, ...).
+
+        Args:
+            y: noisy images, (B, ...).
+            sigma: their levels, (B,).
+        """
+        scores = y.flatten(1) @ self.flat.T - self.squares / 2
+        weights = (scores / sigma[:, None].square()).softmax(1)
+        return (weights @ self.flat).view(-1, *self.shape)
+
+
+def run_sampler_floor(config: dict[str, Any], seed: int) -> dict[str, float]:
+    """Measure samplers with the best denoiser of the training images.
+
+    Args:
+        config: `data`, and `samples`, their number.
+        seed: of the noise.
+
+    Returns:
+        "fid" by ten steps of Heun and "fid_few" by four of DDIM.
+    """
+    train, test = (halve_images(DATA[config["data"]](split)) for split in ("train", "test"))
+    denoiser = EmpiricalDenoiser(2 * train.images.float() / 255 - 1)
+    real = feature_stats(first_images(test, 10_000), features())
+    found = {}
+    for name, sampler, steps in (("fid", heun, 10), ("fid_few", ddim, 4)):
+        rng, levels = torch.Generator().manual_seed(seed), PowerSchedule(0.01, 80.0).steps(steps)
+        batches = []
+        for _ in range(config["samples"] // 250):
+            noise = torch.randn(250, *denoiser.shape, generator=rng)
+            x = sampler(denoiser, levels[0].item() * noise, levels)
+            batches.append((128 * (x + 1)).floor().clamp(0, 255) / 255)
+        found[name] = round(fid(real, batches, features()), 4)
+    return found
+
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00011
 CLAIM = "a diffusion model's optimizer, an ingredient at a time: MNIST, Fashion-MNIST at half size"
 
@@ -261,7 +309,7 @@ PARTS = {
     "optimal": {"coupling": True},
 }
 VARIANTS = ("plain", "ema", *PARTS, "muon", "schedule-free", "together")
-STAGES = {"mnist": ("tune", "mnist"), "fashion": ("tune", "fashion")}
+STAGES = {"mnist": ("tune", "mnist", "floor"), "fashion": ("tune", "fashion", "floor")}
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95b00007
 def best_trial(out: str | Path, kind: str, weights: str) -> dict[str, Any]:
@@ -319,4 +367,7 @@ def experiment(name: str, out: str | Path) -> Experiment:
         name: a name in `STAGES`.
         out: folder of the results; the runs that follow the tuning read its results there.
     """
+    if name == "floor":
+        variants = {data: {"data": data, "samples": ALWAYS["final"]} for data in DATA}
+        return Experiment("floor", run_sampler_floor, variants, SEEDS)
     return tuning_runs() if name == "tune" else compared_runs(name, out)
