@@ -19,7 +19,7 @@ from optgen.bench import optimizers as bench_optimizers
 from optgen.bench import rules as bench_rules
 from optgen.bench import scaling as bench_scaling
 from optgen.data.images import Batch, Images
-from optgen.evidence import assisted, elbo, feedback, likelihood
+from optgen.evidence import assisted, elbo, feedback, gans, likelihood
 from optgen.evidence.classifier import train_classifier, warmup_linear_decay
 from optgen.evidence.reproduce import (
     constant_then_linear_decay,
@@ -290,11 +290,11 @@ def test_the_result_of_a_mixture():
     rows = [(100, 1.0, 2.0, 5, 0.4), (200, 2.0, 4.0, 8, 0.7), (300, 3.0, 6.0, 7, 0.9)]
     records = [dict(zip(keys, row)) for row in rows]
     counts, samples = torch.tensor([3.0, 4.0]), torch.tensor([[0.1234, -1.5]])
-    found = feedback.mixture_result(looks_of(records), 8, counts, samples)
+    found = gans.mixture_result(looks_of(records), 8, counts, samples)
     assert (found["modes"], found["share"], found["diverged"]) == (7, 0.9, None)
     assert found["all_modes"] == {"step": 200, "cpu": 2.0, "wall": 4.0}
     assert found["counts"] == [3, 4] and found["points"] == [[123, -1500]]
-    found = feedback.mixture_result(looks_of(records, 350), 9, counts, samples)
+    found = gans.mixture_result(looks_of(records, 350), 9, counts, samples)
     assert (found["modes"], found["share"], found["diverged"]) == (0, 0.0, 350)
     assert found["all_modes"] is None and found["points"] is None
 
@@ -320,7 +320,7 @@ class Mean(nn.Module):
 def test_samples_are_judged_by_their_distance():
     G, n = Mean(), 1200
     real = feature_stats([torch.randn(300, 1, generator=generator(1))])
-    sampler = feedback.ImageSampler(G, generator(2), G, real)
+    sampler = gans.ImageSampler(G, generator(2), G, real)
     rng = generator(2)
     x = torch.cat([G(torch.randn(m, 3, generator=rng)) for m in (500, 500, 200)]).flatten().double()
     expected = (x.mean() - real.mean) ** 2 + (x.std() - real.cov.sqrt()) ** 2
@@ -333,7 +333,7 @@ def test_samples_are_judged_by_their_distance():
 def test_the_result_of_a_run_on_images():
     records = [{"step": 5, "cpu": 1.0, "wall": 2.0, "fid": 3.0}]
     samples = torch.tensor([[0.0, 0.5, 1.0]])
-    found = feedback.images_result(looks_of(records), 9, {"fid": 1.5}, samples)
+    found = gans.images_result(looks_of(records), 9, {"fid": 1.5}, samples)
     assert found == {
         "fid": 1.5,
         "diverged": None,
@@ -350,21 +350,21 @@ def test_steps_of_equal_cost(rule, steps):
     config = {"rule": rule, "weight": None, "lr": 1e-3, "betas": [0.5, 0.9], "batch": 4}
     config |= {"budget": 100, "loss": "non-saturating"}
     before = [p.clone() for p in [*G.parameters(), *D.parameters()]]
-    assert feedback.equal_cost_steps(config, G, D, (1, 2, 2)) == steps
+    assert gans.equal_cost_steps(config, G, D, (1, 2, 2)) == steps
     assert all(map(torch.equal, before, [*G.parameters(), *D.parameters()]))
 
 
 def test_the_penalties_and_optimizers_of_a_gan():
     G, D = MLPGenerator(3, (8,), (2,)), MLPDiscriminator((2,), (8,))
     config = {"weight": 0.3, "lr": 0.02, "betas": [0.4, 0.8], "loss": "hinge"}
-    scheme = feedback.make_gan(G, D, config | {"rule": "r1+r2"})
+    scheme = gans.make_gan(G, D, config | {"rule": "r1+r2"})
     assert scheme.r1 == scheme.r2 == 0.3
     for player in scheme.players.values():
         (group,) = player.optimizer.param_groups
         assert group["lr"] == 0.02 and tuple(group["betas"]) == (0.4, 0.8)
-    scheme = feedback.make_gan(G, D, config | {"rule": "consensus"})
+    scheme = gans.make_gan(G, D, config | {"rule": "consensus"})
     assert scheme.r1 == scheme.r2 == 0 and scheme.rule.weight == 0.3
-    scheme = feedback.make_gan(G, D, config | {"rule": "negative-momentum", "weight": -0.3})
+    scheme = gans.make_gan(G, D, config | {"rule": "negative-momentum", "weight": -0.3})
     assert {p.optimizer.param_groups[0]["momentum"] for p in scheme.players.values()} == {-0.3}
 
 
