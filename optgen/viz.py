@@ -311,14 +311,15 @@ class FrameSlider:
     def _repr_html_(self) -> str:
         """Return the figures and the slider."""
         images = "".join(
-            f'<img src="data:image/png;base64,{picture}" style="max-width: 100%"'
-            f' alt="{escape(self.alt)} {escape(self.title)} {escape(label)}."'
-            f"{'' if i == self.start else ' hidden'}>"
+            f'<img src="data:image/png;base64,{picture}"'
+            f' style="max-width: 100%; display: {"block" if i == self.start else "none"}"'
+            f' alt="{escape(self.alt)} {escape(self.title)} {escape(label)}.">'
             for i, (label, picture) in enumerate(zip(self.labels, self.pictures))
         )
         script = (
             "const box = this.closest('figure');"
-            "box.querySelectorAll('img').forEach((image, i) => image.hidden = i != this.value);"
+            "box.querySelectorAll('img').forEach("
+            "(image, i) => image.style.display = i == this.value ? 'block' : 'none');"
             "box.querySelector('output').value = this.dataset.labels.split('|')[this.value];"
         )
         return (
