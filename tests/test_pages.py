@@ -510,6 +510,25 @@ def test_checks_figures_and_imports_are_folded(tab):
     assert not [i for i in range(code.count()) if code.nth(i).is_visible()]
 
 
+@reading
+def test_a_slider_shows_one_figure_at_a_time(tab):
+    """Of the figures behind a slider one is seen, and the slider decides which."""
+    figure = tab.open("optimizers/rules.html").locator("figure:has(input[type=range])").first
+    images, slider = figure.locator("img"), figure.locator("input[type=range]")
+
+    def seen():
+        """Return which figures are visible, and the label beside the slider."""
+        shown = [i for i in range(images.count()) if images.nth(i).is_visible()]
+        return shown, figure.locator("output").inner_text()
+
+    assert images.count() == 6 and seen() == ([3], "0.4")
+    slider.focus()
+    slider.press("ArrowRight")
+    assert seen() == ([4], "0.8")
+    slider.press("Home")
+    assert seen() == ([0], "0.05")
+
+
 # The reading of docstrings.
 
 

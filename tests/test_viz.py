@@ -1,6 +1,9 @@
 "Pictures of the installed package: their pixels, lines and arrows are the numbers given."
 
+import base64
+import io
 import json
+import re
 
 import matplotlib.pyplot as plt
 import pytest
@@ -10,7 +13,9 @@ from PIL import Image
 from optgen.metrics import measure_calibration
 from optgen.testing import randn
 from optgen.viz import (
+    FrameSlider,
     image_grid,
+    new_figure,
     phase_portrait,
     plot_curves,
     read_log,
@@ -92,3 +97,21 @@ def test_a_reliability_diagram_shows_the_bins():
     assert [bar.get_height() for bar in below.patches] == pytest.approx([0, 0, 0, 1 / 3, 2 / 3])
     assert top.get_title().startswith("error 33.33%, calibration error")
     assert reliability_diagram(found).axes[0].get_title().startswith("calibration error")
+
+
+def test_a_slider_holds_every_figure_and_shows_one(tmp_path):
+    frames = {}
+    for name, width in (("a & b", 2.0), ("c", 3.0)):
+        frames[name] = new_figure(width, 1.0)
+    html = FrameSlider(frames, "size", "A <figure>", start="c", dpi=50)._repr_html_()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', html)
+    sizes = [Image.open(io.BytesIO(base64.b64decode(picture))).size for picture in pictures]
+    assert sizes == [(100, 50), (150, 50)]
+    assert re.findall(r"display: (\w+)\"", html) == ["none", "block"]
+    assert "A &lt;figure&gt; size a &amp; b." in html and "<output>c</output>" in html
+    assert 'data-labels="a &amp; b|c"' in html and 'max="1" value="1"' in html
+    for wrong in ({"c": frames["c"]}, {}):
+        with pytest.raises(ValueError, match="at least two frames"):
+            FrameSlider(wrong, "size", "")
+    with pytest.raises(ValueError, match="FrameSlider: start must be one of"):
+        FrameSlider(frames, "size", "", start="d")
