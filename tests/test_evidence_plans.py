@@ -56,15 +56,18 @@ class Killed(Exception):
     """The end of a process."""
 
 
-def train(path, seed, kill_at=None, config=None):
-    """Return the looks, the weights and the averages of a small GAN."""
-    torch.manual_seed(seed)
+def train(path, seed, kill_at=None, config=None, start=None):
+    """Return the looks, the weights and averages of a small GAN, and how often it was looked at."""
+    start = seed if start is None else start
+    torch.manual_seed(start)
     G = MLPGenerator(4, (8,), (1, 28, 28), "sigmoid")
     gan = FeedbackGAN(G, MLPDiscriminator((1, 28, 28), (8,)))
     gan.averages = averages_of(gan)
-    noise, loader = generator(seed), Loader(digits().subset(torch.arange(70)), 20, seed=seed)
+    noise, loader = generator(start), Loader(digits().subset(torch.arange(70)), 20, seed=seed)
+    looked = []
 
     def look(step):
+        looked.append(step)
         if step == kill_at:
             raise Killed
         return {"mean": G(torch.randn(5, 4, generator=noise)).mean().item()}
@@ -76,20 +79,22 @@ def train(path, seed, kill_at=None, config=None):
     looks = watch_training(gan, batches, look, **options)
     shown = [(record["step"], record["mean"]) for record in looks.records]
     weights = [p.detach() for player in gan.players.values() for p in player.params.values()]
-    return shown, weights + [mean for average in gan.averages for mean in average.means]
+    averages = [mean for average in gan.averages for mean in average.means]
+    return shown, weights + averages, looked
 
 
 @pytest.mark.parametrize("seed, kill_at", [(0, 8), (1, 2), (2, 11)])
 def test_an_interrupted_run_is_the_run(seed, kill_at, tmp_path):
-    shown, weights = train(tmp_path / "whole.pt", seed)
+    shown, weights, _ = train(tmp_path / "whole.pt", seed)
     assert [step for step, _ in shown] == [2, 4, 6, 8, 10, 11]
     with pytest.raises(Killed):
         train(tmp_path / "killed.pt", seed, kill_at)
     first = spent_before(tmp_path / "killed.pt")
-    again, weights_again = train(tmp_path / "killed.pt", seed)
+    again, weights_again, looked = train(tmp_path / "killed.pt", seed, start=99)
+    assert looked == [step for step, _ in shown if step >= kill_at]
     assert again == shown and all(map(torch.equal, weights_again, weights))
     both = spent_before(tmp_path / "killed.pt")
-    assert (first.parts, both.parts) == (1, 2) and both.cpu > first.cpu > 0
+    assert (first.processes, both.processes) == (1, 2) and both.cpu > first.cpu > 0
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):
@@ -102,10 +107,10 @@ def test_the_state_of_another_run_is_refused(tmp_path):
 def resumable(config, seed, state):
     """Return how often it was begun; fail the first time."""
     begun = spent_before(state)
-    checkpoint.save(state, {"spent": [5.0, 7.0, begun.parts + 1]})
-    if not begun.parts:
+    checkpoint.save(state, {"spent": [5.0, 7.0, begun.processes + 1]})
+    if not begun.processes:
         raise RuntimeError("killed")
-    return {"begun": begun.parts + 1}
+    return {"begun": begun.processes + 1}
 
 
 def test_reproduce_passes_the_state_and_deletes_it_with_the_result(tmp_path):

@@ -209,7 +209,7 @@ def perform(run: Callable[..., dict], config: dict, seed: int, state: Path | Non
     return outcome | {
         "cpu_seconds": round(before.cpu + time.process_time() - cpu, 3),
         "wall_seconds": round(before.wall + time.perf_counter() - wall, 3),
-        "parts": before.parts + 1,
+        "parts": before.processes + 1,
     }
 
 

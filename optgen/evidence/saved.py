@@ -26,12 +26,12 @@ class Spent(NamedTuple):
     Attributes:
         cpu: seconds of the processor.
         wall: seconds of the clock.
-        parts: number of processes.
+        processes: their number.
     """
 
     cpu: float = 0.0
     wall: float = 0.0
-    parts: int = 0
+    processes: int = 0
 
 
 def spent_before(path: Path | None) -> Spent:
@@ -78,7 +78,7 @@ class SavedRun:
         self.cpu_start, self.wall_start = time.process_time(), time.perf_counter()
         self.last = time.monotonic()
 
-    def parts(self, run: TrainingLoop) -> dict[str, list]:
+    def stateful_objects(self, run: TrainingLoop) -> dict[str, list]:
         """Return the objects of a training that have a state, by kind.
 
         Args:
@@ -97,9 +97,9 @@ class SavedRun:
         spent = Spent(
             self.before.cpu + time.process_time() - self.cpu_start,
             self.before.wall + time.perf_counter() - self.wall_start,
-            self.before.parts + 1,
+            self.before.processes + 1,
         )
-        parts = self.parts(run).items()
+        stateful = self.stateful_objects(run).items()
         return {
             "identity": self.identity,
             "spent": list(spent),
@@ -107,7 +107,7 @@ class SavedRun:
             "scheme": run.scheme.state_dict(),
             "rng": checkpoint.rng_state(),
             "generators": {name: g.get_state() for name, g in self.generators.items()},
-            **{kind: [part.state_dict() for part in of_kind] for kind, of_kind in parts},
+            **{kind: [x.state_dict() for x in of_kind] for kind, of_kind in stateful},
         }
 
     def on_train_begin(self, run: TrainingLoop) -> None:
@@ -125,9 +125,9 @@ class SavedRun:
                 "delete the file, and the run begins anew"
             )
         load_scheme_state(run.scheme, state["scheme"])
-        for kind, of_kind in self.parts(run).items():
-            for part, part_state in zip(of_kind, state[kind], strict=True):
-                part.load_state_dict(part_state)
+        for kind, of_kind in self.stateful_objects(run).items():
+            for x, x_state in zip(of_kind, state[kind], strict=True):
+                x.load_state_dict(x_state)
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
         checkpoint.set_rng_state(state["rng"])
