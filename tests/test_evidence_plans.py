@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from optgen.averaging import averages_of
-from optgen.data.images import digits
+from optgen.data.images import Batch, digits
 from optgen.data.loading import Loader
 from optgen.evidence import denoising, formula
 from optgen.evidence.plans import holm, paired_p, plan_table, read_plan
@@ -95,6 +95,27 @@ def test_an_interrupted_run_is_the_run(seed, kill_at, tmp_path):
     assert again == shown and all(map(torch.equal, weights_again, weights))
     both = spent_before(tmp_path / "killed.pt")
     assert (first.processes, both.processes) == (1, 2) and both.cpu > first.cpu > 0
+
+
+def test_a_run_that_was_killed_after_its_last_step_takes_none(tmp_path):
+    shown, weights, _ = train(tmp_path / "state.pt", 0)
+    again, weights_again, looked = train(tmp_path / "state.pt", 0, start=99)
+    assert again == shown and looked == [] and all(map(torch.equal, weights_again, weights))
+
+
+def test_a_run_that_has_diverged_stays_so(tmp_path):
+    game = FeedbackGAN(MLPGenerator(2, (3,)), MLPDiscriminator((2,), (3,)))
+    loader = Loader(digits().subset(torch.arange(40)), 20)
+
+    def train_once(found):
+        saved = SavedRun(tmp_path / "state.pt", {}, 0, loader, {}, every=0.0)
+        batches = itertools.repeat(Batch(torch.zeros(3, 2)))
+        look = lambda step: found  # noqa: E731
+        return watch_training(game, batches, look, steps=5, every=2, callbacks=[saved])
+
+    assert train_once(None).stopped_at == 2
+    again = train_once({"a": 1})
+    assert again.stopped_at == 2 and again.records == []
 
 
 def test_the_state_of_another_run_is_refused(tmp_path):

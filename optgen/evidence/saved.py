@@ -104,6 +104,7 @@ class SavedRun:
             "identity": self.identity,
             "spent": list(spent),
             "step": run.step,
+            "stopped": run.stopped,
             "scheme": run.scheme.state_dict(),
             "rng": checkpoint.rng_state(),
             "generators": {name: g.get_state() for name, g in self.generators.items()},
@@ -131,7 +132,7 @@ class SavedRun:
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
         checkpoint.set_rng_state(state["rng"])
-        run.step = state["step"]
+        run.step, run.stopped = state["step"], state["stopped"]
 
     def on_step(self, run: TrainingLoop, batch: Any, losses: dict) -> None:
         """Write the state, if it is time to."""

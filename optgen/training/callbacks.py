@@ -273,9 +273,10 @@ class Looks:
         self.clock = Stopwatch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the records and the seconds so far."""
+        """Return the records and the seconds so far, and the step at which it stopped, or None."""
         with self.clock.paused():
-            return {"records": self.records, "cpu": self.clock.cpu, "wall": self.clock.wall}
+            spent = {"cpu": self.clock.cpu, "wall": self.clock.wall}
+            return {"records": self.records, "stopped_at": self.stopped_at, **spent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue with the records and the seconds of a state.
@@ -283,7 +284,7 @@ class Looks:
         Args:
             state: what `state_dict` returned.
         """
-        self.records = list(state["records"])
+        self.records, self.stopped_at = list(state["records"]), state["stopped_at"]
         self.clock.cpu, self.clock.wall = state["cpu"], state["wall"]
 
     def on_train_begin(self, run: TrainingLoop) -> None:

@@ -238,8 +238,9 @@ class TrainingLoop:
         """Train on the batches, between `on_train_begin` and `on_train_end`.
 
         Args:
-            batches: as in `take_steps`.
+            batches: as in `take_steps`; none is drawn if `on_train_begin` has stopped the loop.
         """
         start_batch_check(self.scheme)
         with self.announced():
-            self.take_steps(batches)
+            if not self.stopped:
+                self.take_steps(batches)
