@@ -1,5 +1,6 @@
 """What the evidence and the benchmarks report, from runs and times that are known."""
 
+import copy
 import json
 import math
 
@@ -18,7 +19,8 @@ from optgen.bench import loops as bench_loops
 from optgen.bench import optimizers as bench_optimizers
 from optgen.bench import rules as bench_rules
 from optgen.bench import scaling as bench_scaling
-from optgen.data.images import Batch, Images
+from optgen.data.images import Batch, Images, digits
+from optgen.data.loading import Loader
 from optgen.evidence import assisted, elbo, feedback, gans, likelihood
 from optgen.evidence.classifier import train_classifier, warmup_linear_decay
 from optgen.evidence.reproduce import (
@@ -31,10 +33,17 @@ from optgen.evidence.reproduce import (
 )
 from optgen.games import Game, Player
 from optgen.models.classifier import Classifier
-from optgen.models.gan import MLPDiscriminator, MLPGenerator
+from optgen.models.gan import (
+    ConvDiscriminator,
+    ConvGenerator,
+    MLPDiscriminator,
+    MLPGenerator,
+)
 from optgen.optim import Adam
-from optgen.sample_quality import feature_stats
+from optgen.rules import Alternating
+from optgen.sample_quality import feature_stats, fid
 from optgen.schemes.assisted import Assisted
+from optgen.schemes.feedback import FeedbackGAN
 from optgen.testing import generator
 from optgen.training.callbacks import Looks
 
@@ -328,6 +337,53 @@ def test_samples_are_judged_by_their_distance():
     with torch.no_grad():
         G.scale.fill_(math.inf)
     assert sampler.measure(n) is None
+
+
+class Averages(nn.Module):
+    """A judge whose features are the means of the rows of an image."""
+
+    def features(self, x):
+        """Return features."""
+        return x.mean(-1).flatten(1)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_on_images_measures_the_averaged_generator(seed, monkeypatch):
+    parts = {"train": digits("train").subset(torch.arange(300)), "test": digits("test")}
+    monkeypatch.setattr(gans, "mnist", lambda split="train": parts[split])
+    monkeypatch.setattr(gans, "mnist_classifier", Averages)
+    config = {"problem": "mnist", "rule": "alternating", "weight": None, "loss": "hinge"}
+    config |= {"lr": 3e-3, "betas": [0.4, 0.9], "batch": 30, "width": 4, "z_dim": 5, "looks": 2}
+    config |= {"look": 100, "final": 700, "steps": 5, "decay": 0.6}
+    found = gans.run_images(config, seed)
+
+    torch.manual_seed(seed)
+    G, D = ConvGenerator((1, 28, 28), 5, 4), ConvDiscriminator((1, 28, 28), 4)
+    optimizers = [Adam(net.parameters(), 3e-3, betas=(0.4, 0.9)) for net in (G, D)]
+    gan = FeedbackGAN(G, D, "hinge", Alternating(), optimizers)
+    noise, mean = torch.Generator().manual_seed(seed + 2_000_000), copy.deepcopy(G)
+    real = feature_stats(Loader(parts["test"], 500, shuffle=False), Averages().features)
+
+    def distance(n):
+        """Return the distance of samples of the averaged generator, 500 at a time."""
+        with torch.no_grad():
+            sizes = [min(500, n - i) for i in range(0, n, 500)]
+            samples = [mean(torch.randn(size, 5, generator=noise)) for size in sizes]
+        return fid(samples, real, Averages().features)
+
+    distances = []
+    for t, batch in zip(range(5), Loader(parts["train"], 30, seed=seed, drop_last=True)):
+        for optimizer in optimizers:  # constant for half of the run, then linear to 0
+            optimizer.param_groups[0]["lr"] = 3e-3 * min(1, 2 * (1 - t / 5))
+        gan.step(batch)
+        new = max(9 / (t + 1 + 9), 0.4) if t else 1.0
+        for p, q in zip(mean.parameters(), G.parameters()):
+            p.data.lerp_(q.data, new)
+        if t + 1 in (3, 5):
+            distances.append(distance(100))
+    assert [row[0] for row in found["curve"]] == [3, 5] and found["steps"] == 5
+    assert [row[3] for row in found["curve"]] == pytest.approx(distances, rel=1e-3, abs=2e-3)
+    assert found["fid"] == pytest.approx(distance(700), rel=1e-3, abs=2e-3)
 
 
 def test_the_result_of_a_run_on_images():
