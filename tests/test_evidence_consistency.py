@@ -33,9 +33,7 @@ def interpolated(image, row, column):
     r, c = math.floor(row), math.floor(column)
     a, b = row - r, column - c
     corners = [(1 - a, r), (a, r + 1)]
-    return sum(
-        u * v * pixel(image, i, j) for u, i in corners for v, j in ((1 - b, c), (b, c + 1))
-    )
+    return sum(u * v * pixel(image, i, j) for u, i in corners for v, j in ((1 - b, c), (b, c + 1)))
 
 
 def view_by_hand(image, eps, strengths):
@@ -170,7 +168,9 @@ def test_a_run_is_the_loop_of_its_equations(method, seed, monkeypatch):
     logits = mean(test.images.float() / 255).detach()
     errors = (logits.argmax(1) != test.labels).float().mean().item()
     assert found["test"]["error"] == pytest.approx(errors, abs=2 / len(test))
-    assert found["test"]["nll"] == pytest.approx(cross_entropy(logits, test.labels).item(), rel=1e-3)
+    assert found["test"]["nll"] == pytest.approx(
+        cross_entropy(logits, test.labels).item(), rel=1e-3
+    )
     assert found["curve"][-1]["test_nll"] == pytest.approx(found["test"]["nll"], abs=1e-5)
 
 

@@ -41,6 +41,7 @@ SOURCES = {
     ("50_mnist_vae", "a VAE of two such layers"): "Burda et al. (2016)",
     ("60_ask_tell", "results of 31 algorithms"): "title of a paper",
     ("92_assisted", "the published 12,"): "Kingma et al. (2014): 11.97 %",
+    ("92a_consistency", "M1+M2 is published at 3.33"): "Kingma et al. (2014), Table 1",
     ("93_feedback", "has 99 or 79 for DCGAN"): "Metz et al. (2017); Lin et al. (2018)",
 }
 

@@ -42,7 +42,7 @@ from ..schemes.assisted import Assisted
 from ..schemes.couplings import AssistedBatch, Coupling, LossTerms
 from ..schemes.networks import build_networks
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #57cb826a
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #87b67890
 VIEW_NOISE = 7  # standard normal numbers of a view
 WEAK = {"turn": 0.0, "shear": 0.0, "scale": 0.0, "shift": 2 / 14, "hole": 0.0}
 STRONG = {"turn": 0.5, "shear": 0.3, "scale": 0.2, "shift": 3 / 14, "hole": 0.25}
@@ -90,7 +90,7 @@ def augmented_view(x: Tensor, eps: Tensor, strengths: Mapping[str, float]) -> Te
     covered = inside[0][:, :, None] & inside[1][:, None, :]
     return out.masked_fill(covered[:, None], 0)
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #3201614f
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #782880d2
 class Augmented(Coupling):
     """The classification loss of augmented labeled images; the base of the consistency methods.
 
@@ -125,7 +125,7 @@ class Augmented(Coupling):
         term = self.consistency(classifier, batch.x, batch.eps)
         return LossTerms(classification, term, torch.zeros_like(term))
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #a54d4091
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #6a7a1b60
 class MeanTeacher(Augmented):
     """Agreement with the averaged weights on another view, Eq. (mean-teacher).
 
@@ -146,7 +146,7 @@ class MeanTeacher(Augmented):
             target = torch.func.functional_call(classifier, (means, buffers), second).softmax(-1)
         return (self.classify(classifier, first).softmax(-1) - target).square().mean()
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #44d39311
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #6fd860c8
 class FixMatch(Augmented):
     """Pseudo-labels of weak views for strong views, Eq. (fixmatch).
 
@@ -172,7 +172,7 @@ class FixMatch(Augmented):
         loss = F.cross_entropy(logits, label, reduction="none")
         return (loss * (sure >= self.threshold)).mean()
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #cab3ad7e
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #ca5e1110
 def make_coupling(config: dict[str, Any], average: Average) -> Coupling:
     """Return the coupling of a configuration.
 
@@ -230,7 +230,7 @@ def run_consistency(config: dict[str, Any], seed: int) -> dict[str, Any]:
             end = measure_final(scheme, test, outside if config["outside"] else None)
     return {"curve": curve, "test": end}
 
-# %% ../../nbs/90_evidence/92a_consistency.ipynb #ccb174b5
+# %% ../../nbs/90_evidence/92a_consistency.ipynb #2ccd2161
 CLAIM = "augmentation and consistency beside the assisted classifiers, a hundred labels of MNIST"
 
 SHARED = ("data", "labels", "valid", "hidden", "dropout", "decay", "lr", "batch", "epochs")
