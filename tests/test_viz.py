@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 import json
+import math
 import re
 
 import matplotlib.pyplot as plt
@@ -13,7 +15,13 @@ from PIL import Image
 from optgen.metrics import measure_calibration
 from optgen.testing import randn
 from optgen.viz import (
+    ARROW_GAP,
+    EDGE_LOOKS,
+    NODE_LOOKS,
+    Edge,
     FrameSlider,
+    Node,
+    draw_diagram,
     image_grid,
     new_figure,
     phase_portrait,
@@ -21,6 +29,7 @@ from optgen.viz import (
     read_log,
     reliability_diagram,
     save_image_grid,
+    upstream,
 )
 
 
@@ -115,3 +124,151 @@ def test_a_slider_holds_every_figure_and_shows_one(tmp_path):
             FrameSlider(wrong, "size", "")
     with pytest.raises(ValueError, match="FrameSlider: start must be one of"):
         FrameSlider(frames, "size", "", start="d")
+
+
+def drawn_parts(ax):
+    """Return the borders of a diagram's nodes, and its arrows as (start, tip)."""
+    heads = [patch for patch in ax.patches if type(patch).__name__ == "Polygon"]
+    borders = [patch for patch in ax.patches if patch not in heads]
+    arrows = [(line.get_xydata()[0], head.get_xy()[0]) for line, head in zip(ax.lines, heads)]
+    assert len(ax.lines) == len(heads)
+    return borders, [tuple(map(torch.tensor, arrow)) for arrow in arrows]
+
+
+def is_inside(border, ax, point):
+    """Return whether a point in inches lies within a border, whose line has no width."""
+    return border.contains_point(ax.transData.transform(point), radius=0)
+
+
+def wheel(kind, both_ways):
+    """Return a diagram whose hub is joined to twelve nodes around it."""
+    nodes = {"hub": Node(2.0, 1.0, "the hub", kind)}
+    for i in range(12):
+        angle = 0.1 + math.pi * i / 6
+        place = (2 + 2 * math.cos(angle), 1 + 2 * math.sin(angle))
+        nodes[f"{i}"] = Node(*place, f"$z_{{{i}}}$", list(NODE_LOOKS)[i % 5])
+    edges = [Edge("hub", name) for name in nodes if name != "hub"]
+    if both_ways:
+        edges += [Edge(b, a, "gradient") for a, b, *_ in edges]
+    return nodes, edges
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("kind", NODE_LOOKS)
+def test_arrows_end_at_the_borders_of_their_nodes(kind, both_ways):
+    nodes, edges = wheel(kind, both_ways)
+    ax = draw_diagram(nodes, edges).axes[0]
+    borders, arrows = drawn_parts(ax)
+    assert len(borders) == len(nodes) and len(arrows) == len(edges)
+    border_of = dict(zip(nodes, borders))
+    for edge, (start, tip) in zip(edges, arrows):
+        along = (tip - start) / (tip - start).norm()
+        for name, end, inwards in ((edge.source, start, -along), (edge.target, tip, along)):
+            assert is_inside(border_of[name], ax, end + 0.02 * inwards), edge
+            assert not is_inside(border_of[name], ax, end - 0.02 * inwards), edge
+
+
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_opposite_arrows_run_side_by_side_and_single_ones_between_the_centers(both_ways):
+    nodes, edges = wheel("network", both_ways)
+    _, arrows = drawn_parts(draw_diagram(nodes, edges).axes[0])
+    for edge, (start, tip) in zip(edges, arrows):
+        source, target = (torch.tensor(nodes[name][:2]).double() for name in edge[:2])
+        along = (target - source) / (target - source).norm()
+        left = torch.stack([-along[1], along[0]])
+        for point in (start, tip):
+            aside = (point - source) @ left
+            assert abs(aside - (ARROW_GAP if both_ways else 0.0)) < 1e-6
+        assert (tip - start) @ along > 0
+
+
+def test_every_label_is_drawn_beside_its_arrow():
+    ends = {"right": (3, 0), "left": (-3, 0), "up": (0, 2), "down": (0, -2), "aslant": (2.5, 1.5)}
+    nodes = {"hub": Node(0, 0, "hub")} | {k: Node(*at, k, "value") for k, at in ends.items()}
+    edges = [Edge("hub", name, label=f"to the {name}") for name in ends]
+    fig = draw_diagram(nodes, edges)
+    ax = fig.axes[0]
+    extents = {text.get_text(): text.get_window_extent() for text in ax.texts}
+    labels = [*(node.label for node in nodes.values()), *(edge.label for edge in edges)]
+    assert [text.get_text() for text in ax.texts] == labels
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(extents.values(), 2))
+    for edge, (start, tip) in zip(edges, drawn_parts(ax)[1]):
+        box = extents[edge.label]
+        for t in torch.linspace(0, 1, 101):
+            assert not box.contains(*ax.transData.transform(start + t * (tip - start))), edge
+        middle = torch.tensor(ax.transData.inverted().transform(((box.x0 + box.x1) / 2, box.y0)))
+        (a, b), (c, d) = tip - start, middle - start
+        assert a * d - b * c > 0, edge  # it lies to the left of its arrow
+        center = ax.transData.transform((start + tip) / 2)
+        away = math.dist(center, ((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
+        assert away < math.hypot(box.width, box.height) / 2 + 0.06 * fig.dpi, edge
+
+
+def test_a_diagram_is_as_large_as_what_it_shows():
+    nodes = {"a": Node(-1.0, 5.0, "first"), "b": Node(1.5, 7.0, "second", "observed")}
+    kinds = list(EDGE_LOOKS)
+    for n in range(1, len(kinds) + 1):
+        fig = draw_diagram(nodes, [Edge("a", "b", kind) for kind in reversed(kinds[:n])])
+        ax = fig.axes[0]
+        extents = [artist.get_window_extent() for artist in (*ax.texts, *ax.patches)]
+        for box in extents:
+            assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1
+            assert fig.bbox.y0 <= box.y0 and box.y1 <= fig.bbox.y1
+        inches = ax.transData.transform([(0, 0), (1, 1)])
+        assert (inches[1] - inches[0]).tolist() == pytest.approx([fig.dpi, fig.dpi])
+        if n == 1:
+            assert not fig.legends
+            continue
+        (legend,) = fig.legends
+        assert [t.get_text() for t in legend.get_texts()] == [EDGE_LOOKS[k][0] for k in kinds[:n]]
+        for handle, kind in zip(legend.get_lines(), kinds):
+            assert handle.get_color() == EDGE_LOOKS[kind][1]["color"]
+        box = legend.get_window_extent()
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1 and box.y0 >= 0
+        assert not any(box.overlaps(other) for other in extents)
+
+
+def test_an_edge_of_an_unknown_node_is_one_error_with_all_names():
+    nodes = {"a": Node(0, 0, "a"), "b": Node(1, 0, "b"), "above a": Node(0, 0, "c")}
+    message = r"^draw_diagram: edges join \['c', 'd'\], which are not nodes: the nodes are \['a', "
+    with pytest.raises(ValueError, match=message):
+        draw_diagram(nodes, [Edge("a", "b"), Edge("d", "b"), Edge("a", "c")])
+    with pytest.raises(ValueError, match="kind must be one of .*'feedback'.*got 'back'"):
+        draw_diagram(nodes, [Edge("a", "b", "back")])
+    with pytest.raises(ValueError, match="kind must be one of .*'loss'.*got 'round'"):
+        draw_diagram(nodes | {"e": Node(2, 0, "e", "round")}, [])
+    for other in ("a", "above a"):
+        with pytest.raises(ValueError, match=f"'a' and '{other}' stand at one point"):
+            draw_diagram(nodes, [Edge("a", other)])
+    with pytest.raises(ValueError, match="no"):
+        draw_diagram({}, [])
+
+
+def test_upstream_follows_arrows_of_one_kind_to_their_start():
+    edges = [
+        *(
+            Edge("x", "f"),
+            Edge("f", "loss"),
+            Edge("g", "f", "value"),
+            Edge("loss", "f", "gradient"),
+        ),
+        *(Edge("f", "other"), Edge("x", "g"), Edge("y", "loss", label="of few")),
+    ]
+    assert upstream(edges, "loss") == [edges[0], edges[1], edges[6]]
+    assert upstream(edges, "f", "gradient") == [edges[3]]
+    assert upstream(edges, "x") == [] == upstream(edges, "unheard of")
+    loop = [Edge("a", "b"), Edge("b", "a")]
+    assert upstream(loop, "a") == loop
+
+
+def test_a_notebook_shows_figures_before_pyplot_has_made_one(monkeypatch):
+    shells = pytest.importorskip("IPython.core.interactiveshell")
+    figure = new_figure(1.0, 1.0)
+    shell = shells.InteractiveShell()
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    formatter = shell.display_formatter.formatters["image/png"]
+    assert formatter(figure) is None
+    picture = formatter(new_figure(3.0, 2.0, dpi=50))
+    assert Image.open(io.BytesIO(picture)).format == "PNG"
+    formatter.for_type(type(figure), lambda figure: b"the notebook's own")
+    assert formatter(new_figure(1.0, 1.0)) == b"the notebook's own"
