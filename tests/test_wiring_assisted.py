@@ -147,7 +147,8 @@ class MovingWeight(Controller):
 def make(seed=0, labeled=None, **parts):
     """Return a scheme in float64 whose players take plain gradient steps."""
     modules = {k: m.double() for k, m in parts.items() if isinstance(m, nn.Module)}
-    optimizers = {k: torch.optim.SGD(m.parameters(), RATE) for k, m in modules.items()}
+    trained = {k: [p for p in m.parameters() if p.requires_grad] for k, m in modules.items()}
+    optimizers = {k: torch.optim.SGD(params, RATE) for k, params in trained.items() if params}
     return Assisted(labeled=labeled, alpha=ALPHA, optimizers=optimizers, **parts)
 
 
@@ -282,6 +283,35 @@ def test_m1_m2_is_m2_on_latents(make_rule):
     losses = {"classifier": loss, "generator": loss, "features": bound}
     assert drawn.eps.shape == (4, 7)
     assert_step(scheme, drawn, losses)
+
+
+def test_features_trained_before_stay_as_they_are():
+    torch.manual_seed(3)
+    _, net, joint, vae = m1_m2()
+    vae.requires_grad_(False)
+    before = [p.clone() for p in vae.parameters()]
+    scheme = make(
+        labeled=labeled_images(),
+        classifier=net,
+        generator=joint,
+        features=vae,
+        coupling=Agreement(labeled_weight=0.1),
+        weight=0.6,
+    )
+    drawn = scheme.draw_noise(Batch(images(4, 4)))
+
+    def loss():
+        z, of_labeled = (
+            sample_q(vae, x, eps[:, -2:])[2]
+            for x, eps in ((drawn.x, drawn.eps), (drawn.labeled, drawn.eps_labeled))
+        )
+        bounds = all_bounds(joint, z, drawn.eps[:, :3])
+        labeled = joint_bound(joint, of_labeled, drawn.y, drawn.eps_labeled[:, :3])
+        own = cross_entropy(logits_by_hand(net, of_labeled), drawn.y)
+        return ALPHA * own + m2_loss(logits_by_hand(net, z), bounds, 0.1 * labeled, 0.6)
+
+    assert_step(scheme, drawn, {"classifier": loss, "generator": loss})
+    assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make_rule", [lambda: None, Alternating, Extragradient])

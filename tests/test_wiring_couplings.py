@@ -154,14 +154,16 @@ def reference_divergence(kind, d, g):
 
 @pytest.mark.parametrize("kind", DIVERGENCES)
 @pytest.mark.parametrize("to", RECEIVERS)
-def test_agreement_is_the_divergence_of_classifier_and_generator(to, kind):
-    coupling = Agreement(kind, to)
+@pytest.mark.parametrize("labeled_weight", [1.0, 0.03])
+def test_agreement_is_the_divergence_of_classifier_and_generator(to, kind, labeled_weight):
+    coupling = Agreement(kind, to, labeled_weight)
     net, vae = randomized(Net()), randomized(ConditionalVAE(D, K, Z, 5), 1)
     assert coupling.noise_width(net, vae) == Z
     b = make_batch(Z)
     found = coupling.terms(net, vae, b)
     bounds = all_bounds(vae, b.x, b.eps)
-    own = -bounds.logsumexp(1).mean() - reference_bound(vae, b.labeled, b.y, b.eps_labeled).mean()
+    labeled_bound = reference_bound(vae, b.labeled, b.y, b.eps_labeled).mean()
+    own = -bounds.logsumexp(1).mean() - labeled_weight * labeled_bound
     classification = -net(b.labeled).log_softmax(1)[torch.arange(8), b.y].mean()
     d = net(b.x) if to != "generator" else net(b.x).detach()
     g = bounds if to != "classifier" else bounds.detach()

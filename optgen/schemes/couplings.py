@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..controllers import Controller
 from ..data.images import DataError, ImageSet
 from ..limits import check_model, check_single_tensor
@@ -290,24 +290,28 @@ def divergence(kind: str, d: Tensor, g: Tensor) -> Tensor:
 
 # %% ../../nbs/30_schemes/31a_couplings.ipynb #08d7d83a
 class Agreement(Coupling):
-    """Agreement on the class with a generator that models classes, Eq. (agreement).
+    r"""Agreement on the class with a generator that models classes, Eq. (agreement).
 
     At weight 1 it is M2, Eq. (m2-unlabeled).
 
     Args:
         divergence: a name in `DIVERGENCES`.
         to: as in `Coupling`.
+        labeled_weight: $w\ge0$, weight of the generator's bound on the labeled images.
 
     Raises:
-        ValueError: for another divergence or receiver.
+        ValueError: for another divergence or receiver, or a negative weight.
     """
 
     generator_attributes = ("bound", "decoder", "log_prior", "z_dim")
 
-    def __init__(self, divergence: str = "classifier", to: str = "both") -> None:
+    def __init__(
+        self, divergence: str = "classifier", to: str = "both", labeled_weight: float = 1.0
+    ) -> None:
         check_choice("Agreement", DIVERGENCES, divergence=divergence)
+        check_number("Agreement", 0, labeled_weight=labeled_weight)
         super().__init__(to)
-        self.kind = divergence
+        self.kind, self.labeled_weight = divergence, labeled_weight
 
     def noise_width(self, classifier: nn.Module, generator: nn.Module) -> int:
         """Return the number of the generator's latents."""
@@ -318,7 +322,7 @@ class Agreement(Coupling):
         logits = self.classify(classifier, batch.x)
         bounds = generator.bound(batch.x, eps=batch.eps)
         labeled = generator.bound(batch.labeled, batch.y, batch.eps_labeled)
-        own = -bounds.logsumexp(-1).mean() - labeled.mean()
+        own = -bounds.logsumexp(-1).mean() - self.labeled_weight * labeled.mean()
         d = self.pass_gradient(logits, "classifier")
         g = self.pass_gradient(bounds, "generator")
         coupling = divergence(self.kind, d, g).mean()
