@@ -540,13 +540,13 @@ CASES = {
     ),
     "models.gan.MLPGenerator": (lambda **o: gan.MLPGenerator(**GAN16, **o), {"z_dim": 3}, nothing),
     "models.gan.ConvGenerator": (
-        lambda **o: gan.ConvGenerator((1, 8, 8), **o),
-        {"z_dim": 3, "width": 4},
+        lambda hidden=5, **o: gan.ConvGenerator((1, 8, 8), **o, hidden=(hidden,)),
+        {"z_dim": 3, "width": 4, "hidden": 5},
         nothing,
     ),
     "models.gan.ConvDiscriminator": (
-        lambda **o: gan.ConvDiscriminator((1, 8, 8), **o),
-        {"width": 4},
+        lambda hidden=5, **o: gan.ConvDiscriminator((1, 8, 8), **o, hidden=(hidden,)),
+        {"width": 4, "hidden": 5},
         nothing,
     ),
     "models.ladder.LadderEncoder": (

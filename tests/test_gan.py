@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import silu
 
 from optgen.data.images import digits
 from optgen.models.gan import (
@@ -147,6 +148,24 @@ def test_first_and_second_derivatives(build):
         check_gradient(squared_gradient, weights)
     else:
         check_gradient(squared_gradient, weights[:1])
+
+
+def test_hidden_layers_stand_between_noise_and_map_and_between_map_and_logit():
+    torch.manual_seed(0)
+    G = ConvGenerator((1, 9, 8), 3, 2, hidden=(5, 4)).double()
+    D = ConvDiscriminator((1, 9, 8), 2, hidden=(6,)).double()
+    h = z = torch.randn(7, 3, dtype=torch.float64)
+    dense = [m for m in G.net if isinstance(m, nn.Linear)]
+    assert [m.out_features for m in dense] == [5, 4, 2 * 4 * 4]
+    for layer in dense:
+        h = silu(h @ layer.weight.T + layer.bias)
+    (conv,) = [m for m in G.net if isinstance(m, nn.ConvTranspose2d)]
+    x = conv(h.view(7, 2, 4, 4)).sigmoid()
+    torch.testing.assert_close(G(z), x)
+    (down,) = [m for m in D.net if isinstance(m, nn.Conv2d)]
+    first, last = [m for m in D.net if isinstance(m, nn.Linear)]
+    h = silu(silu(down(x)).flatten(1) @ first.weight.T + first.bias)
+    torch.testing.assert_close(D(x), (h @ last.weight.T + last.bias)[:, 0])
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@
 __all__ = ['literal', 'nagarajan_kolter', 'smoothing', 'competitive', 'unrolled', 'extragradient_past', 'PENALIZED', 'RULES',
            'MIXTURE', 'MIXTURES', 'IMAGE', 'GANRule', 'lookahead', 'build_rule', 'make_optimizer', 'make_gan',
            'train_gan', 'Mixture', 'draw_grid', 'relu_mlp', 'mixture_result', 'run_mixture', 'stack_coverage',
-           'ImageSampler', 'equal_cost_steps', 'images_result', 'run_images', 'run_floor']
+           'ImageSampler', 'make_networks', 'equal_cost_steps', 'images_result', 'run_images', 'run_floor']
 
 # %% ../../nbs/90_evidence/93a_gans.ipynb #0c25bb1e
 import copy
@@ -312,6 +312,21 @@ class ImageSampler:
         return {"fid": round(fid(self.sample(n), self.real, self.judge.features), 3)}
 
 # %% ../../nbs/90_evidence/93a_gans.ipynb #93f00005
+def make_networks(
+    config: dict[str, Any], shape: tuple[int, ...]
+) -> tuple[ConvGenerator, ConvDiscriminator]:
+    """Return G and D of images.
+
+    Args:
+        config: `z_dim`, `width` and, where there are further linear layers, their units:
+            "generator_hidden" and "discriminator_hidden".
+        shape: (C, H, W) of an image.
+    """
+    hidden, of_d = (config.get(f"{name}_hidden", ()) for name in ("generator", "discriminator"))
+    G = ConvGenerator(shape, config["z_dim"], config["width"], hidden=hidden)
+    return G, ConvDiscriminator(shape, config["width"], hidden=of_d)
+
+
 def equal_cost_steps(config: dict, G: nn.Module, D: nn.Module, shape: tuple[int, ...]) -> int:
     """Return how many steps of the rule cost as much as `budget` plain ones, Eq. (passes).
 
@@ -370,8 +385,7 @@ def run_images(config: dict[str, Any], seed: int) -> dict[str, Any]:
         real = feature_stats(Loader(mnist("test"), 500, shuffle=False), judge.features)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        G = ConvGenerator(data.shape, config["z_dim"], config["width"])
-        D = ConvDiscriminator(data.shape, config["width"])
+        G, D = make_networks(config, data.shape)
         noise = torch.Generator().manual_seed(seed + 2_000_000)
         sampler = ImageSampler(G, noise, judge, real)
 

@@ -328,13 +328,14 @@ def _pyramid(shape: tuple[int, ...], width: int) -> tuple[list[tuple[int, int]],
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab19
 class ConvGenerator(Generator):
-    """A generator of images: a linear layer, then transposed convolutions and a sigmoid.
+    """A generator of images: linear layers, then transposed convolutions and a sigmoid.
 
     Args:
         shape: (C, H, W) of an image.
         z_dim: numbers of noise.
         width: channels at the largest size; twice as many at each smaller one.
         n_classes: number of classes; 0 for none.
+        hidden: units of linear layers between the noise and the first map; none by default.
 
     Raises:
         ValueError: if a size is below 1 or the image is smaller than 8 x 8.
@@ -346,13 +347,15 @@ class ConvGenerator(Generator):
         z_dim: int = 64,
         width: int = 32,
         n_classes: int = 0,
+        hidden: Sequence[int] = (),
     ) -> None:
-        check_count("ConvGenerator", z_dim=z_dim, width=width)
+        check_count("ConvGenerator", z_dim=z_dim, width=width, hidden=min(hidden, default=1))
         check_count("ConvGenerator", 0, n_classes=n_classes)
         shape = _check_shape("ConvGenerator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
+        first_map = channels[-1] * math.prod(sizes[-1])
         layers = [
-            nn.Linear(z_dim + n_classes, channels[-1] * math.prod(sizes[-1])),
+            *perceptron(z_dim + n_classes, *hidden, first_map, activation=Silu),
             Silu(),
             nn.Unflatten(1, (channels[-1], *sizes[-1])),
         ]
@@ -363,26 +366,32 @@ class ConvGenerator(Generator):
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab20
 class ConvDiscriminator(Discriminator):
-    """A discriminator of images: strided convolutions, then a linear layer.
+    """A discriminator of images: strided convolutions, then linear layers.
 
     Args:
         shape: (C, H, W) of an image.
         width: channels of the first convolution; each further one has twice as many.
         n_classes: number of classes; 0 for none.
+        hidden: units of linear layers between the last map and the logit; none by default.
 
     Raises:
         ValueError: if a size is below 1 or the image is smaller than 8 x 8.
     """
 
     def __init__(
-        self, shape: Sequence[int] = (1, 28, 28), width: int = 32, n_classes: int = 0
+        self,
+        shape: Sequence[int] = (1, 28, 28),
+        width: int = 32,
+        n_classes: int = 0,
+        hidden: Sequence[int] = (),
     ) -> None:
-        check_count("ConvDiscriminator", width=width)
+        check_count("ConvDiscriminator", width=width, hidden=min(hidden, default=1))
         check_count("ConvDiscriminator", 0, n_classes=n_classes)
         shape = _check_shape("ConvDiscriminator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
         layers = []
         for inputs, outputs in pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), Silu()]
-        layers += [nn.Flatten(), nn.Linear(channels[-1] * math.prod(sizes[-1]), 1)]
+        features = channels[-1] * math.prod(sizes[-1])
+        layers += [nn.Flatten(), *perceptron(features, *hidden, 1, activation=Silu)]
         super().__init__(nn.Sequential(*layers), shape, n_classes)
