@@ -164,7 +164,7 @@ def test_hidden_layers_stand_between_noise_and_map_and_between_map_and_logit():
     torch.testing.assert_close(G(z), x)
     (down,) = [m for m in D.net if isinstance(m, nn.Conv2d)]
     first, last = [m for m in D.net if isinstance(m, nn.Linear)]
-    h = silu(silu(down(x)).flatten(1) @ first.weight.T + first.bias)
+    h = silu(silu(down(2 * x - 1)).flatten(1) @ first.weight.T + first.bias)
     torch.testing.assert_close(D(x), (h @ last.weight.T + last.bias)[:, 0])
 
 
