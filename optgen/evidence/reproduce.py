@@ -36,6 +36,7 @@ from ..averaging import Average
 from ..checks import check_count
 from .saved import Spent, spent_before
 from ..games import Game
+from ..testing import keep_freed_memory
 from ..training.callbacks import choose_progress, tqdm, watch_training
 from ..training.checkpoint import write_atomically
 from ..training.folder import environment
@@ -239,6 +240,7 @@ def serve_runs(pipe: Connection, threads: int, variables: dict) -> None:
     os.environ.clear()
     os.environ.update(variables)
     torch.set_num_threads(threads)
+    keep_freed_memory()
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             pipe.send(perform(*pipe.recv()))
