@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['doublings_to_aim']
 
-# %% ../../nbs/90_evidence/99b_published.ipynb #efc33931
+# %% ../../nbs/90_evidence/99b_published.ipynb #5fc40ed4
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-# %% ../../nbs/90_evidence/99b_published.ipynb #2d8efa1e
+# %% ../../nbs/90_evidence/99b_published.ipynb #0c006922
 def doublings_to_aim(
     times: Sequence[float], values: Sequence[float], aim: float, logarithmic: bool
 ) -> float:
