@@ -96,18 +96,15 @@ class Assisted(Game):
 
     The players are "classifier" and "generator". Without a generator it is the plain classifier.
     With `features`, a VAE, both see its latents in the place of the image, and the VAE receives no
-    gradient from them: M1 without a generator, M1+M2 with one (Kingma et al., 2014). The VAE is a
-    third player. If it has no parameter that requires a gradient, it is none: it was trained
-    before, and like the labeled images it is not in the state of the scheme.
+    gradient from them: M1 without a generator, M1+M2 with one (Kingma et al., 2014). It is a third
+    player, unless its parameters are frozen: then it is not in the state of the scheme.
 
     Args:
         classifier: images (B, ...) -> logits (B, K).
         generator: as the coupling needs it; None for none.
         coupling: by default `Agreement()` where there is a generator.
-        weight: $\lambda\ge0$, or its controller, whose rate is $L_{rec}$ and whose distortion is
-            $L_{cls}$.
-        labeled: images of known class; by default every batch has the labels of its own images,
-            none of them -1.
+        weight: $\lambda\ge0$, or a controller: its rate is $L_{rec}$, its distortion $L_{cls}$.
+        labeled: images of known class; by default each batch has labels of its own, none -1.
         alpha: weight of $L_{cls}$, at least 0.
         features: a VAE of the images.
         binarize: draw the pixels of the labeled images 0 or 1, as the batches' are.
@@ -182,10 +179,7 @@ class Assisted(Game):
     @property
     def modules(self) -> list[nn.Module]:
         """Modules of the players, and frozen features."""
-        modules = [player.module for player in self.players.values()]
-        if self.features is not None and "features" not in self.players:
-            modules.append(self.features)
-        return modules
+        return [m for m in (self.classifier, self.generator, self.features) if m is not None]
 
     @property
     def noise_width(self) -> int:
@@ -311,8 +305,7 @@ class Assisted(Game):
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the scheme, as `Game.to` does, and the labeled images to its device."""
         super().to(*args, **kwargs)
-        if self.features is not None:
-            self.features.to(*args, **kwargs)
+        nn.ModuleList(self.modules).to(*args, **kwargs)  # also frozen features
         device = next(self.classifier.parameters()).device
         if self.labeled is not None:
             images, labels = self.labeled.images.to(device), self.labeled.labels.to(device)
