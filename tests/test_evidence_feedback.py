@@ -99,3 +99,10 @@ def test_the_best_trial_on_images_has_the_least_distance(tmp_path):
         assert setting.items() <= runs.variants[rule].items()
     assert runs.run is gans.run_images
     assert {c["budget"] for c in runs.variants.values()} == {1000}
+
+
+def test_each_network_has_its_own_hidden_layers():
+    config = {"z_dim": 3, "width": 2, "generator_hidden": [5, 4], "discriminator_hidden": [6]}
+    networks = gans.make_networks(config, (1, 8, 8))
+    units = [[m.out_features for m in net.net if isinstance(m, nn.Linear)] for net in networks]
+    assert units == [[5, 4, 2 * 4 * 4], [6, 1]]

@@ -312,6 +312,9 @@ def test_features_trained_before_stay_as_they_are():
 
     assert_step(scheme, drawn, {"classifier": loss, "generator": loss})
     assert all(torch.equal(a, b) for a, b in zip(before, vae.parameters(), strict=True))
+    assert scheme.modules[-1] is vae
+    scheme.to(torch.float32)
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("make_rule", [lambda: None, Alternating, Extragradient])
