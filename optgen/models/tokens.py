@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_count, check_number
+from .pixels import LSTM
 
 # %% ../../nbs/20_models/28a_tokens.ipynb #28a10007
 State = tuple[Tensor, Tensor]  # hidden and cell states of an LSTM, each (layers, B, hidden)
@@ -42,7 +43,7 @@ class TokenLSTM(nn.Module):
         self.vocab = vocab
         self.embed = nn.Embedding(vocab + 1, embed)
         between = dropout if layers > 1 else 0.0
-        self.lstm = nn.LSTM(embed, hidden, layers, batch_first=True, dropout=between)
+        self.lstm = LSTM(embed, hidden, layers, batch_first=True, dropout=between)
         self.drop = nn.Dropout(dropout)
         self.out = nn.Linear(hidden, vocab)
 
