@@ -6,7 +6,7 @@
 __all__ = ['DATA', 'OPTIMIZERS', 'CLAIM', 'TUNING_SEEDS', 'SEEDS', 'ALWAYS', 'TRIAL', 'FASHION', 'TRIED', 'PARTS', 'VARIANTS',
            'STAGES', 'halve_images', 'features', 'make_adam', 'make_muon', 'make_schedule_free', 'make_scheme',
            'first_images', 'sample_distance', 'measure_likelihoods', 'measure', 'run_denoising', 'EmpiricalDenoiser',
-           'run_sampler_floor', 'best_trial', 'tuning_runs', 'compared_runs', 'experiment']
+           'run_sampler_floor', 'best_trial', 'tuning_runs', 'compared_runs', 'cosine_runs', 'experiment']
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95a00003
 import functools
@@ -32,7 +32,7 @@ from optgen.evidence.reproduce import (
 )
 from ..models.classifier import mnist_classifier
 from ..models.diffusion import Denoiser, UNet, ddim, heun
-from ..models.schedules import PowerSchedule
+from ..models.schedules import CosineSchedule, PowerSchedule
 from ..muon import Muon, muon_groups
 from ..optim import Adam
 from ..sample_quality import feature_stats, fid, frechet_floor
@@ -91,7 +91,8 @@ def make_scheme(config: dict[str, Any], train: Images) -> DenoisingDiffusion:
     """Return the scheme of a configuration.
 
     Args:
-        config: the configuration; see `ALWAYS`.
+        config: the configuration; see `ALWAYS`. With `schedule` "cosine" the levels in training
+            are those of `CosineSchedule`, else log-normal.
         train: training images; their scale is the model's.
     """
     std = (2 * train.images.float() / 255 - 1).square().mean().sqrt().item()
@@ -100,6 +101,7 @@ def make_scheme(config: dict[str, Any], train: Images) -> DenoisingDiffusion:
     return DenoisingDiffusion(
         model,
         config["weight"],
+        schedule=CosineSchedule() if config.get("schedule") == "cosine" else None,
         levels=AdaptiveLevels() if config["adaptive"] else None,
         coupling=config["coupling"],
         optimizers=OPTIMIZERS[config["optimizer"]](config, model),
@@ -309,7 +311,11 @@ PARTS = {
     "optimal": {"coupling": True},
 }
 VARIANTS = ("plain", "ema", *PARTS, "muon", "schedule-free", "together")
-STAGES = {"mnist": ("tune", "mnist", "floor"), "fashion": ("tune", "fashion", "floor")}
+STAGES = {
+    "mnist": ("tune", "mnist", "floor"),
+    "fashion": ("tune", "fashion", "floor"),
+    "cosine": ("tune", "cosine"),
+}
 
 # %% ../../nbs/90_evidence/95_denoising.ipynb #95b00007
 def best_trial(out: str | Path, kind: str, weights: str) -> dict[str, Any]:
@@ -360,6 +366,19 @@ def compared_runs(name: str, out: str | Path) -> Experiment:
     return Experiment(name, run_denoising, ordered, SEEDS)
 
 
+def cosine_runs(out: str | Path) -> Experiment:
+    """Return the runs with and without Min-SNR weights at levels of a cosine schedule.
+
+    Args:
+        out: folder of the results, with the trials.
+    """
+    full_length = {key: ALWAYS[key] for key in TRIAL}
+    plain = best_trial(out, "adam", "raw") | full_length | {"schedule": "cosine"}
+    return Experiment(
+        "cosine", run_denoising, {"plain": plain, "min-snr": plain | PARTS["min-snr"]}, SEEDS
+    )
+
+
 def experiment(name: str, out: str | Path) -> Experiment:
     """Return the runs of one folder.
 
@@ -370,4 +389,6 @@ def experiment(name: str, out: str | Path) -> Experiment:
     if name == "floor":
         variants = {data: {"data": data, "samples": ALWAYS["final"]} for data in DATA}
         return Experiment("floor", run_sampler_floor, variants, SEEDS)
+    if name == "cosine":
+        return cosine_runs(out)
     return tuning_runs() if name == "tune" else compared_runs(name, out)
