@@ -1,10 +1,89 @@
-"""Doublings of time to an aim, against curves whose doublings are known."""
+"""Doublings of time to an aim, and M1+M2 in two stages, against references written here."""
 
 import math
+from unittest.mock import patch
 
 import pytest
+import torch
 
-from optgen.evidence.published import doublings_to_aim
+from optgen.data.images import Batch, digits
+from optgen.evidence import published
+from optgen.evidence.published import M1_M2, doublings_to_aim, keep_active, make_m2, run_m1_m2
+from optgen.models.vae import VAE
+
+SMALL = M1_M2 | {"feature_units": [12, 8], "feature_latents": 5, "hidden": [6], "units": 7}
+SMALL |= {"z_dim": 2, "lr": 0.02, "feature_epochs": 8, "epochs": 2, "every": 1, "batch": 50, "valid": 60}
+
+
+def build_features(seed, dead=(1, 3)):
+    """Return a VAE of five latents, of which some have a mean that no image changes."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        vae = VAE(784, 12, 8, 5)
+    with torch.no_grad():
+        vae.q_net[-1].weight[list(dead)] = 0
+    return vae
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_only_latents_that_vary_remain_and_nothing_of_them_is_trained(seed):
+    vae, images = build_features(seed), digits("test").subset(torch.arange(80))
+    kept = keep_active(vae, images, threshold=1e-9)
+    assert kept.active.tolist() == [True, False, True, False, True] and kept.z_dim == 3
+    assert not any(p.requires_grad for p in kept.parameters())
+    x = images.images[:9].float() / 255
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 7)
+        scheme = make_m2(SMALL, kept, images)
+        before = {k: v.clone() for k, v in kept.state_dict().items()}
+        first = [p.clone() for p in scheme.classifier.parameters()]
+        scheme.step(Batch(x))
+    assert all(torch.equal(before[k], v) for k, v in kept.state_dict().items())
+    assert not all(map(torch.equal, first, scheme.classifier.parameters()))
+    means = vae.encoder(x)[0][:, [0, 2, 4]]
+    assert torch.allclose(scheme.predict(x), scheme.classifier(means).softmax(-1))
+
+
+def test_the_threshold_is_of_the_variance_of_the_means():
+    vae, images = build_features(0), digits("test").subset(torch.arange(80))
+    with torch.no_grad():
+        variance = vae.encoder(images.images.float() / 255)[0].var(0)
+    order = variance.sort().values
+    between = (order[3] + order[4]).item() / 2
+    assert keep_active(vae, images, between).active.tolist() == (variance > between).tolist()
+
+
+def test_the_labeled_bound_has_the_weight_of_the_configuration():
+    images = digits("test").subset(torch.arange(80))
+    kept = keep_active(build_features(0), images, 1e-9)
+    weights = [make_m2(SMALL | {"labeled_weight": w}, kept, images) for w in (0.03, 1.0)]
+    assert [scheme.coupling.labeled_weight for scheme in weights] == [0.03, 1.0]
+
+
+def test_a_run_of_two_stages_reports_the_test_error_of_its_classifier():
+    def few(split="train"):
+        return digits(split).subset(torch.arange(300 if split == "train" else 90))
+
+    schemes = []
+
+    def keep(*args):
+        schemes.append(make_m2(*args))
+        return schemes[-1]
+
+    with (
+        patch.object(published, "mnist", few),
+        patch.object(published, "split", lambda config, seed: (few(), few(), few("test"))),
+        patch.object(published, "make_m2", keep),
+    ):
+        found, again = (run_m1_m2(SMALL, 3) for _ in range(2))
+    test = few("test")
+    predicted = schemes[0].predict(test.images.float() / 255).argmax(1)
+    assert found["test"]["error"] == pytest.approx(
+        (predicted != test.labels).double().mean().item(), abs=1e-5
+    )
+    assert [look["epoch"] for look in found["curve"]] == [1, 2]
+    assert found["curve"][-1]["valid_error"] == pytest.approx(found["test"]["error"], abs=1e-5)
+    assert found["test"] == again["test"]
 
 
 @pytest.mark.parametrize("power", [0.2, 1.0, 2.0])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from optgen.data.images import digits
-from optgen.models.pixels import MADE, PixelCNN, PixelLSTM
+from optgen.models.pixels import LSTM, MADE, PixelCNN, PixelLSTM
+from optgen.models.tokens import TokenLSTM
 from optgen.optim import Adam
 from optgen.testing import generator
 
@@ -84,3 +85,31 @@ def test_cuda_agrees_with_the_cpu(name, levels):
     assert torch.allclose(on_cpu.log_prob(x), log_prob, rtol=1e-4)
     assert on_cuda.sample(3).is_cuda
     assert train(on_cuda, levels, 20).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_lstm_keeps_the_precision_of_its_weights_under_autocast_on_a_cpu(dtype):
+    "PyTorch asks oneDNN for an LSTM in the lower precision, which few processors have."
+    lstm = LSTM(3, 5, 2, batch_first=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        x = torch.randn(2, 4, 3)
+    out, state = torch.nn.LSTM.forward(lstm, x)
+    with torch.autocast("cpu", dtype):
+        found, found_state = lstm(x)
+        after, _ = lstm(x.to(dtype), found_state)
+    assert torch.equal(found, out) and all(map(torch.equal, found_state, state))
+    expected = torch.nn.LSTM.forward(lstm, x.to(dtype).float(), state)[0]
+    assert torch.equal(after, expected)
+
+
+@pytest.mark.parametrize("build", [lambda: PixelLSTM((1, 4, 4), 6), lambda: TokenLSTM(2, 3, 6)])
+def test_models_with_an_lstm_train_under_autocast(build):
+    model = build()
+    shape = (5, 1, 4, 4) if isinstance(model, PixelLSTM) else (5, 16)
+    x = torch.zeros(shape, dtype=torch.float32 if len(shape) == 4 else torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = -model.log_prob(x).mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert torch.allclose(loss, -model.log_prob(x).mean(), rtol=0.03)
