@@ -1,6 +1,7 @@
 """Doublings of time to an aim, and M1+M2 in two stages, against references written here."""
 
 import math
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -12,7 +13,15 @@ from optgen.evidence.published import M1_M2, doublings_to_aim, keep_active, make
 from optgen.models.vae import VAE
 
 SMALL = M1_M2 | {"feature_units": [12, 8], "feature_latents": 5, "hidden": [6], "units": 7}
-SMALL |= {"z_dim": 2, "lr": 0.02, "feature_epochs": 8, "epochs": 2, "every": 1, "batch": 50, "valid": 60}
+SMALL |= {
+    "z_dim": 2,
+    "lr": 0.02,
+    "feature_epochs": 8,
+    "epochs": 2,
+    "every": 1,
+    "batch": 50,
+    "valid": 60,
+}
 
 
 def build_features(seed, dead=(1, 3)):
@@ -51,6 +60,8 @@ def test_the_threshold_is_of_the_variance_of_the_means():
     order = variance.sort().values
     between = (order[3] + order[4]).item() / 2
     assert keep_active(vae, images, between).active.tolist() == (variance > between).tolist()
+    with pytest.raises(ValueError, match="no latent's mean has a variance above 1e"):
+        keep_active(vae, images, 1e6)
 
 
 def test_the_labeled_bound_has_the_weight_of_the_configuration():
@@ -74,6 +85,7 @@ def test_a_run_of_two_stages_reports_the_test_error_of_its_classifier():
         patch.object(published, "mnist", few),
         patch.object(published, "split", lambda config, seed: (few(), few(), few("test"))),
         patch.object(published, "make_m2", keep),
+        patch.object(published, "keep_active", partial(keep_active, threshold=1e-6)),
     ):
         found, again = (run_m1_m2(SMALL, 3) for _ in range(2))
     test = few("test")

@@ -110,9 +110,17 @@ def keep_active(model: nn.Module, images: Images, threshold: float = 0.01) -> Ac
         model: VAE.
         images: to measure the variance of the means.
         threshold: of the variance.
+
+    Raises:
+        ValueError: if no latent is above it.
     """
-    means = [model.encoder(batch.x)[0] for batch in ordered_batches(images)]
-    return ActiveLatents(model, latent_variance(means) > threshold)
+    variance = latent_variance([model.encoder(batch.x)[0] for batch in ordered_batches(images)])
+    if not (variance > threshold).any():
+        raise ValueError(
+            f"no latent's mean has a variance above {threshold:g}, the largest is "
+            f"{variance.max():.2g}: train the VAE longer"
+        )
+    return ActiveLatents(model, variance > threshold)
 
 
 def train_features(config: dict[str, Any], train: Images, seed: int) -> ActiveLatents:
