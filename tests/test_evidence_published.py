@@ -85,7 +85,7 @@ def test_a_run_of_two_stages_reports_the_test_error_of_its_classifier():
         patch.object(published, "mnist", few),
         patch.object(published, "split", lambda config, seed: (few(), few(), few("test"))),
         patch.object(published, "make_m2", keep),
-        patch.object(published, "keep_active", partial(keep_active, threshold=1e-6)),
+        patch.object(published, "keep_active", partial(keep_active, threshold=0.0)),
     ):
         found, again = (run_m1_m2(SMALL, 3) for _ in range(2))
     test = few("test")
