@@ -21,6 +21,7 @@ from cli_helpers import assert_one_line, read_options, read_state, resume, run, 
 from optgen.cli.runs import load_commands, open_run
 from optgen.data.images import Images
 from optgen.games import Game, Player
+from optgen.models.gan import ConvGenerator
 from optgen.muon import Muon
 from optgen.optim import Adam
 from optgen.rules import RULES, Extragradient
@@ -375,6 +376,20 @@ def test_a_diffusion_run_of_an_older_version_keeps_its_noise(noise, images, tmp_
     again = read_options(out)
     assert again["noise_schedule"] == noise and again["schedule"] == "constant"
     assert type(open_run(out, "cpu").scheme.schedule) is expected
+
+
+def test_a_gan_of_an_older_version_has_no_further_layers(images, tmp_path):
+    out = tmp_path / "run"
+    text = "--model conv --width 4 --z-dim 3 --dense 0 --epochs 1"
+    assert train("feedback-gan", images, out, text) == 0
+    config = json.loads((out / "config.json").read_text())
+    del config["options"]["dense"]  # as optgen 0.7 wrote them
+    (out / "config.json").write_text(json.dumps(config))
+    G = open_run(out, "cpu").scheme.generator
+    assert [p.shape for p in G.parameters()] == [
+        p.shape for p in ConvGenerator(G.shape, 3, width=4).parameters()
+    ]
+    assert resume(out, 2) == 0 and read_options(out)["dense"] == 0
 
 
 def test_a_clip_of_another_size_is_another_run(images, tmp_path, capsys):

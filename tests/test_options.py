@@ -64,6 +64,7 @@ OTHERS = {
         "r2": ("--r2 0.5",),
         "model": ("--model conv",),
         "width": ("--width 8", "--model conv"),
+        "dense": ("--dense 5", "--model conv --width 8"),
         "hidden": ("--hidden 9",),
         "z_dim": ("--z-dim 4",),
         "conditional": ("--conditional",),

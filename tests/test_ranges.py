@@ -82,6 +82,7 @@ REFUSED = {
         "--r1": REAL,
         "--r2": REAL,
         "--width": WHOLE,
+        "--dense": ("-1", "nan", "2.5", BIG),
         "--z-dim": WHOLE,
         "--hidden": ("nan", "0", BIG),
         "--rule": (

@@ -188,6 +188,10 @@ def test_options_of_a_gan(train):
     like = ConvGenerator((1, 8, 8), 5, width=6), ConvDiscriminator((1, 8, 8), width=6)
     for net, other in zip((scheme.generator, scheme.discriminator), like):
         assert [p.shape for p in net.parameters()] == [p.shape for p in other.parameters()]
+    scheme, *_ = train("feedback-gan", f"{given} --dense 11")
+    like = ConvGenerator((1, 8, 8), 5, 6, 0, [11]), ConvDiscriminator((1, 8, 8), 6, 0, [11])
+    for net, other in zip((scheme.generator, scheme.discriminator), like):
+        assert [p.shape for p in net.parameters()] == [p.shape for p in other.parameters()]
     scheme, *_ = train("feedback-gan", "--model mlp --hidden 9,7 --z-dim 4")
     G, D = scheme.generator, scheme.discriminator
     assert isinstance(G, MLPGenerator) and G.out == "sigmoid"

@@ -327,6 +327,11 @@ def _pyramid(shape: tuple[int, ...], width: int) -> tuple[list[tuple[int, int]],
     return sizes, [channels, *(width << i for i in range(levels - 1))]
 
 # %% ../../nbs/20_models/21_gan.ipynb #48d4ab19
+def _dense_layers(*sizes: int) -> list[nn.Module]:
+    """Return linear layers, each with a `Silu` after it, from numbers of inputs and outputs."""
+    return [m for i, o in pairwise(sizes) for m in (nn.Linear(i, o), Silu())]
+
+
 class ConvGenerator(Generator):
     """A generator of images: linear layers, then transposed convolutions and a sigmoid.
 
@@ -349,16 +354,15 @@ class ConvGenerator(Generator):
         n_classes: int = 0,
         hidden: Sequence[int] = (),
     ) -> None:
-        check_count("ConvGenerator", z_dim=z_dim, width=width, hidden=min(hidden, default=1))
+        check_count("ConvGenerator", z_dim=z_dim, width=width)
+        for units in hidden:
+            check_count("ConvGenerator", hidden=units)
         check_count("ConvGenerator", 0, n_classes=n_classes)
         shape = _check_shape("ConvGenerator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
         first_map = channels[-1] * math.prod(sizes[-1])
-        layers = [
-            *perceptron(z_dim + n_classes, *hidden, first_map, activation=Silu),
-            Silu(),
-            nn.Unflatten(1, (channels[-1], *sizes[-1])),
-        ]
+        layers = _dense_layers(z_dim + n_classes, *hidden, first_map)
+        layers += [nn.Unflatten(1, (channels[-1], *sizes[-1]))]
         for i in reversed(range(len(channels) - 1)):
             odd = (sizes[i][0] % 2, sizes[i][1] % 2)
             layers += [nn.ConvTranspose2d(channels[i + 1], channels[i], 4, 2, 1, odd), Silu()]
@@ -385,7 +389,9 @@ class ConvDiscriminator(Discriminator):
         n_classes: int = 0,
         hidden: Sequence[int] = (),
     ) -> None:
-        check_count("ConvDiscriminator", width=width, hidden=min(hidden, default=1))
+        check_count("ConvDiscriminator", width=width)
+        for units in hidden:
+            check_count("ConvDiscriminator", hidden=units)
         check_count("ConvDiscriminator", 0, n_classes=n_classes)
         shape = _check_shape("ConvDiscriminator", shape, smallest=8)
         sizes, channels = _pyramid(shape, width)
@@ -393,5 +399,6 @@ class ConvDiscriminator(Discriminator):
         for inputs, outputs in pairwise(channels):
             layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), Silu()]
         features = channels[-1] * math.prod(sizes[-1])
-        layers += [nn.Flatten(), *perceptron(features, *hidden, 1, activation=Silu)]
+        layers += [nn.Flatten(), *_dense_layers(features, *hidden)]
+        layers += [nn.Linear(hidden[-1] if hidden else features, 1)]
         super().__init__(nn.Sequential(*layers), shape, n_classes)

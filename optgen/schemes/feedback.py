@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'GANBatch', 'SharedExamples', 'shared_classes', 'FeedbackGAN', 'build_gan_networks', 'FeedbackGANCommand']
 
 # %% ../../nbs/30_schemes/32_feedback.ipynb #23a2fcf4
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import click
@@ -29,7 +29,7 @@ from optgen.models.gan import (
     MLPGenerator,
 )
 from ..optim import Adam
-from ..options import RealNumber
+from ..options import RealNumber, WholeNumber
 from ..players import same_tensors, unnamed_parameters
 from ..rules import RULES, build_rule, input_gradient_penalty
 from ..sample_quality import feature_stats, features_name, fid, frechet_floor
@@ -338,8 +338,9 @@ def build_gan_networks(
         click.UsageError: if `hidden` is not a list of widths.
     """
     if options["model"] == "conv":
-        generator = ConvGenerator(shape, options["z_dim"], options["width"], n_classes)
-        return generator, ConvDiscriminator(shape, options["width"], n_classes)
+        width, hidden = options["width"], [options["dense"]] if options["dense"] else []
+        generator = ConvGenerator(shape, options["z_dim"], width, n_classes, hidden)
+        return generator, ConvDiscriminator(shape, width, n_classes, hidden)
     hidden = read_widths(options["hidden"])
     generator = MLPGenerator(options["z_dim"], hidden, shape, "sigmoid", n_classes)
     return generator, MLPDiscriminator(shape, hidden, n_classes)
@@ -383,10 +384,21 @@ class FeedbackGANCommand(ConditionalCommand):
             ),
             choice_option("--model", ["mlp", "conv"], "conv", "Networks."),
             count_option("--width", 16, "Channels of the conv networks at full resolution."),
+            option(
+                "--dense",
+                type=WholeNumber(0),
+                default=0,
+                help="Units of a linear layer of the conv networks, after G's noise and before "
+                "D's logit; 0 for none.",
+            ),
             option("--hidden", default="256,256", metavar="H1,H2,…", help="Units of the mlps."),
             count_option("--z-dim", 64, "Latent dimensions."),
             *self.class_options(),
         ]
+
+    def upgrade_recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options with `dense`, which no run before 0.8 had."""
+        return {"dense": 0} | dict(options)
 
     def evaluate_options(self) -> list[click.Option]:
         """Return the option of the class accuracy."""
