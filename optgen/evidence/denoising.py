@@ -372,11 +372,10 @@ def cosine_runs(out: str | Path) -> Experiment:
     Args:
         out: folder of the results, with the trials.
     """
-    full_length = {key: ALWAYS[key] for key in TRIAL}
+    full_length = {key: ALWAYS[key] for key in TRIAL} | {"every": ALWAYS["epochs"]}
     plain = best_trial(out, "adam", "raw") | full_length | {"schedule": "cosine"}
-    return Experiment(
-        "cosine", run_denoising, {"plain": plain, "min-snr": plain | PARTS["min-snr"]}, SEEDS
-    )
+    variants = {"plain": plain, "min-snr": plain | PARTS["min-snr"]}
+    return Experiment("cosine", run_denoising, variants, SEEDS)
 
 
 def experiment(name: str, out: str | Path) -> Experiment:
