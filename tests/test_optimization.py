@@ -380,16 +380,22 @@ def test_a_diffusion_run_of_an_older_version_keeps_its_noise(noise, images, tmp_
 
 def test_a_gan_of_an_older_version_has_no_further_layers(images, tmp_path):
     out = tmp_path / "run"
-    text = "--model conv --width 4 --z-dim 3 --dense 0 --epochs 1"
+    text = "--model conv --width 4 --z-dim 3 --dense 0 --lr 0.001 --epochs 1"
     assert train("feedback-gan", images, out, text) == 0
     config = json.loads((out / "config.json").read_text())
-    del config["options"]["dense"]  # as optgen 0.7 wrote them
+    del config["options"]["dense"]  # as optgen 0.7 wrote them, for Adam at its own rate
+    config["options"]["lr"] = None
     (out / "config.json").write_text(json.dumps(config))
-    G = open_run(out, "cpu").scheme.generator
+    scheme = open_run(out, "cpu").scheme
+    G = scheme.generator
+    for player in scheme.players.values():
+        assert player.optimizer.param_groups[0]["lr"] == 1e-3
     assert [p.shape for p in G.parameters()] == [
         p.shape for p in ConvGenerator(G.shape, 3, width=4).parameters()
     ]
-    assert resume(out, 2) == 0 and read_options(out)["dense"] == 0
+    assert resume(out, 2) == 0
+    again = read_options(out)
+    assert (again["dense"], again["lr"]) == (0, 1e-3)
 
 
 def test_a_clip_of_another_size_is_another_run(images, tmp_path, capsys):

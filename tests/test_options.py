@@ -160,7 +160,7 @@ def describe(x: Any, seen: tuple[int, ...] = ()) -> Any:
 def parse(scheme: str, *texts: str) -> dict[str, Any]:
     """Return the options of a scheme, those of a small model unless they are given."""
     command = COMMANDS[scheme]
-    params = [*command.train_options(), *optimizer_options(command.ema), *run_options(1)]
+    params = [*command.train_options(), *optimizer_options(command), *run_options(1)]
     words = " ".join((SMALL[scheme], *texts)).split()
     options = click.Command(scheme, params=params).make_context(scheme, words).params
     return options | ({"classes": ["a", "b", "c"]} if options.get("conditional") else {})

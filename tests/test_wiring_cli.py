@@ -133,10 +133,10 @@ def test_held_out_images_are_not_trained_on(train, capsys):
 
 @pytest.mark.parametrize("seed", [0, 6])
 def test_the_seed_sets_the_first_weights(train, seed):
-    scheme, *_ = train("feedback-gan", f"--seed {seed} --width 4 --z-dim 3")
+    scheme, *_ = train("feedback-gan", f"--seed {seed} --width 4 --z-dim 3 --dense 7")
     torch.manual_seed(seed)
-    expected = [*ConvGenerator((1, 8, 8), 3, width=4).parameters()]
-    expected += ConvDiscriminator((1, 8, 8), width=4).parameters()
+    expected = [*ConvGenerator((1, 8, 8), 3, width=4, hidden=[7]).parameters()]
+    expected += ConvDiscriminator((1, 8, 8), width=4, hidden=[7]).parameters()
     for p, q in zip([*scheme.params("G"), *scheme.params("D")], expected, strict=True):
         assert torch.equal(p, q)
 
@@ -165,6 +165,8 @@ def test_optimizers_of_every_player(train, name, betas, given):
     for player in scheme.players.values():
         assert isinstance(player.optimizer, kind)
         (group,) = player.optimizer.param_groups
+        if "gan" in name and given in ("", "--optimizer adamw"):
+            expected = {**expected, "lr": 4e-3}
         assert {k: group[k] for k in expected} == expected
         if kind is Adam:
             assert tuple(group["betas"]) == betas
@@ -185,19 +187,18 @@ def test_options_of_a_gan(train):
     assert scheme.loss is GAN_LOSSES["hinge"] and (scheme.r1, scheme.r2) == (0.3, 0.8)
     assert isinstance(scheme.rule, Consensus) and scheme.rule.weight == 0.07
     assert settings["ema"] == 0.999 and scheme.generator.z_dim == 5
-    like = ConvGenerator((1, 8, 8), 5, width=6), ConvDiscriminator((1, 8, 8), width=6)
-    for net, other in zip((scheme.generator, scheme.discriminator), like):
-        assert [p.shape for p in net.parameters()] == [p.shape for p in other.parameters()]
-    scheme, *_ = train("feedback-gan", f"{given} --dense 11")
-    like = ConvGenerator((1, 8, 8), 5, 6, 0, [11]), ConvDiscriminator((1, 8, 8), 6, 0, [11])
-    for net, other in zip((scheme.generator, scheme.discriminator), like):
-        assert [p.shape for p in net.parameters()] == [p.shape for p in other.parameters()]
+    for dense in ([256], [11], []):
+        asked = {256: "", 11: "--dense 11", 0: "--dense 0"}[sum(dense)]
+        scheme, *_ = train("feedback-gan", f"{given} {asked}")
+        like = ConvGenerator((1, 8, 8), 5, 6, 0, dense), ConvDiscriminator((1, 8, 8), 6, 0, dense)
+        for net, other in zip((scheme.generator, scheme.discriminator), like):
+            assert [p.shape for p in net.parameters()] == [p.shape for p in other.parameters()]
     scheme, *_ = train("feedback-gan", "--model mlp --hidden 9,7 --z-dim 4")
     G, D = scheme.generator, scheme.discriminator
     assert isinstance(G, MLPGenerator) and G.out == "sigmoid"
     widths = [[m.out_features for m in n.modules() if isinstance(m, nn.Linear)] for n in (G, D)]
     assert widths == [[9, 7, 64], [9, 7, 1]]
-    assert scheme.loss is GAN_LOSSES["non-saturating"]
+    assert scheme.loss is GAN_LOSSES["relativistic"] and (scheme.r1, scheme.r2) == (0.01, 0.01)
 
 
 def dropout_rates(module):

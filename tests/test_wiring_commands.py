@@ -40,7 +40,7 @@ SHAPE = (1, 8, 8)
 def read(name, words=""):
     """Return the options of a command that a text sets, with those of the optimizer."""
     command = COMMANDS[name]
-    params = [*command.train_options(), *optimizer_options(command.ema)]
+    params = [*command.train_options(), *optimizer_options(command)]
     more = {"batch_size": 10, "steps": 18, "epoch_steps": 6, "holdout": 0.1}
     return more | click.Command(name, params=params).make_context(name, words.split()).params
 

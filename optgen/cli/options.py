@@ -139,14 +139,17 @@ def schedule_options() -> list[click.Option]:
     ]
 
 
-def optimizer_options(ema: float | None) -> list[click.Option]:
+def optimizer_options(command: "SchemeCommand") -> list[click.Option]:
     """Return the options of the optimization.
 
     Args:
-        ema: default decay of the average of the weights.
+        command: whose defaults they have.
     """
     from optgen.schemes.command import OPTIMIZERS, choice_option, count_option, option
 
+    own_lr = "the optimizer's own"
+    if command.adam_lr is not None:
+        own_lr = f"{command.adam_lr:g} of adam and adamw, else the optimizer's own"
     return [
         count_option("--batch-size", 100, "Images in a batch."),
         count_option(
@@ -158,13 +161,13 @@ def optimizer_options(ema: float | None) -> list[click.Option]:
         option(
             "--lr",
             type=RealNumber(0, min_open=True),
-            help="Learning rate.  [default: the optimizer's own]",
+            help=f"Learning rate.  [default: {own_lr}]",
         ),
         choice_option("--optimizer", OPTIMIZERS, "adam", "Optimizer of every player."),
         option(
             "--ema",
             type=RealNumber(0, 1, max_open=True),
-            default=ema,
+            default=command.ema,
             help="Decay of an average of the weights, such as 0.999; 0 for none.",
         ),
     ]
@@ -241,7 +244,7 @@ def train_params(command: "SchemeCommand") -> list[click.Option]:
     return [
         *command.train_options(),
         *data_options(),
-        *optimizer_options(command.ema),
+        *optimizer_options(command),
         *schedule_options(),
         *run_options(command.epochs),
     ]

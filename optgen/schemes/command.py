@@ -166,6 +166,7 @@ def build_optimizer(
     options: Mapping[str, Any],
     params: nn.Module | Iterable[Tensor],
     not_hidden: Sequence[str] = (),
+    adam_lr: float | None = None,
     **adam_arguments: Any,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the options `optimizer` and `lr` describe.
@@ -174,10 +175,13 @@ def build_optimizer(
         options: options of the command; `lr` None is the optimizer's default.
         params: network that it steps, or its parameters.
         not_hidden: names of layers, or beginnings of names, that Muon leaves to Adam.
+        adam_lr: default learning rate of Adam and AdamW, if it is not that of `OPTIMIZERS`.
         **adam_arguments: arguments that only the Adam family takes, such as `betas`.
     """
     name, lr = options["optimizer"], options["lr"]
     make = OPTIMIZERS[name].make
+    if lr is None and make is optim.Adam:
+        lr = adam_lr
     if make is muon_with_adam:
         given = {"params": params, "not_hidden": not_hidden, **adam_arguments}
     else:
@@ -233,6 +237,7 @@ class SchemeCommand:
         summary: one line of help.
         parts: latents and networks of the scheme, for pictures and export.
         epochs: default number of passes over the data.
+        adam_lr: default learning rate of Adam and AdamW; None for that of `OPTIMIZERS`.
         ema: default decay of the average of the weights; None for no average.
         grid_samples: images in the sample grid of each epoch.
         text_defaults: defaults of the options of a run on text, where they are others; None for a
@@ -245,6 +250,7 @@ class SchemeCommand:
     summary: str
     parts: SchemeParts = SchemeParts()
     epochs: int = 20
+    adam_lr: float | None = None
     ema: float | None = None
     grid_samples: int = 64
     text_defaults: Mapping[str, Any] | None = None

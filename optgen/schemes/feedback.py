@@ -352,6 +352,7 @@ class FeedbackGANCommand(ConditionalCommand):
     name = "feedback-gan"
     summary = "generative adversarial network, stepped by a rule of gradient feedback"
     parts = GANParts()
+    adam_lr = 4e-3
     ema = 0.999
 
     def train_options(self) -> list[click.Option]:
@@ -369,17 +370,17 @@ class FeedbackGANCommand(ConditionalCommand):
                 type=at_least_0,
                 help="Weight of the rule's feedback.  [default: the rule's own]",
             ),
-            choice_option("--loss", GAN_LOSSES, "non-saturating", "Losses of the players."),
+            choice_option("--loss", GAN_LOSSES, "relativistic", "Losses of the players."),
             option(
                 "--r1",
                 type=at_least_0,
-                default=0.0,
+                default=0.01,
                 help="Weight of D's squared input gradient at real images.",
             ),
             option(
                 "--r2",
                 type=at_least_0,
-                default=0.0,
+                default=0.01,
                 help="Weight of D's squared input gradient at generated images.",
             ),
             choice_option("--model", ["mlp", "conv"], "conv", "Networks."),
@@ -387,7 +388,7 @@ class FeedbackGANCommand(ConditionalCommand):
             option(
                 "--dense",
                 type=WholeNumber(0),
-                default=0,
+                default=256,
                 help="Units of a linear layer of the conv networks, after G's noise and before "
                 "D's logit; 0 for none.",
             ),
@@ -397,8 +398,13 @@ class FeedbackGANCommand(ConditionalCommand):
         ]
 
     def upgrade_recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options with `dense`, which no run before 0.8 had."""
-        return {"dense": 0} | dict(options)
+        """Return the options of a run before 0.8: no linear layers, and Adam's own rate."""
+        if "dense" in options:
+            return dict(options)
+        lr = options.get("lr")
+        if lr is None and options.get("optimizer") in ("adam", "adamw"):
+            lr = 1e-3
+        return {**options, "dense": 0, "lr": lr}
 
     def evaluate_options(self) -> list[click.Option]:
         """Return the option of the class accuracy."""
@@ -408,7 +414,8 @@ class FeedbackGANCommand(ConditionalCommand):
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         generator, discriminator = build_gan_networks(options, shape, self.count_classes(options))
         optimizers = [
-            build_optimizer(options, net, betas=(0.5, 0.99)) for net in (generator, discriminator)
+            build_optimizer(options, net, adam_lr=self.adam_lr, betas=(0.5, 0.99))
+            for net in (generator, discriminator)
         ]
         rule = build_checked("--rule", lambda: build_rule(options["rule"], options["weight"]))
         return FeedbackGAN(
