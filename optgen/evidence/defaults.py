@@ -8,7 +8,6 @@ __all__ = ['CLAIM', 'SEEDS', 'SCHEMES', 'STAGES', 'optgen', 'children_seconds', 
 # %% ../../nbs/90_evidence/99c_defaults.ipynb #52dce68d
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -62,8 +61,8 @@ def optgen(folder: str | Path, *arguments: object) -> str:
 
 def children_seconds() -> float:
     """Return the processor time of all processes that this one has started and that have ended."""
-    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return spent.ru_utime + spent.ru_stime
+    spent = os.times()
+    return spent.children_user + spent.children_system
 
 # %% ../../nbs/90_evidence/99c_defaults.ipynb #2ec9a898
 def run_defaults(config: dict[str, Any], seed: int) -> dict[str, Any]:
