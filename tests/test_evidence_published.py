@@ -11,6 +11,7 @@ from optgen.data.images import Batch, digits
 from optgen.evidence import published
 from optgen.evidence.published import M1_M2, doublings_to_aim, keep_active, make_m2, run_m1_m2
 from optgen.models.vae import VAE
+from optgen.testing import generator
 
 SMALL = M1_M2 | {"feature_units": [12, 8], "feature_latents": 5, "hidden": [6], "units": 7}
 SMALL |= {
@@ -49,8 +50,14 @@ def test_only_latents_that_vary_remain_and_nothing_of_them_is_trained(seed):
         scheme.step(Batch(x))
     assert all(torch.equal(before[k], v) for k, v in kept.state_dict().items())
     assert not all(map(torch.equal, first, scheme.classifier.parameters()))
-    means = vae.encoder(x)[0][:, [0, 2, 4]]
+    mean, log_var = vae.encoder(x)
+    means = mean[:, [0, 2, 4]]
     assert torch.allclose(scheme.predict(x), scheme.classifier(means).softmax(-1))
+    assert all(map(torch.equal, kept.encoder(x), (means, log_var[:, [0, 2, 4]])))
+    z, whole = torch.randn(9, 3, generator=generator(seed)), torch.zeros(9, 5)
+    whole[:, [0, 2, 4]] = z
+    assert torch.equal(kept.decoder(z), vae.decoder(whole))
+    assert torch.equal(kept.log_likelihood(x, z), vae.log_likelihood(x, whole))
 
 
 def test_the_threshold_is_of_the_variance_of_the_means():
