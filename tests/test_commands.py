@@ -112,7 +112,8 @@ def test_a_gan_resumes_and_averages(few_images, tmp_path, no_pictures):
 @pytest.mark.parametrize(
     "args, word",
     [
-        ("--compile --rule consensus", "differentiates twice"),
+        ("--compile --rule consensus --r1 0 --r2 0", "differentiates twice"),
+        ("--compile", "R1 and R2"),
         ("--compile --r1 1", "R1 and R2"),
         ("--r1 nan", "finite"),
         ("--image-size 4", "at least 8 x 8"),
