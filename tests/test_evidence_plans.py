@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +17,13 @@ from optgen.evidence.reproduce import Experiment, ReproduceError, perform, repro
 from optgen.evidence.saved import SavedRun, Spent, spent_before
 from optgen.models.diffusion import ddim
 from optgen.models.gan import MLPDiscriminator, MLPGenerator
+from optgen.models.schedules import CosineSchedule, LogNormalSchedule
 from optgen.schemes.feedback import FeedbackGAN
 from optgen.testing import generator
 from optgen.training import checkpoint
 from optgen.training.callbacks import watch_training
+
+RESULTS = Path(__file__).resolve().parent.parent / "nbs" / "90_evidence" / "results"
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -177,3 +181,16 @@ def test_the_best_denoiser_of_some_images_is_their_posterior_mean():
         assert (found - expected).abs().max() < 1e-10
     near = ddim(denoise, images + 1e-3, [1e-3, 0.0])
     assert (near - images).abs().max() < 1e-9
+
+
+def test_min_snr_at_cosine_levels_differs_from_its_baseline_in_the_weight_alone():
+    runs = denoising.cosine_runs(RESULTS / "denoising")
+    plain, weighted = runs.variants["plain"], runs.variants["min-snr"]
+    changed = {key for key in plain if plain[key] != weighted[key]}
+    assert changed == {"weight"} and weighted["weight"] == "min-snr"
+    assert plain["schedule"] == "cosine" and (plain["epochs"], runs.seeds) == (3, (0, 1, 2))
+    images = denoising.halve_images(digits("test").subset(torch.arange(20)))
+    config = {**plain, "channels": 4}
+    assert isinstance(denoising.make_scheme(config, images).schedule, CosineSchedule)
+    del config["schedule"]
+    assert isinstance(denoising.make_scheme(config, images).schedule, LogNormalSchedule)

@@ -1,7 +1,9 @@
 """Doublings of time to an aim, and M1+M2 in two stages, against references written here."""
 
+import json
 import math
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 
 from optgen.data.images import Batch, digits
 from optgen.evidence import published
+from optgen.evidence.gans import make_networks, run_images
 from optgen.evidence.published import M1_M2, doublings_to_aim, keep_active, make_m2, run_m1_m2
 from optgen.models.vae import VAE
 from optgen.testing import generator
 
+PLANS = Path(__file__).resolve().parent.parent / "nbs" / "90_evidence" / "plans"
 SMALL = M1_M2 | {"feature_units": [12, 8], "feature_latents": 5, "hidden": [6], "units": 7}
 SMALL |= {
     "z_dim": 2,
@@ -133,3 +137,17 @@ def test_what_has_arrived_and_what_never_does():
     assert doublings_to_aim([1, 2], [3.0, 4.0], 2.0, True) == math.inf
     with pytest.raises(ValueError, match="begins at 6 and ends at 10"):
         doublings_to_aim([6, 10], [3.0, 2.0], 1.0, False)
+
+
+def test_the_runs_are_those_of_the_plan():
+    plan = json.loads((PLANS / "published.json").read_text())["experiments"]
+    runs = {"m1+m2": run_m1_m2, "gan": run_images}
+    assert published.STAGES.keys() == plan.keys() == runs.keys()
+    for name, planned in plan.items():
+        experiment = published.experiment(name, "")
+        assert experiment.run is runs[name] and [*experiment.seeds] == planned["seeds"]
+        assert len(experiment.variants) * len(experiment.seeds) == planned["runs"]
+    (config,) = published.experiment("gan", "").variants.values()
+    nets = make_networks(config, (1, 28, 28))
+    units = [[m.out_features for m in n.net if isinstance(m, torch.nn.Linear)] for n in nets]
+    assert units == [[512, 32 * 7 * 7], [256, 1]] and config["steps"] == 4000
