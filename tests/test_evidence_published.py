@@ -11,9 +11,12 @@ import torch
 
 from optgen.data.images import Batch, digits
 from optgen.evidence import published
+from optgen.evidence.denoising import halve_images, make_scheme, run_denoising
 from optgen.evidence.gans import make_networks, run_images
 from optgen.evidence.published import M1_M2, doublings_to_aim, keep_active, make_m2, run_m1_m2
+from optgen.models.schedules import CosineSchedule
 from optgen.models.vae import VAE
+from optgen.muon import Muon
 from optgen.testing import generator
 
 PLANS = Path(__file__).resolve().parent.parent / "nbs" / "90_evidence" / "plans"
@@ -141,7 +144,8 @@ def test_what_has_arrived_and_what_never_does():
 
 def test_the_runs_are_those_of_the_plan():
     plan = json.loads((PLANS / "published.json").read_text())["experiments"]
-    runs = {"m1+m2": run_m1_m2, "gan": run_images}
+    runs = {"m1+m2": run_m1_m2, "gan": run_images, "stacked": run_images}
+    runs["diffusion"] = run_denoising
     assert published.STAGES.keys() == plan.keys() == runs.keys()
     for name, planned in plan.items():
         experiment = published.experiment(name, "")
@@ -151,3 +155,17 @@ def test_the_runs_are_those_of_the_plan():
     nets = make_networks(config, (1, 28, 28))
     units = [[m.out_features for m in n.net if isinstance(m, torch.nn.Linear)] for n in nets]
     assert units == [[512, 32 * 7 * 7], [256, 1]] and config["steps"] == 4000
+    (stacked,) = published.experiment("stacked", "").variants.values()
+    changed = {key for key, value in stacked.items() if config.get(key) != value}
+    assert changed == {"problem", "images", "final"} and stacked["problem"] == "stacked"
+
+
+def test_the_diffusion_model_of_the_plan_has_muon_and_levels_of_a_cosine_schedule():
+    (config,) = published.experiment("diffusion", "").variants.values()
+    steps = config["epochs"] * (60_000 // config["batch"])
+    budget = json.loads((PLANS / "published.json").read_text())["experiments"]["diffusion"]
+    assert budget["budget"] == f"{config['epochs']} epochs, {steps:,} steps" and not config["exact"]
+    scheme = make_scheme(config, halve_images(digits("test")))
+    assert isinstance(scheme.schedule, CosineSchedule)
+    (optimizer,) = (player.optimizer for player in scheme.players.values())
+    assert isinstance(optimizer.optimizers[0], Muon) and config["falls"]
