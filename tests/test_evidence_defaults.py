@@ -47,3 +47,32 @@ def test_every_scheme_of_the_package_has_a_run():
     experiment = defaults.experiment("digits", "")
     assert {*experiment.variants} == {*defaults.SCHEMES} == {*load_commands()}
     assert all(config["scheme"] == name for name, config in experiment.variants.items())
+
+
+@pytest.mark.parametrize(
+    "measured, words",
+    [
+        ({"error": 0.1234, "nll": 2.0}, "error 12.3 %"),
+        ({"bound": 1400.0, "bound_bits_per_dim": 2.576}, "2.58 bits a pixel"),
+        ({"nll": 91.37, "bits_per_dim": 0.168, "pixels": "binarized once"}, "91.4 nats"),
+        ({"nll": 806.0, "bits_per_dim": 1.484, "pixels": "gray, dequantized"}, "1.48 bits a pixel"),
+        ({"G": 1.4, "D": 0.5, "fid": 90.0}, ""),
+    ],
+)
+def test_the_number_of_a_scheme_has_its_unit(measured, words):
+    assert defaults.own_number(measured) == words
+
+
+def test_table_and_samples_are_of_the_results_and_the_nearest_stands_first(tmp_path):
+    (tmp_path / "digits").mkdir()
+    for scheme, distance, shade in (("maf", 420.4, 7), ("made", 88.6, 9)):
+        result = {"seconds": 61.4, "pixels": (bytes([shade]) * 2 * 784).hex()}
+        result["measured"] = {"error": 0.5, "fid": distance, "fid_floor": 6.04}
+        record = {"variant": scheme, "seed": 0, "result": result}
+        (tmp_path / "digits" / f"{scheme}-0.json").write_text(json.dumps(record))
+    found = defaults.load_defaults(tmp_path)
+    _, _, first, second = defaults.table_of_defaults(found).splitlines()
+    assert first == "| `made` | 61 | error 50.0 % | 89 | 6.0 |" and "`maf` | 61" in second
+    drawn = [ax.images[0].get_array() for ax in defaults.draw_defaults(found).axes]
+    assert [int(image[0, 0]) for image in drawn] == [9, 7]
+    assert all(image.shape == (28, 56) for image in drawn)

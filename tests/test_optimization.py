@@ -380,22 +380,43 @@ def test_a_diffusion_run_of_an_older_version_keeps_its_noise(noise, images, tmp_
 
 def test_a_gan_of_an_older_version_has_no_further_layers(images, tmp_path):
     out = tmp_path / "run"
-    text = "--model conv --width 4 --z-dim 3 --dense 0 --lr 0.001 --epochs 1"
+    text = "--model conv --width 4 --z-dim 3 --dense 0 --epochs 1"
     assert train("feedback-gan", images, out, text) == 0
     config = json.loads((out / "config.json").read_text())
-    del config["options"]["dense"]  # as optgen 0.7 wrote them, for Adam at its own rate
-    config["options"]["lr"] = None
+    del config["options"]["dense"]  # as optgen 0.7 wrote them
     (out / "config.json").write_text(json.dumps(config))
-    scheme = open_run(out, "cpu").scheme
-    G = scheme.generator
-    for player in scheme.players.values():
-        assert player.optimizer.param_groups[0]["lr"] == 1e-3
+    G = open_run(out, "cpu").scheme.generator
     assert [p.shape for p in G.parameters()] == [
         p.shape for p in ConvGenerator(G.shape, 3, width=4).parameters()
     ]
     assert resume(out, 2) == 0
-    again = read_options(out)
-    assert (again["dense"], again["lr"]) == (0, 1e-3)
+    assert read_options(out)["dense"] == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_a_run_keeps_its_rate_when_that_of_its_scheme_changes(optimizer, images, tmp_path):
+    out = tmp_path / "run"
+    assert train("made", images, out, f"--optimizer {optimizer} --epochs 1") == 0
+    assert read_options(out)["lr"] == 3e-3
+    config = json.loads((out / "config.json").read_text())
+    config["options"]["lr"] = None  # as optgen 0.7 wrote it, for the optimizer's own rate
+    (player,) = load_commands()["made"].build(config["options"], (1, 8, 8)).players.values()
+    assert player.optimizer.param_groups[0]["lr"] == 1e-3
+    (out / "config.json").write_text(json.dumps(config))
+    assert resume(out, 2) == 0
+    assert read_options(out)["lr"] is None
+
+
+def test_a_rate_of_the_scheme_is_for_adam_and_images(images, tmp_path):
+    assert train("made", images, tmp_path / "a", "--optimizer momentum --epochs 1") == 0
+    assert read_options(tmp_path / "a")["lr"] is None
+    assert train("made", images, tmp_path / "b", "--lr 0.07 --epochs 1") == 0
+    assert read_options(tmp_path / "b")["lr"] == 0.07
+    words = "the quick brown fox jumps over the lazy dog. " * 40
+    (tmp_path / "text.txt").write_text(words)
+    small = "--optimizer adamw --hidden 4 --length 8 --batch-size 4 --epochs 1 --progress none"
+    assert run("train lstm --data", tmp_path / "text.txt", small, "--out", tmp_path / "c") == 0
+    assert read_options(tmp_path / "c")["lr"] is None
 
 
 def test_a_clip_of_another_size_is_another_run(images, tmp_path, capsys):

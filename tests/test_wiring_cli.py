@@ -156,17 +156,19 @@ OPTIMIZERS = {
     [
         ("feedback-gan --width 4", (0.5, 0.99)),
         ("assisted --labels 12 --hidden 6,5 --method m1+m2", (0.9, 0.999)),
+        ("made --hidden 6", (0.9, 0.999)),
     ],
 )
 def test_optimizers_of_every_player(train, name, betas, given):
     scheme, *_ = train(name, given)
     kind, expected = OPTIMIZERS[given]
-    assert len(scheme.players) == (2 if "gan" in name else 3)
+    assert len(scheme.players) == {"feedback-gan": 2, "assisted": 3, "made": 1}[name.split()[0]]
     for player in scheme.players.values():
         assert isinstance(player.optimizer, kind)
         (group,) = player.optimizer.param_groups
-        if "gan" in name and given in ("", "--optimizer adamw"):
-            expected = {**expected, "lr": 4e-3}
+        own = {"feedback-gan": 4e-3, "made": 3e-3}.get(name.split()[0])
+        if own and given in ("", "--optimizer adamw"):
+            expected = {**expected, "lr": own}
         assert {k: group[k] for k in expected} == expected
         if kind is Adam:
             assert tuple(group["betas"]) == betas

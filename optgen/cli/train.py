@@ -174,7 +174,10 @@ def new_config(scheme: str, options: dict[str, Any]) -> dict[str, Any]:
 
     set_average(options, click.get_current_context())
     options["data"] = resolve_data(options["data"])
-    options = options_of_data(find_command(scheme), options, is_text(options["data"]))
+    command, text = find_command(scheme), is_text(options["data"])
+    options = options_of_data(command, options, text)
+    if options["lr"] is None and options["optimizer"] in ("adam", "adamw") and not text:
+        options["lr"] = command.adam_lr
     return {"scheme": scheme, "epochs": options.pop("epochs"), "options": options}
 
 

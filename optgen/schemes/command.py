@@ -166,7 +166,6 @@ def build_optimizer(
     options: Mapping[str, Any],
     params: nn.Module | Iterable[Tensor],
     not_hidden: Sequence[str] = (),
-    adam_lr: float | None = None,
     **adam_arguments: Any,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that the options `optimizer` and `lr` describe.
@@ -175,13 +174,10 @@ def build_optimizer(
         options: options of the command; `lr` None is the optimizer's default.
         params: network that it steps, or its parameters.
         not_hidden: names of layers, or beginnings of names, that Muon leaves to Adam.
-        adam_lr: default learning rate of Adam and AdamW, if it is not that of `OPTIMIZERS`.
         **adam_arguments: arguments that only the Adam family takes, such as `betas`.
     """
     name, lr = options["optimizer"], options["lr"]
     make = OPTIMIZERS[name].make
-    if lr is None and make is optim.Adam:
-        lr = adam_lr
     if make is muon_with_adam:
         given = {"params": params, "not_hidden": not_hidden, **adam_arguments}
     else:

@@ -121,6 +121,8 @@ class PixelCNNCommand(PixelCommand):
     name = "pixelcnn"
     summary = "masked convolutions, pixel after pixel, of images of one channel"
     epochs = 3
+    adam_lr = 5e-3
+    ema = 0.98
     grid_samples = 16
 
     def train_options(self) -> list[click.Option]:
@@ -128,7 +130,7 @@ class PixelCNNCommand(PixelCommand):
         return [
             count_option("--channels", 16, "Channels of a layer."),
             count_option(
-                "--layers", 5, "Layers; a pixel sees as many rows and three more.", MOST_LAYERS
+                "--layers", 9, "Layers; a pixel sees as many rows and three more.", MOST_LAYERS
             ),
             *self.pixel_options(),
         ]
@@ -145,12 +147,15 @@ class MADECommand(PixelCommand):
 
     name = "made"
     summary = "masked perceptron, pixel after pixel"
+    epochs = 30
+    adam_lr = 3e-3
+    ema = 0.999
     grid_samples = 16
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the model."""
         return [
-            option("--hidden", default="500", metavar="H1,H2,…", help="Units of the layers."),
+            option("--hidden", default="1000", metavar="H1,H2,…", help="Units of the layers."),
             share_option("--dropout", 0.0, "Share of the units that are dropped in training."),
             option(
                 "--direct/--no-direct",
@@ -222,6 +227,8 @@ class RealNVPCommand(ConditionalCommand, FlowCommand):
     name = "realnvp"
     summary = "flow by couplings, of images in several scales where their sides allow"
     epochs = 8
+    adam_lr = 4e-3
+    ema = 0.99
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the model."""

@@ -398,13 +398,8 @@ class FeedbackGANCommand(ConditionalCommand):
         ]
 
     def upgrade_recorded(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of a run before 0.8: no linear layers, and Adam's own rate."""
-        if "dense" in options:
-            return dict(options)
-        lr = options.get("lr")
-        if lr is None and options.get("optimizer") in ("adam", "adamw"):
-            lr = 1e-3
-        return {**options, "dense": 0, "lr": lr}
+        """Return the options of a run, without linear layers if it was before 0.8."""
+        return {"dense": 0, **options}
 
     def evaluate_options(self) -> list[click.Option]:
         """Return the option of the class accuracy."""
@@ -414,8 +409,7 @@ class FeedbackGANCommand(ConditionalCommand):
         """Build the scheme; arguments and errors as `SchemeCommand.build`'s."""
         generator, discriminator = build_gan_networks(options, shape, self.count_classes(options))
         optimizers = [
-            build_optimizer(options, net, adam_lr=self.adam_lr, betas=(0.5, 0.99))
-            for net in (generator, discriminator)
+            build_optimizer(options, net, betas=(0.5, 0.99)) for net in (generator, discriminator)
         ]
         rule = build_checked("--rule", lambda: build_rule(options["rule"], options["weight"]))
         return FeedbackGAN(

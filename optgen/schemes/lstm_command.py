@@ -31,6 +31,8 @@ class LSTMCommand(PixelCommand):
     summary = "LSTM that reads an image pixel after pixel, or a text"
     parts = SchemeParts()  # a step for each pixel: too many for a graph
     epochs = 5
+    adam_lr = 1e-2
+    ema = 0.98
     text_defaults = {
         "binarize": "none",
         "tokens": "bytes",
