@@ -163,7 +163,7 @@ def optimizer_options(command: "SchemeCommand") -> list[click.Option]:
             type=RealNumber(0, min_open=True),
             help=f"Learning rate.  [default: {own_lr}]",
         ),
-        choice_option("--optimizer", OPTIMIZERS, "adam", "Optimizer of every player."),
+        choice_option("--optimizer", OPTIMIZERS, command.optimizer, "Optimizer of every player."),
         option(
             "--ema",
             type=RealNumber(0, 1, max_open=True),

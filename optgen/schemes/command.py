@@ -233,6 +233,7 @@ class SchemeCommand:
         summary: one line of help.
         parts: latents and networks of the scheme, for pictures and export.
         epochs: default number of passes over the data.
+        optimizer: default optimizer, a name in `OPTIMIZERS`.
         adam_lr: default learning rate of Adam and AdamW; None for that of `OPTIMIZERS`.
         ema: default decay of the average of the weights; None for no average.
         grid_samples: images in the sample grid of each epoch.
@@ -246,6 +247,7 @@ class SchemeCommand:
     summary: str
     parts: SchemeParts = SchemeParts()
     epochs: int = 20
+    optimizer: str = "adam"
     adam_lr: float | None = None
     ema: float | None = None
     grid_samples: int = 64

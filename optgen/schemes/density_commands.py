@@ -122,7 +122,7 @@ class PixelCNNCommand(PixelCommand):
     summary = "masked convolutions, pixel after pixel, of images of one channel"
     epochs = 3
     adam_lr = 5e-3
-    ema = 0.98
+    ema = 0.999
     grid_samples = 16
 
     def train_options(self) -> list[click.Option]:
@@ -228,7 +228,7 @@ class RealNVPCommand(ConditionalCommand, FlowCommand):
     summary = "flow by couplings, of images in several scales where their sides allow"
     epochs = 8
     adam_lr = 4e-3
-    ema = 0.99
+    ema = 0.999
 
     def train_options(self) -> list[click.Option]:
         """Return the options of the model."""

@@ -62,6 +62,7 @@ class DiffusionCommand(ConditionalCommand):
 
     parts = DiffusionParts()
     epochs = 8
+    optimizer = "muon"
     ema = 0.999
     grid_samples = 16
 
@@ -237,7 +238,7 @@ class DiffusionCommand(ConditionalCommand):
 
 
 COMMANDS = (
-    DiffusionCommand("ddpm", "diffusion model: noise is removed step by step", "eps", "linear"),
+    DiffusionCommand("ddpm", "diffusion model: noise is removed step by step", "v", "cosine"),
     DiffusionCommand(
         "flow-matching",
         "diffusion model along straight lines from noise to images",

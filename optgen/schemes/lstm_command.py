@@ -32,7 +32,7 @@ class LSTMCommand(PixelCommand):
     parts = SchemeParts()  # a step for each pixel: too many for a graph
     epochs = 5
     adam_lr = 1e-2
-    ema = 0.98
+    ema = 0.999
     text_defaults = {
         "binarize": "none",
         "tokens": "bytes",
