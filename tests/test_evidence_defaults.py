@@ -24,7 +24,7 @@ def test_a_run_is_training_measuring_and_sampling_by_name_alone(monkeypatch):
         return json.dumps({"fid": 3.5})
 
     monkeypatch.setattr(defaults, "run_command", answer)
-    monkeypatch.setattr(defaults, "children_seconds", lambda: next(clock))
+    monkeypatch.setattr(defaults, "processor_seconds", lambda: next(clock))
     found = defaults.run_defaults({"scheme": "made", "samples": 40, "drawn": 3}, 7)
     assert asked == [
         ("train", "made", "--progress", "none", "--seed", 7, "--out", "run"),
@@ -36,9 +36,9 @@ def test_a_run_is_training_measuring_and_sampling_by_name_alone(monkeypatch):
 
 
 def test_a_command_runs_with_one_thread_counts_its_time_and_says_why_it_fails(tmp_path):
-    before = defaults.children_seconds()
+    before = defaults.processor_seconds()
     assert "optgen, version" in defaults.run_command(tmp_path, "--version")
-    assert defaults.children_seconds() > before
+    assert defaults.processor_seconds() > before
     with pytest.raises(RuntimeError, match="optgen train failed: .*nothing"):
         defaults.run_command(tmp_path, "train", "nothing")
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STUDENT', 'ReproduceError', 'Experiment', 'Task', 'tasks_of', 'write_json', 'read_json', 'git', 'source_state',
-           'perform', 'process_context', 'serve_runs', 'Worker', 'sigterm_as_exit', 'tasks_without_result',
-           'perform_all', 'reproduce', 'load_results', 'reproduce_stages', 'constant_then_linear_decay',
-           'train_watched', 'interval', 'format_interval', 'markdown_row', 'markdown_table', 'total_hours']
+           'processor_seconds', 'perform', 'process_context', 'serve_runs', 'Worker', 'sigterm_as_exit',
+           'tasks_without_result', 'perform_all', 'reproduce', 'load_results', 'reproduce_stages',
+           'constant_then_linear_decay', 'train_watched', 'interval', 'format_interval', 'markdown_row',
+           'markdown_table', 'total_hours']
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4
 import contextlib
@@ -186,6 +187,12 @@ def source_state() -> dict:
     }
 
 # %% ../../nbs/90_evidence/90_reproduce.ipynb #23a2fcf4-4
+def processor_seconds() -> float:
+    """Return the processor time of this process, and of those that it started and that ended."""
+    spent = os.times()
+    return time.process_time() + spent.children_user + spent.children_system
+
+
 def perform(run: Callable[..., dict], config: dict, seed: int, state: Path | None = None) -> dict:
     """Perform one run and measure its time; an exception becomes a record.
 
@@ -199,7 +206,7 @@ def perform(run: Callable[..., dict], config: dict, seed: int, state: Path | Non
         "result" or "error", with "cpu_seconds" and "wall_seconds", those of interrupted processes
         among them, and "parts", the number of processes.
     """
-    cpu, wall, before = time.process_time(), time.perf_counter(), Spent()
+    cpu, wall, before = processor_seconds(), time.perf_counter(), Spent()
     try:
         before = spent_before(state)
         outcome = {"result": run(config, seed, *([] if state is None else [state]))}
@@ -208,7 +215,7 @@ def perform(run: Callable[..., dict], config: dict, seed: int, state: Path | Non
         error = {"type": type(e).__name__, "message": str(e), "traceback": traceback.format_exc()}
         outcome = {"error": error}
     return outcome | {
-        "cpu_seconds": round(before.cpu + time.process_time() - cpu, 3),
+        "cpu_seconds": round(before.cpu + processor_seconds() - cpu, 3),
         "wall_seconds": round(before.wall + time.perf_counter() - wall, 3),
         "parts": before.processes + 1,
     }
