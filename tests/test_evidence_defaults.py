@@ -35,10 +35,8 @@ def test_a_run_is_training_measuring_and_sampling_by_name_alone(monkeypatch):
     assert found["measured"] == {"fid": 3.5} and bytes.fromhex(found["pixels"]) == pixels.tobytes()
 
 
-def test_a_command_runs_with_one_thread_counts_its_time_and_says_why_it_fails(tmp_path):
-    before = defaults.processor_seconds()
+def test_a_command_runs_and_says_why_it_fails(tmp_path):
     assert "optgen, version" in defaults.run_command(tmp_path, "--version")
-    assert defaults.processor_seconds() > before
     with pytest.raises(RuntimeError, match="optgen train failed: .*nothing"):
         defaults.run_command(tmp_path, "train", "nothing")
 

@@ -46,14 +46,18 @@ def test_holms_correction_is_the_closed_test(seed):
 
 
 def test_a_plan_beside_what_was_done(tmp_path):
-    plan = {"experiments": {"a": {"runs": 4, "seeds": [0, 1], "budget": "b", "core_hours": 2}}}
+    planned = {"runs": 4, "seeds": [0, 1], "budget": "b", "core_hours": 2}
+    plan = {"experiments": {"a": planned, "later": {**planned, "budget": "c"}}}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     (tmp_path / "a").mkdir()
     for seed, outcome in enumerate(({"result": {}}, {"error": {}})):
         record = {"variant": "v", "seed": seed, "cpu_seconds": 900} | outcome
         (tmp_path / "a" / f"v-{seed}.json").write_text(json.dumps(record))
-    last = plan_table(read_plan(tmp_path / "plan.json"), tmp_path).splitlines()[-1]
-    assert last == "| a | b | 1 of 4 | 1 of 2 | 2 | 0.25 |"
+    *_, begun, later = plan_table(read_plan(tmp_path / "plan.json"), tmp_path).splitlines()
+    assert begun == "| a | b | 1 of 4 | 1 of 2 | 2 | 0.25 |"
+    assert later == "| later | c | 0 of 4 | 0 of 2 | 2 | 0.00 |"
+    with pytest.raises(FileNotFoundError, match="no results in .*elsewhere: run an experiment"):
+        plan_table(plan, tmp_path / "elsewhere")
 
 
 class Killed(Exception):

@@ -52,6 +52,12 @@ def slow(config, seed):
     return {"seed": seed}
 
 
+def starts_another(config, seed):
+    busy = "import time\nwhile time.process_time() < 0.4: pass"
+    subprocess.run([sys.executable, "-S", "-c", busy], check=True)
+    return {"seed": seed}
+
+
 def hears(config, seed):
     return {"heard": os.environ.get("OPTGEN_TOLD")}
 
@@ -61,6 +67,12 @@ def quiet(experiments, out, jobs=1):
 
 
 TABLE = Experiment("means", draw, {"few": {"n": 5}, "many": {"n": 500}}, (0, 1))
+
+
+def test_the_processor_time_of_a_run_is_also_that_of_the_processes_it_starts(tmp_path):
+    quiet([Experiment("two", starts_another, {"a": {}}, (0,))], tmp_path)
+    (record,) = load_results(tmp_path, "two")
+    assert record["cpu_seconds"] >= 0.4
 
 
 def test_runs_are_files_and_are_not_repeated(tmp_path):

@@ -55,14 +55,15 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 
 
 def plan_line(name: str, planned: Mapping[str, Any], out: str | Path) -> tuple[str, ...]:
-    """Return a row of the table of a plan.
+    """Return a row of the table of a plan; nothing is done of an experiment without a folder.
 
     Args:
         name: of the experiment.
         planned: its part of the plan.
         out: folder of the results.
     """
-    records = [r for r in load_results(out, name) if "result" in r]
+    found = load_results(out, name) if Path(out, name).is_dir() else []
+    records = [record for record in found if "result" in record]
     seeds = sorted({record["seed"] for record in records})
     hours = sum(record["cpu_seconds"] for record in records) / 3600
     done = f"{len(records)} of {planned['runs']}"
@@ -80,8 +81,10 @@ def plan_table(plan: Mapping[str, Any], out: str | Path) -> str:
         out: folder of the results.
 
     Raises:
-        FileNotFoundError: if an experiment has no results.
+        FileNotFoundError: if there is no such folder.
     """
+    if not Path(out).is_dir():
+        raise FileNotFoundError(f"no results in {out}: run an experiment of the plan first")
     head = ("experiment", "budget a run", "runs", "seeds", "core-hours planned", "used")
     lines = [plan_line(name, planned, out) for name, planned in plan["experiments"].items()]
     return markdown_table(head, lines)

@@ -227,6 +227,7 @@ class RealNVPCommand(ConditionalCommand, FlowCommand):
     name = "realnvp"
     summary = "flow by couplings, of images in several scales where their sides allow"
     epochs = 8
+    optimizer = "muon"
     adam_lr = 4e-3
     ema = 0.999
 
