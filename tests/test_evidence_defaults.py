@@ -2,9 +2,12 @@
 
 import json
 
+import click
 import numpy as np
 import pytest
 
+from cli_helpers import read_options, run
+from optgen.cli.options import train_params
 from optgen.cli.runs import load_commands
 from optgen.evidence import defaults
 
@@ -74,3 +77,39 @@ def test_table_and_samples_are_of_the_results_and_the_nearest_stands_first(tmp_p
     drawn = [ax.images[0].get_array() for ax in defaults.draw_defaults(found).axes]
     assert [int(image[0, 0]) for image in drawn] == [9, 7]
     assert all(image.shape == (28, 56) for image in drawn)
+
+
+OWN = {  # optimizer, rate, decay of the average, epochs
+    "beta-vae": ("adam", None, None, 20),
+    "assisted": ("adam", 2e-3, None, 20),
+    "feedback-gan": ("adam", 4e-3, 0.999, 20),
+    "made": ("adam", 3e-3, 0.999, 30),
+    "pixelcnn": ("adam", 5e-3, 0.999, 3),
+    "lstm": ("adam", 1e-2, 0.999, 5),
+    "realnvp": ("muon", None, 0.999, 8),
+    "maf": ("adam", None, None, 20),
+    "ddpm": ("muon", None, 0.999, 8),
+    "flow-matching": ("muon", None, 0.999, 8),
+}
+
+
+@pytest.mark.parametrize("scheme", OWN)
+def test_the_defaults_of_a_scheme_are_those_that_were_measured(scheme):
+    command = load_commands()[scheme]
+    options = click.Command(scheme, params=train_params(command)).make_context("", []).params
+    rate = command.adam_lr if options["optimizer"] == "adam" else None
+    assert (options["optimizer"], rate, options["ema"], options["epochs"]) == OWN[scheme]
+
+
+@pytest.mark.parametrize(
+    "given, method",
+    [
+        ("", "m1+m2:labeled_weight=0.03"),
+        ("--model conv", "agreement"),
+        ("--method gamma", "gamma"),
+    ],
+)
+def test_the_method_of_a_run_is_recorded(given, method, tmp_path, no_pictures):
+    small = "--hidden 8 --z-dim 3 --labels 20 --batch-size 500 --epochs 1 --progress none"
+    assert run("train assisted --data digits", small, given, "--out", tmp_path / "run") == 0
+    assert read_options(tmp_path / "run")["method"] == method
