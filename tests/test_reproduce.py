@@ -53,7 +53,7 @@ def slow(config, seed):
 
 
 def starts_another(config, seed):
-    busy = "import time\nwhile time.process_time() < 0.4: pass"
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
     subprocess.run([sys.executable, "-S", "-c", busy], check=True)
     return {"seed": seed}
 
@@ -72,7 +72,7 @@ TABLE = Experiment("means", draw, {"few": {"n": 5}, "many": {"n": 500}}, (0, 1))
 def test_the_processor_time_of_a_run_is_also_that_of_the_processes_it_starts(tmp_path):
     quiet([Experiment("two", starts_another, {"a": {}}, (0,))], tmp_path)
     (record,) = load_results(tmp_path, "two")
-    assert record["cpu_seconds"] >= 0.4
+    assert record["cpu_seconds"] > 0.4  # the clock of ended processes has coarse ticks
 
 
 def test_runs_are_files_and_are_not_repeated(tmp_path):
