@@ -22,6 +22,8 @@ from optgen.cli.options import optimizer_options, run_options
 from optgen.cli.runs import load_commands
 from optgen.data.images import digits
 from optgen.games import Game
+from optgen.muon import Muon
+from optgen.optim import Adam
 
 COMMANDS = load_commands()
 SHAPE = (1, 8, 8)
@@ -101,9 +103,9 @@ OTHERS = {
         "multiples": ("--multiples 1,2",),
         "blocks": ("--blocks 2",),
         "dropout": ("--dropout 0.5",),
-        "target": ("--target v",),
+        "target": ("--target x0",),
         "weight": ("--weight min-snr",),
-        "noise_schedule": ("--noise-schedule cosine",),
+        "noise_schedule": ("--noise-schedule linear",),
         "levels": ("--levels adaptive",),
         "coupling": ("--coupling optimal",),
         "uncertainty": ("--uncertainty",),
@@ -215,8 +217,8 @@ def test_the_players_of_a_gan_have_the_momenta_of_the_literature():
 @pytest.mark.parametrize(
     "text, kind, lr",
     [
-        ("", "Adam", 1e-2),
-        ("--lr 0.017", "Adam", 0.017),
+        ("--optimizer adam", "Adam", 1e-2),
+        ("--optimizer adam --lr 0.017", "Adam", 0.017),
         ("--optimizer sgd", "SGD", 1e-2),
         ("--optimizer rmsprop --lr 0.5", "RMSProp", 0.5),
     ],
@@ -227,6 +229,14 @@ def test_the_second_player_of_a_diffusion_model_has_the_optimizer_of_the_options
     assert type(optimizer).__name__ == kind and optimizer.param_groups[0]["lr"] == lr
     model = scheme.players["model"].optimizer
     assert type(model) is type(optimizer)
+
+
+@pytest.mark.parametrize("scheme", ["ddpm", "flow-matching"])
+def test_the_second_player_of_a_diffusion_model_by_muon_has_adam(scheme):
+    built = COMMANDS[scheme].build(parse(scheme, "--uncertainty"), SHAPE)
+    optimizer, model = (built.players[name].optimizer for name in ("uncertainty", "model"))
+    assert type(optimizer) is Adam and optimizer.param_groups[0]["lr"] == 1e-2
+    assert isinstance(model.optimizers[0], Muon) and model.param_groups[0]["lr"] == 0.02
 
 
 # Options that `fit` receives: what is written, and what it receives then.

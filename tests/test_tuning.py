@@ -180,6 +180,7 @@ def test_a_scheme_with_an_option_of_the_tuning_is_refused_and_spoils_no_help(mon
     other = SimpleNamespace(
         name="mine",
         summary="mine",
+        optimizer="adam",
         adam_lr=None,
         ema=0.0,
         epochs=1,

@@ -166,7 +166,7 @@ def test_optimizers_of_every_player(train, name, betas, given):
     for player in scheme.players.values():
         assert isinstance(player.optimizer, kind)
         (group,) = player.optimizer.param_groups
-        own = {"feedback-gan": 4e-3, "made": 3e-3}.get(name.split()[0])
+        own = {"feedback-gan": 4e-3, "assisted": 2e-3, "made": 3e-3}.get(name.split()[0])
         if own and given in ("", "--optimizer adamw"):
             expected = {**expected, "lr": own}
         assert {k: group[k] for k in expected} == expected
@@ -462,6 +462,7 @@ def assisted_run(folder, tmp_path_factory):
     """A finished run of a classifier with few labels."""
     out = tmp_path_factory.mktemp("runs") / "assisted"
     args = "--image-size 8 --labels 12 --hidden 6,5 --z-dim 2 --epochs 1 --batch-size 20"
+    args += " --method agreement"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("optgen.training.callbacks.Pictures.on_epoch", lambda *args: None)
         command = ("train assisted --data", folder, args, "--progress none --device cpu --out", out)
