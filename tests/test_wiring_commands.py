@@ -71,7 +71,7 @@ DIFFUSION = {  # words, (what is read of the scheme, its value)
     "--blocks 2": (lambda s: [len(level) for level in s.model.net.down], [2, 2]),
     "--dropout 0.3": (dropouts, {0.3}),
     "": (dropouts, {0.0}),
-    "--target v": (lambda s: (s.model.target, s.weight), ("v", None)),
+    "--target eps": (lambda s: (s.model.target, s.weight), ("eps", None)),
     "--target x0 --weight min-snr": (lambda s: (s.model.target, s.weight), ("x0", "min-snr")),
     "--weight elbo": (lambda s: s.weight, "elbo"),
     "--noise-schedule cosine": (lambda s: type(s.schedule), CosineSchedule),
@@ -86,7 +86,7 @@ DIFFUSION = {  # words, (what is read of the scheme, its value)
     " ": (lambda s: list(s.players), ["model"]),
 }
 DEFAULTS = {
-    "ddpm": ("eps", "eps", LinearSchedule),
+    "ddpm": ("v", "v", CosineSchedule),
     "flow-matching": ("flow", "flow", StraightSchedule),
 }
 
