@@ -22,6 +22,7 @@ from optgen.testing import (
     flat_weights,
     generator,
     jacobian,
+    keep_freed_memory,
     optimizer_parity,
     optimizer_path,
     raises,
@@ -191,6 +192,16 @@ def test_the_whole_suite_alone_runs_on_every_core(given, worker):
     spread = {"numprocesses": min(num_cpus(), 8), "dist": "loadfile", "loadscopereorder": False}
     expected = usual | given | {"dist": "no", "loadscopereorder": True}
     assert vars(option) == (expected if given or worker else expected | spread)
+
+
+def test_the_allocator_is_told_to_keep_freed_memory(monkeypatch):
+    told = []
+    libc = SimpleNamespace(mallopt=lambda option, value: told.append((option, value)))
+    monkeypatch.setattr("optgen.testing.sys.platform", "linux")
+    monkeypatch.setattr("optgen.testing.ctypes.CDLL", lambda name: libc)
+    keep_freed_memory()
+    # malloc.h: M_TRIM_THRESHOLD is -1, M_MMAP_THRESHOLD is -3 and takes 32 MiB at most.
+    assert told == [(-1, 2**31 - 1), (-3, 32 * 2**20)]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
