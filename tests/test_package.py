@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 import optgen
+from cli_helpers import run
 
 REPO = Path(__file__).resolve().parent.parent
 ARCHITECTURE = REPO / "nbs" / "00_foundations" / "00_architecture.ipynb"
@@ -194,6 +195,26 @@ def test_outputs_of_the_pages_have_no_warning_and_no_path_of_a_machine():
         found = somewhere.search("".join(text) + json.dumps(data))
         assert output.get("name") != "stderr", f"{page} shows what was written to stderr: {text}"
         assert not found, f"{page} shows a path of the machine that ran it: {found[0]}"
+
+
+def test_no_page_shows_the_address_of_an_object():
+    for page, output in committed_outputs():
+        data = output.get("data", {})
+        if {*data} == {"text/plain"}:
+            assert " at 0x" not in "".join(data["text/plain"]), f"{page}: {data['text/plain']}"
+
+
+def test_the_help_on_the_pages_is_todays(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    shown = []
+    for page, output in committed_outputs():
+        for block in re.split(r"^(?=\$ optgen )", "".join(output.get("text", "")), flags=re.M):
+            command, _, printed = block.partition("\n")
+            if command.endswith("--help"):
+                assert run(command.removeprefix("$ optgen ")) == 0
+                assert capsys.readouterr().out.split() == printed.split(), (page, command)
+                shown.append(command)
+    assert "$ optgen train feedback-gan --help" in shown
 
 
 def test_each_run_of_the_readme_has_a_folder_of_its_own():
