@@ -145,6 +145,7 @@ def test_what_has_arrived_and_what_never_does():
 def test_the_runs_are_those_of_the_plan():
     plan = json.loads((PLANS / "published.json").read_text())["experiments"]
     runs = {"m1+m2": run_m1_m2, "gan": run_images, "stacked": run_images}
+    runs |= {"gan-stronger": run_images, "stacked-stronger": run_images}
     runs["diffusion"] = run_denoising
     assert published.STAGES.keys() == plan.keys() == runs.keys()
     for name, planned in plan.items():
@@ -158,6 +159,9 @@ def test_the_runs_are_those_of_the_plan():
     (stacked,) = published.experiment("stacked", "").variants.values()
     changed = {key for key, value in stacked.items() if config.get(key) != value}
     assert changed == {"problem", "images", "final"} and stacked["problem"] == "stacked"
+    for name, base in (("gan", config), ("stacked", stacked)):
+        (stronger,) = published.experiment(f"{name}-stronger", "").variants.values()
+        assert stronger == base | {"weight": 0.3} and base["weight"] == 0.01
 
 
 def test_the_diffusion_model_of_the_plan_has_muon_and_levels_of_a_cosine_schedule():
